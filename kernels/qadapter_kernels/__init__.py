@@ -1,0 +1,28 @@
+"""Fused kernels for preference customisation over large vocabularies.
+
+Needs PyTorch alone; Triton, a GPU and compiled libraries are used where they are there.
+"""
+
+from .dispatch import BackendStatus, backends
+from .ops import (
+    BradleyTerry,
+    SoftValue,
+    bradley_terry,
+    linear_logsumexp,
+    linear_soft_value,
+    soft_value,
+)
+from .reference import Coefficients, PolicyStatistics
+
+__all__ = [
+    "BackendStatus",
+    "BradleyTerry",
+    "Coefficients",
+    "PolicyStatistics",
+    "SoftValue",
+    "backends",
+    "bradley_terry",
+    "linear_logsumexp",
+    "linear_soft_value",
+    "soft_value",
+]

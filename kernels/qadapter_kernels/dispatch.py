@@ -1,0 +1,93 @@
+"""Which backend serves a call, and why. The only place that decides."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}
+"""Backends by device type, best first; PyTorch's own kernels serve every other device."""
+_MODULES = {
+    "torch": "torch_backend",
+    "triton": "triton",
+    "cpu": "cpu_backend",
+    "cuda": "cuda_backend",
+}
+ENVIRONMENT_VARIABLE = "QADAPTER_BACKEND"
+
+
+class BackendStatus(NamedTuple):
+    """One row of ``backends()``."""
+
+    name: str
+    devices: tuple[str, ...]
+    """Device types it can serve now."""
+    default_for: tuple[str, ...]
+    """Device types for which it is taken when nothing is forced."""
+    reason: str
+    """Why it is or is not there."""
+
+    @property
+    def available(self) -> bool:
+        return bool(self.devices)
+
+
+def load(name: str) -> ModuleType:
+    """The backend's module. Never fails for want of hardware or of a compiled library."""
+    if name not in _MODULES:
+        raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(_MODULES)}")
+    return importlib.import_module(f".{_MODULES[name]}", __package__)
+
+
+def backends() -> tuple[BackendStatus, ...]:
+    """Every backend: whether it is there, for which devices, and why. Needs no GPU."""
+    defaults = {device: default(device).NAME for device in PREFERENCE}
+    rows = []
+    for name in _MODULES:
+        reasons = {device: load(name).unavailable_reason(device) for device in PREFERENCE}
+        devices = tuple(device for device, reason in reasons.items() if reason is None)
+        home = next((d for d, names in PREFERENCE.items() if names[0] == name), None)
+        reason = "ready" if devices else reasons[home or "cuda"]
+        taken_for = tuple(d for d, taken in defaults.items() if taken == name and d in devices)
+        if not torch.cuda.is_available():
+            devices = tuple(d for d in devices if d != "cuda")
+            taken_for = tuple(d for d in taken_for if d != "cuda")
+        rows.append(BackendStatus(name, devices, taken_for, reason))
+    return tuple(rows)
+
+
+def select(tensor: torch.Tensor, forced: str | None = None) -> ModuleType:
+    """The backend that serves a tensor's device and dtype.
+
+    Args:
+        forced: a backend's name (the ``backend=`` argument); else ``QADAPTER_BACKEND``; else the
+            best there is for the device. float64 is served by the definition's own arithmetic.
+
+    Raises:
+        ValueError: the forced name is unknown.
+        RuntimeError: the forced backend can't serve; says why.
+    """
+    device_type, is_double = tensor.device.type, tensor.dtype == torch.float64
+    forced = forced or os.environ.get(ENVIRONMENT_VARIABLE)
+    if forced:
+        backend = load(forced)
+        reason = backend.unavailable_reason(device_type)
+        if reason is None and is_double and forced != "torch":
+            reason = "float64 is served by the torch backend only"
+        if reason is not None:
+            raise RuntimeError(f"backend {forced!r} can't serve {device_type} tensors: {reason}")
+        return backend
+    return load("torch") if is_double else default(device_type)
+
+
+def default(device_type: str) -> ModuleType:
+    """The best backend there is for a device type."""
+    for name in PREFERENCE.get(device_type, ()):
+        backend = load(name)
+        if backend.unavailable_reason(device_type) is None:
+            return backend
+    return load("torch")

@@ -1,0 +1,263 @@
+"""The operators as PyTorch knows them: torch.library ops with fake implementations and autograd.
+
+One op a direction. Everything that depends on hardware happens inside, so ``torch.compile`` sees
+one node with known shapes and gives the same bits as eager.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import dispatch, linear
+from .reference import Coefficients, accumulation_dtype
+
+
+def _per_row(like: Tensor) -> Tensor:
+    return like.new_empty(like.shape[0], dtype=accumulation_dtype(like.dtype))
+
+
+def _distinct(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """An op's outputs may share no memory: unpacked rows of one buffer become their own."""
+    return tuple(x.clone() if x._is_view() else x for x in outputs)
+
+
+def _grads(actions: Tensor, dtype: torch.dtype, *grads: Tensor | None) -> tuple[Tensor, ...]:
+    """Upstream gradients [N], contiguous; one that is missing is 0."""
+    return tuple(
+        torch.zeros_like(actions, dtype=dtype) if g is None else g.to(dtype).contiguous()
+        for g in grads
+    )
+
+
+# --- logits level ---------------------------------------------------------------------------
+
+
+@torch.library.custom_op("qadapter::soft_value", mutates_args=())
+def soft_value(
+    adapter_logits: Tensor, base_logits: Tensor, actions: Tensor, base_logsumexp: Tensor | None,
+    alpha_0: float, alpha_tilde: float, adapter_coef: float, base_coef: float,
+    statistics: bool, inplace_backward: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """→ q_action, value, base_logprob, base_logsumexp, lse(u) [N], statistics [3, N] or [0]."""
+    coef = Coefficients(alpha_0, alpha_tilde, adapter_coef, base_coef)
+    return _distinct(
+        dispatch.select(adapter_logits, backend).logits_forward(
+            adapter_logits, base_logits, actions, coef, base_logsumexp, statistics
+        )
+    )
+
+
+@soft_value.register_fake
+def _(adapter_logits, base_logits, actions, base_logsumexp, alpha_0, alpha_tilde, adapter_coef,
+      base_coef, statistics, inplace_backward, backend):
+    rows = _per_row(adapter_logits)
+    stats = rows.new_empty((3, rows.shape[0]) if statistics else (0,))
+    return *(torch.empty_like(rows) for _ in range(5)), stats
+
+
+@torch.library.custom_op("qadapter::soft_value_backward", mutates_args=())
+def soft_value_backward(
+    adapter_logits: Tensor, base_logits: Tensor, actions: Tensor, policy_logsumexp: Tensor,
+    grad_q: Tensor, grad_v: Tensor,
+    alpha_0: float, alpha_tilde: float, adapter_coef: float, base_coef: float, backend: str,
+) -> Tensor:
+    out = torch.empty_like(adapter_logits, memory_format=torch.contiguous_format)
+    coef = Coefficients(alpha_0, alpha_tilde, adapter_coef, base_coef)
+    dispatch.select(adapter_logits, backend).logits_backward(
+        adapter_logits, base_logits, actions, policy_logsumexp, grad_q, grad_v, coef, out
+    )
+    return out
+
+
+@soft_value_backward.register_fake
+def _(adapter_logits, base_logits, actions, policy_logsumexp, grad_q, grad_v, alpha_0,
+      alpha_tilde, adapter_coef, base_coef, backend):
+    return torch.empty_like(adapter_logits, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("qadapter::soft_value_backward_", mutates_args={"adapter_logits"})
+def soft_value_backward_(
+    adapter_logits: Tensor, base_logits: Tensor, actions: Tensor, policy_logsumexp: Tensor,
+    grad_q: Tensor, grad_v: Tensor,
+    alpha_0: float, alpha_tilde: float, adapter_coef: float, base_coef: float, backend: str,
+) -> None:
+    """The gradient written over the adapter's logits: no second [N, V] tensor."""
+    coef = Coefficients(alpha_0, alpha_tilde, adapter_coef, base_coef)
+    dispatch.select(adapter_logits, backend).logits_backward(
+        adapter_logits, base_logits, actions, policy_logsumexp, grad_q, grad_v, coef,
+        adapter_logits,
+    )
+
+
+def _soft_value_setup(ctx, inputs, output):
+    adapter_logits, base_logits, actions, _, *coef, _, inplace, backend = inputs
+    ctx.save_for_backward(adapter_logits.detach(), base_logits, actions, output[4])
+    ctx.coef, ctx.inplace, ctx.backend = coef, inplace, backend
+    ctx.spent = False
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _soft_value_backward(ctx, grad_q, grad_v, *_):
+    none = (None,) * 10
+    if grad_q is None and grad_v is None:
+        return None, *none
+    logits, _, actions, policy_logsumexp = ctx.saved_tensors
+    grads = _grads(actions, policy_logsumexp.dtype, grad_q, grad_v)
+    arguments = (*ctx.saved_tensors, *grads, *ctx.coef, ctx.backend)
+    if not ctx.inplace:
+        return soft_value_backward(*arguments), *none
+    if ctx.spent:
+        raise RuntimeError(
+            "soft_value(inplace_backward=True) wrote its gradient over adapter_logits: "
+            "a second backward pass needs inplace_backward=False"
+        )
+    ctx.spent = True
+    soft_value_backward_(*arguments)
+    return logits, *none
+
+
+soft_value.register_autograd(_soft_value_backward, setup_context=_soft_value_setup)
+
+
+# --- hidden level ---------------------------------------------------------------------------
+
+
+@torch.library.custom_op("qadapter::linear_soft_value", mutates_args=())
+def linear_soft_value(
+    adapter_hidden: Tensor, base_hidden: Tensor, weight: Tensor, actions: Tensor,
+    bias: Tensor | None, base_logsumexp: Tensor | None,
+    alpha_0: float, alpha_tilde: float, adapter_coef: float, base_coef: float,
+    logit_scale: float, workspace_bytes: int, statistics: bool, need_grad: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """→ q_action, value, base_logprob, base_logsumexp [N], G′ [N, D] or [0, D], statistics."""
+    with torch.autocast(weight.device.type, enabled=False):
+        return _distinct(
+            linear.forward(
+                adapter_hidden, base_hidden, linear.Head(weight, bias, logit_scale), actions,
+                base_logsumexp, Coefficients(alpha_0, alpha_tilde, adapter_coef, base_coef),
+                workspace_bytes, statistics, need_grad, dispatch.select(weight, backend),
+            )
+        )
+
+
+@linear_soft_value.register_fake
+def _(adapter_hidden, base_hidden, weight, actions, bias, base_logsumexp, alpha_0, alpha_tilde,
+      adapter_coef, base_coef, logit_scale, workspace_bytes, statistics, need_grad, backend):
+    rows = _per_row(adapter_hidden)
+    product = weight.new_empty((rows.shape[0] if need_grad else 0, weight.shape[1]))
+    stats = rows.new_empty((3, rows.shape[0]) if statistics else (0,))
+    return *(torch.empty_like(rows) for _ in range(4)), product, stats
+
+
+@torch.library.custom_op("qadapter::linear_soft_value_backward", mutates_args=())
+def linear_soft_value_backward(
+    residual_product: Tensor, weight: Tensor, actions: Tensor, grad_q: Tensor, grad_v: Tensor,
+    factor: float, dtype: torch.dtype,
+) -> Tensor:
+    return linear.backward(residual_product, weight, actions, grad_q, grad_v, factor, dtype)
+
+
+@linear_soft_value_backward.register_fake
+def _(residual_product, weight, actions, grad_q, grad_v, factor, dtype):
+    return residual_product.new_empty(residual_product.shape, dtype=dtype)
+
+
+def _linear_setup(ctx, inputs, output):
+    hidden, _, weight, actions, _, _, _, _, adapter_coef, _, logit_scale, *_ = inputs
+    ctx.save_for_backward(output[4], weight, actions)
+    ctx.factor, ctx.dtype = adapter_coef * logit_scale, hidden.dtype
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _linear_backward(ctx, grad_q, grad_v, *_):
+    none = (None,) * 14
+    if grad_q is None and grad_v is None:
+        return None, *none
+    residual_product, weight, actions = ctx.saved_tensors
+    grads = _grads(actions, accumulation_dtype(ctx.dtype), grad_q, grad_v)
+    grad_hidden = linear_soft_value_backward(
+        residual_product, weight, actions, *grads, ctx.factor, ctx.dtype
+    )
+    return grad_hidden, *none
+
+
+linear_soft_value.register_autograd(_linear_backward, setup_context=_linear_setup)
+
+
+@torch.library.custom_op("qadapter::linear_logsumexp", mutates_args=())
+def linear_logsumexp(
+    hidden: Tensor, weight: Tensor, actions: Tensor, bias: Tensor | None, logit_scale: float,
+    workspace_bytes: int, backend: str,
+) -> Tensor:
+    with torch.autocast(weight.device.type, enabled=False):
+        head = linear.Head(weight, bias, logit_scale)
+        row_work = dispatch.select(weight, backend)
+        return linear.logsumexp(hidden, head, actions, workspace_bytes, row_work)
+
+
+@linear_logsumexp.register_fake
+def _(hidden, weight, actions, bias, logit_scale, workspace_bytes, backend):
+    return _per_row(hidden)
+
+
+# --- sequence loss --------------------------------------------------------------------------
+
+
+@torch.library.custom_op("qadapter::bradley_terry", mutates_args=())
+def bradley_terry(
+    q_action: Tensor, value: Tensor, sequence_offsets: Tensor, divisors: Tensor,
+    gamma: float, chi2_coef: float, bootstrap_next: bool, inv_pairs: float, inv_actions: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """→ [loss, preference_loss, chi2_loss], sequence rewards [2B], token rewards [N]."""
+    return _distinct(
+        dispatch.select(q_action, backend).bradley_terry_forward(
+            q_action, value, sequence_offsets, divisors, gamma, chi2_coef, bootstrap_next,
+            inv_pairs, inv_actions,
+        )
+    )
+
+
+@bradley_terry.register_fake
+def _(q_action, value, sequence_offsets, divisors, gamma, chi2_coef, bootstrap_next, inv_pairs,
+      inv_actions, backend):
+    return q_action.new_empty(3), torch.empty_like(divisors), torch.empty_like(q_action)
+
+
+@torch.library.custom_op("qadapter::bradley_terry_backward", mutates_args=())
+def bradley_terry_backward(
+    token_rewards: Tensor, sequence_rewards: Tensor, sequence_offsets: Tensor, divisors: Tensor,
+    gamma: float, chi2_coef: float, bootstrap_next: bool, inv_pairs: float, inv_actions: float,
+    grad_losses: Tensor, grad_sequence: Tensor, grad_tokens: Tensor, backend: str,
+) -> tuple[Tensor, Tensor]:
+    return _distinct(
+        dispatch.select(token_rewards, backend).bradley_terry_backward(
+            token_rewards, sequence_rewards, sequence_offsets, divisors, gamma, chi2_coef,
+            bootstrap_next, inv_pairs, inv_actions, grad_losses, grad_sequence, grad_tokens,
+        )
+    )
+
+
+@bradley_terry_backward.register_fake
+def _(token_rewards, sequence_rewards, sequence_offsets, divisors, gamma, chi2_coef,
+      bootstrap_next, inv_pairs, inv_actions, grad_losses, grad_sequence, grad_tokens, backend):
+    return torch.empty_like(token_rewards), torch.empty_like(token_rewards)
+
+
+def _bradley_terry_setup(ctx, inputs, output):
+    _, _, offsets, divisors, *ctx.options, ctx.backend = inputs
+    ctx.save_for_backward(output[2], output[1], offsets, divisors)
+
+
+def _bradley_terry_backward(ctx, *grads):
+    grads = tuple(g.contiguous() for g in grads)
+    grad_q, grad_v = bradley_terry_backward(
+        *ctx.saved_tensors, *ctx.options, *grads, ctx.backend
+    )
+    return grad_q, grad_v, *(None,) * 8
+
+
+bradley_terry.register_autograd(_bradley_terry_backward, setup_context=_bradley_terry_setup)

@@ -1,0 +1,222 @@
+"""The hidden level: soft values straight from hidden states, in chunks of rows.
+
+With one frozen head W for both streams the policy needs one product only (design fact 5):
+u = scale·W·h_z + offset, h_z = h_a + (c_b + α₀)/c_a·h_b. Per chunk of R rows:
+
+    Z  = h_z Wᵀ                      the only [R, V] tensor there is
+    lse, P′ = softmax(u) − onehot    the row kernel, P′ in Z's memory
+    G′ = P′ W                        [R, D], kept
+
+and the backward pass is elementwise: ∂h_a = c_a·logit_scale·((g + v)·W[action] + v·G′) for any
+upstream g = ∂L/∂q_action and v = ∂L/∂V. Nothing is recomputed and no gradient of W is ever formed.
+P − onehot rather than P, because with γ near 1 the two terms of ∂h_a nearly cancel where the
+policy is sure of the action; the subtraction has to happen in float32, before rounding.
+c_a is kept out of h_z (it goes into the scale): in the policy parametrization h_z is then h_a
+itself, not rounded once more, and a small α̃ cannot overflow float16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .reference import (
+    MASKED_ROW,
+    Coefficients,
+    accumulation_dtype,
+    value_from_logsumexps,
+    weighted_sum,
+)
+from .torch_backend import residual_view
+
+CPU_CHUNK_ROWS = 256
+"""A CPU chunk of this many rows keeps the product near its peak rate and the row work's reads
+inside the last-level cache; more rows only cost memory."""
+TILE = 128
+"""Rows of a matrix-product tile on a GPU."""
+
+
+class Head(NamedTuple):
+    """logits = logit_scale·(h·Wᵀ + bias). Frozen, shared by both streams."""
+
+    weight: Tensor
+    bias: Tensor | None
+    logit_scale: float
+
+    def action_logits(self, hidden_ND: Tensor, actions_N: Tensor) -> Tensor:
+        """Exact float32 logit of each row's action [N]: a gather and a dot, no product with W."""
+        dtype = accumulation_dtype(hidden_ND.dtype)
+        columns_N = actions_N.clamp_min(0)
+        out_N = hidden_ND.new_empty(len(hidden_ND), dtype=dtype)
+        for rows in _row_blocks(*hidden_ND.shape):
+            w_RD = self.weight[columns_N[rows]].to(dtype)
+            out_N[rows] = (hidden_ND[rows].to(dtype) * w_RD).sum(-1)
+        if self.bias is not None:
+            out_N += self.bias[columns_N].to(dtype)
+        return out_N.mul_(self.logit_scale)
+
+    def bias_for(self, weight: float) -> Tensor | None:
+        if self.bias is None:
+            return None
+        return self.bias.to(accumulation_dtype(self.weight.dtype)) * (weight * self.logit_scale)
+
+
+def chunk_rows(
+    num_rows: int, hidden_size: int, bytes_per_row: int, workspace_bytes: int, device: torch.device
+) -> int:
+    """Rows of one chunk: as many as the workspace holds, and on a GPU a number that fills whole
+    waves of G′ = P′W's tiles (kernels-study §4.3: R = 1,152 reaches 55% of what R = 1,024 does)."""
+    cap = max(1, workspace_bytes // bytes_per_row)
+    if device.type != "cuda":
+        return min(cap, CPU_CHUNK_ROWS, num_rows)
+    if cap < TILE:
+        return min(cap, num_rows)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    cap = min(cap, -(-num_rows // TILE) * TILE)
+
+    def wave_efficiency(rows: int) -> float:
+        tiles = rows // TILE * -(-hidden_size // (2 * TILE))
+        return tiles / (-(-tiles // processors) * processors)
+
+    return max(range(TILE, cap + 1, TILE), key=lambda rows: (round(wave_efficiency(rows), 1), rows))
+
+
+def forward(
+    adapter_hidden: Tensor, base_hidden: Tensor, head: Head, actions: Tensor,
+    base_logsumexp: Tensor | None, coef: Coefficients, workspace_bytes: int,
+    statistics: bool, need_grad: bool, backend: ModuleType,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns q_action, value, base_logprob, base_logsumexp [N], G′ [N, D] (empty unless
+    ``need_grad``), statistics [3, N] (empty unless asked). Arguments as ``ops.linear_soft_value``.
+    """
+    num_rows, hidden_size = adapter_hidden.shape
+    weight, dtype = head.weight, accumulation_dtype(adapter_hidden.dtype)
+    mix = coef.base_weight / coef.adapter_coef
+    scale = coef.adapter_coef / coef.alpha_tilde
+    offset_bias = head.bias_for(scale + coef.base_weight / coef.alpha_tilde)
+    base_bias = head.bias_for(1.0)
+
+    a_action = head.action_logits(adapter_hidden, actions)
+    b_action = head.action_logits(base_hidden, actions)
+    u_action = weighted_sum(scale, a_action, coef.base_weight / coef.alpha_tilde, b_action)
+    need_base = base_logsumexp is None
+
+    policy_lse = adapter_hidden.new_empty(num_rows, dtype=dtype)
+    base_lse = torch.empty_like(policy_lse) if need_base else base_logsumexp.to(dtype)
+    residual_product = weight.new_empty((num_rows if need_grad else 0, hidden_size))
+    stats = policy_lse.new_zeros((3, num_rows) if statistics else (0,))
+
+    streams = 1 + need_base
+    product = _Product(weight)
+    step = chunk_rows(
+        num_rows, hidden_size, streams * product.bytes_per_row, workspace_bytes, weight.device
+    )
+    workspace = product.new_workspace(streams * step)
+    for rows in _steps(num_rows, step):
+        hz = adapter_hidden[rows]
+        if mix != 0:
+            hz = hz.to(dtype) + mix * base_hidden[rows].to(dtype)
+        hz = hz.to(weight.dtype)
+        count = len(hz)
+        # Both streams in one product: each tile of W is read once for the two of them.
+        stacked = torch.cat([hz, base_hidden[rows].to(weight.dtype)]) if need_base else hz
+        z = product.into(stacked, workspace[: streams * count])
+        exact = None
+        if z.element_size() == 2:
+            exact = torch.stack([u_action[rows], b_action[rows]])
+        policy_lse[rows], base_lse_rows, stats_rows = backend.rows_forward(
+            z[:count], z[count:] if need_base else None, actions[rows],
+            scale * head.logit_scale, offset_bias, head.logit_scale, base_bias,
+            need_grad, weight.dtype, statistics, exact,
+        )
+        if need_base:
+            base_lse[rows] = base_lse_rows
+        if statistics:
+            stats[:, rows] = stats_rows
+        if need_grad:
+            torch.mm(residual_view(z[:count], weight.dtype), weight, out=residual_product[rows])
+
+    has_action, kept = actions >= 0, actions != MASKED_ROW
+    q_action = weighted_sum(coef.adapter_coef, a_action, coef.base_coef, b_action)
+    value = value_from_logsumexps(policy_lse, base_lse, coef)
+    return (
+        torch.where(has_action, q_action, 0.0),
+        torch.where(kept, value, 0.0),
+        torch.where(has_action, b_action - base_lse, 0.0),
+        torch.where(kept, base_lse, 0.0),
+        residual_product,
+        stats,
+    )
+
+
+def backward(
+    residual_product: Tensor, weight: Tensor, actions: Tensor, grad_q: Tensor, grad_v: Tensor,
+    factor: float, out_dtype: torch.dtype,
+) -> Tensor:
+    """∂h_a [N, D] = factor·((g + v)·W[action] + v·G′), in float32, rounded once."""
+    dtype = accumulation_dtype(out_dtype)
+    out = residual_product.new_empty(residual_product.shape, dtype=out_dtype)
+    at_action = torch.where(actions >= 0, grad_q + grad_v, 0.0) * factor
+    elsewhere = torch.where(actions != MASKED_ROW, grad_v, 0.0) * factor
+    for rows in _row_blocks(*residual_product.shape):
+        w = weight[actions[rows].clamp_min(0)].to(dtype)
+        w.mul_(at_action[rows, None])
+        out[rows] = w.addcmul_(residual_product[rows].to(dtype), elsewhere[rows, None])
+    return out
+
+
+def logsumexp(
+    hidden: Tensor, head: Head, actions: Tensor, workspace_bytes: int, backend: ModuleType
+) -> Tensor:
+    """lse of the head's logits [N], float32."""
+    exact_N = head.action_logits(hidden, actions)
+    out = torch.empty_like(exact_N)
+    product = _Product(head.weight)
+    step = chunk_rows(
+        len(hidden), hidden.shape[1], product.bytes_per_row, workspace_bytes, hidden.device
+    )
+    workspace, bias = product.new_workspace(step), head.bias_for(1.0)
+    for rows in _steps(len(hidden), step):
+        chunk = hidden[rows].to(head.weight.dtype)
+        z = product.into(chunk, workspace[: len(chunk)])
+        exact = exact_N[rows].expand(2, -1).contiguous() if z.element_size() == 2 else None
+        out[rows] = backend.rows_forward(
+            z, None, actions[rows], head.logit_scale, bias, head.logit_scale, None,
+            False, head.weight.dtype, False, exact,
+        )[0]
+    return out
+
+
+class _Product:
+    """h·Wᵀ into a workspace, accumulated and, where the device can, stored in float32.
+
+    A 16-bit logit of size 20 carries an error of 0.04; cuBLAS stores float32 from 16-bit operands
+    at the same speed, the CPU's library does not offer it through PyTorch.
+    """
+
+    def __init__(self, weight: Tensor):
+        self.weight = weight
+        widen = weight.is_cuda and weight.element_size() == 2
+        self.dtype = torch.float32 if widen else weight.dtype
+        self.bytes_per_row = weight.shape[0] * (4 if widen else weight.element_size())
+
+    def new_workspace(self, rows: int) -> Tensor:
+        return self.weight.new_empty((rows, self.weight.shape[0]), dtype=self.dtype)
+
+    def into(self, hidden_RD: Tensor, out_RV: Tensor) -> Tensor:
+        if self.dtype == self.weight.dtype:
+            return torch.mm(hidden_RD, self.weight.t(), out=out_RV)
+        return torch.mm(hidden_RD, self.weight.t(), out_dtype=self.dtype, out=out_RV)
+
+
+def _steps(num_rows: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, max(1, step)))
+
+
+def _row_blocks(num_rows: int, hidden_size: int) -> Iterator[slice]:
+    """Blocks of rows whose float32 hidden states take at most 64 MiB."""
+    return _steps(num_rows, max(1, (64 << 20) // (4 * max(1, hidden_size))))

@@ -1,0 +1,356 @@
+"""Public operators: what they compute, the checks of their arguments, the choice of backend.
+
+Shapes: N rows (states), V vocabulary, D hidden size, S = 2B sequences.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import library
+from .reference import MASKED_ROW, NO_ACTION, Coefficients, PolicyStatistics, accumulation_dtype
+
+
+class SoftValue(NamedTuple):
+    """Per row, float32 (float64 for float64 inputs), shape [N]."""
+
+    q_action: Tensor
+    """q(s, a), the residual Q-value of the action; 0 where the action is -1."""
+    value: Tensor
+    """V(s), the soft value of the state; -inf where no token is left."""
+    base_logprob: Tensor
+    """log π(a|s); 0 where the action is -1. No gradient."""
+    base_logsumexp: Tensor
+    """lse(b). No gradient; a constant of the frozen base, worth caching."""
+
+
+class BradleyTerry(NamedTuple):
+    """Outputs of ``bradley_terry``; differentiable in q_action and value."""
+
+    loss: Tensor
+    """preference_loss + chi2_coef·chi2_loss. 0-d."""
+    preference_loss: Tensor
+    """−mean over pairs of log σ(R_chosen − R_rejected). 0-d."""
+    chi2_loss: Tensor
+    """Mean over actions of the squared reward, not weighted. 0-d."""
+    sequence_rewards: Tensor
+    """R as it enters the loss, [2B]: chosen first, then rejected."""
+    token_rewards: Tensor
+    """r of each action, [N]."""
+
+
+def soft_value(
+    adapter_logits: Tensor, base_logits: Tensor, actions: Tensor, *,
+    alpha_0: float, alpha_tilde: float = 1.0, adapter_coef: float = 1.0, base_coef: float = 0.0,
+    base_logsumexp: Tensor | None = None, row_mask: Tensor | None = None,
+    return_statistics: bool = False, inplace_backward: bool = False, backend: str | None = None,
+) -> SoftValue | tuple[SoftValue, PolicyStatistics]:
+    """Residual Q-value and soft value from two streams of logits, in one pass over them.
+
+    With q = adapter_coef·a + base_coef·b:
+
+        V = alpha_tilde·lse((q + alpha_0·b) / alpha_tilde) − alpha_0·lse(b)
+
+    (soft value of the customised policy π̃; Q-Adapter §4, design §2). Accumulates in float32.
+    The gradient flows to ``adapter_logits`` only and is exact for any upstream gradient.
+
+    Args:
+        adapter_logits: a, [N, V], any float dtype, any row stride.
+        base_logits: b of the frozen base, same shape, dtype and device. Must not require grad.
+        actions: token ids [N], integer; -1 where a state has no action.
+        alpha_0: weight of the base policy (λ·α₁).
+        alpha_tilde: entropy weight of the customised policy, > 0.
+        adapter_coef, base_coef: q as a linear combination of the streams. (1, 0): the adapted
+            stream is q. (alpha_tilde, −alpha_0): the adapted stream is the policy's logits.
+        base_logsumexp: lse(b) [N], if known: the base is then read only where its weight is not 0.
+        row_mask: bool [N]; rows that are False are skipped: outputs and gradient are 0.
+        return_statistics: also return ``PolicyStatistics`` from the same pass.
+        inplace_backward: write the gradient over ``adapter_logits`` (they are gone after
+            backward; one backward only).
+        backend: "torch", "triton", "cpu" or "cuda"; None takes the best there is.
+
+    Raises:
+        ValueError, TypeError: an argument's shape, dtype, device or value; the message names it.
+        RuntimeError: a forced backend can't serve these tensors.
+    """
+    coef = _coefficients(alpha_0, alpha_tilde, adapter_coef, base_coef)
+    _check_matrix("adapter_logits", adapter_logits)
+    _check_like("base_logits", base_logits, "adapter_logits", adapter_logits)
+    _check_frozen("base_logits", base_logits)
+    num_rows, vocab_size = adapter_logits.shape
+    actions = _check_actions(actions, num_rows, vocab_size, adapter_logits.device, row_mask)
+    _check_rows("base_logsumexp", base_logsumexp, num_rows, adapter_logits.device)
+    if base_logsumexp is not None:
+        base_logsumexp = base_logsumexp.to(accumulation_dtype(adapter_logits.dtype)).contiguous()
+    if inplace_backward and adapter_logits.is_leaf and adapter_logits.requires_grad:
+        raise ValueError("inplace_backward would overwrite a leaf: adapter_logits is an input")
+    *outputs, _, stats = library.soft_value(
+        _unit_columns(adapter_logits), _unit_columns(base_logits), actions, base_logsumexp,
+        *coef, return_statistics, inplace_backward, backend or "",
+    )
+    result = SoftValue(*outputs)
+    return (result, PolicyStatistics(*stats.unbind())) if return_statistics else result
+
+
+def linear_soft_value(
+    adapter_hidden: Tensor, base_hidden: Tensor, weight: Tensor, actions: Tensor, *,
+    alpha_0: float, alpha_tilde: float = 1.0, adapter_coef: float = 1.0, base_coef: float = 0.0,
+    bias: Tensor | None = None, logit_scale: float = 1.0, base_logsumexp: Tensor | None = None,
+    row_mask: Tensor | None = None, workspace_mb: int = 512, return_statistics: bool = False,
+    backend: str | None = None,
+) -> SoftValue | tuple[SoftValue, PolicyStatistics]:
+    """``soft_value`` straight from hidden states through one frozen head; no [N, V] tensor is held.
+
+    logits = logit_scale·(h·weightᵀ + bias) for both streams. One matrix product with ``weight``
+    forward for the policy, one for lse(b) unless it is given, one for the gradient; backward is
+    elementwise. Heads that are not linear (Gemma's softcap) need ``soft_value``.
+
+    Args:
+        adapter_hidden: h_a [N, D], after the final norm. Gets the gradient.
+        base_hidden: h_b [N, D] of the frozen base. Must not require grad.
+        weight: [V, D], the frozen lm_head. Must not require grad.
+        actions, alpha_0, alpha_tilde, adapter_coef, base_coef, base_logsumexp, backend: as in
+            ``soft_value``. ``adapter_coef`` must not be 0.
+        bias: [V] or None.
+        logit_scale: factor on the logits (Cohere; 1/logits_scaling for Granite).
+        row_mask: bool [N]; rows that are False give 0 and get no gradient. They still take part
+            in the products: drop them before the call where that matters.
+        workspace_mb: upper bound, in MiB, on the memory for logits.
+        return_statistics: also return ``PolicyStatistics``. Needs the base's logits, so
+            ``base_logsumexp`` must be None.
+
+    Under autocast the products run in the autocast dtype, as F.linear does.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as ``soft_value``.
+    """
+    coef = _coefficients(alpha_0, alpha_tilde, adapter_coef, base_coef)
+    if coef.adapter_coef == 0:
+        raise ValueError("adapter_coef is 0: the adapted stream would have no part in q")
+    _check_matrix("adapter_hidden", adapter_hidden)
+    _check_like("base_hidden", base_hidden, "adapter_hidden", adapter_hidden, same_dtype=False)
+    _check_frozen("base_hidden", base_hidden)
+    weight, bias = _check_head(weight, bias, adapter_hidden)
+    if return_statistics and base_logsumexp is not None:
+        raise ValueError("return_statistics needs the base's logits: pass base_logsumexp=None")
+    num_rows = adapter_hidden.shape[0]
+    actions = _check_actions(actions, num_rows, weight.shape[0], weight.device, row_mask)
+    _check_rows("base_logsumexp", base_logsumexp, num_rows, weight.device)
+    need_grad = torch.is_grad_enabled() and adapter_hidden.requires_grad
+    *outputs, _, stats = library.linear_soft_value(
+        adapter_hidden, base_hidden, weight, actions, bias, base_logsumexp, *coef,
+        float(logit_scale), _workspace_bytes(workspace_mb), return_statistics, need_grad,
+        backend or "",
+    )
+    result = SoftValue(*outputs)
+    return (result, PolicyStatistics(*stats.unbind())) if return_statistics else result
+
+
+def linear_logsumexp(
+    hidden: Tensor, weight: Tensor, actions: Tensor | None = None, *, bias: Tensor | None = None,
+    logit_scale: float = 1.0, workspace_mb: int = 512, backend: str | None = None,
+) -> Tensor:
+    """lse of a head's logits, float32 [N]: the base's constant, computed once and cached.
+
+    Args:
+        hidden: [N, D]. No gradient is computed.
+        actions: token ids [N] or None. Where given, each action's own logit enters the sum exactly
+            instead of rounded to the product's dtype, so that log π(a) = b[a] − lse(b) is never
+            positive.
+        weight, bias, logit_scale, workspace_mb, backend: as in ``linear_soft_value``.
+    """
+    _check_matrix("hidden", hidden)
+    weight, bias = _check_head(weight, bias, hidden)
+    if actions is None:
+        actions = torch.full((hidden.shape[0],), NO_ACTION, device=hidden.device)
+    actions = _check_actions(actions, hidden.shape[0], weight.shape[0], weight.device, None)
+    return library.linear_logsumexp(
+        hidden.detach(), weight, actions, bias, float(logit_scale),
+        _workspace_bytes(workspace_mb), backend or "",
+    )
+
+
+def bradley_terry(
+    q_action: Tensor, value: Tensor, sequence_offsets: Tensor, *, gamma: float = 1.0,
+    chi2_coef: float = 0.0, bootstrap: str = "next", length_normalization: str = "none",
+    padded_length: int | None = None, num_pairs: float | None = None,
+    num_actions: float | None = None, backend: str | None = None,
+) -> BradleyTerry:
+    """Sequence loss over ragged rows: Bradley–Terry on summed rewards plus a χ² term.
+
+        r_k = q_k − gamma·V_{k+1} (bootstrap "next") or q_k − gamma·V_k ("current"),  R = Σ r_k / d
+        loss = −mean_pairs log σ(R_chosen − R_rejected) + chi2_coef·mean_actions r²
+
+    (Q-Adapter's inverse Bellman operator and preference loss; "current" is what the authors'
+    utils/q_adapter.py computes.) Differentiable in ``q_action`` and ``value``.
+
+    Args:
+        q_action, value: [N], float32 or float64, the actions of all sequences one after the other.
+        sequence_offsets: int64 [2B + 1]; sequence i owns rows offsets[i]:offsets[i + 1]. The
+            first B are chosen, the last B rejected; pair i is (i, B + i). Sequences may be empty.
+        bootstrap: "next" or "current".
+        length_normalization: d = 1 ("none"), the sequence's number of actions ("completion"), or
+            ``padded_length`` − 1 ("padded").
+        num_pairs, num_actions: denominators of the means, where this call sees a part of a larger
+            batch. Default: this call's own.
+
+    Raises:
+        ValueError: an option or a shape; the message names it.
+    """
+    _check_rows("q_action", q_action, q_action.shape[0] if q_action.dim() == 1 else -1, None)
+    _check_rows("value", value, q_action.shape[0], q_action.device)
+    if bootstrap not in ("next", "current"):
+        raise ValueError(f'bootstrap must be "next" or "current", got {bootstrap!r}')
+    if sequence_offsets.dim() != 1 or sequence_offsets.shape[0] % 2 == 0:
+        raise ValueError(
+            "sequence_offsets must hold 2B + 1 numbers (B chosen, then B rejected sequences), "
+            f"got shape {tuple(sequence_offsets.shape)}"
+        )
+    dtype = accumulation_dtype(q_action.dtype)
+    q_action, value = q_action.to(dtype).contiguous(), value.to(dtype).contiguous()
+    sequence_offsets = sequence_offsets.to(device=q_action.device, dtype=torch.int64)
+    lengths = sequence_offsets.diff()
+    if length_normalization == "none":
+        divisors = torch.ones_like(lengths, dtype=dtype)
+    elif length_normalization == "completion":
+        divisors = lengths.clamp_min(1).to(dtype)
+    elif length_normalization == "padded":
+        if padded_length is None:
+            raise ValueError('length_normalization="padded" needs padded_length')
+        divisors = torch.full_like(lengths, max(1, padded_length - 1), dtype=dtype)
+    else:
+        raise ValueError(
+            'length_normalization must be "none", "completion" or "padded", '
+            f"got {length_normalization!r}"
+        )
+    pairs = lengths.shape[0] // 2 if num_pairs is None else num_pairs
+    num_actions = q_action.shape[0] if num_actions is None else num_actions
+    losses, sequence_rewards, token_rewards = library.bradley_terry(
+        q_action, value, sequence_offsets.contiguous(), divisors, float(gamma), float(chi2_coef),
+        bootstrap == "next", 1.0 / max(pairs, 1), 1.0 / max(num_actions, 1), backend or "",
+    )
+    return BradleyTerry(*losses.unbind(), sequence_rewards, token_rewards)
+
+
+# --- checks ---------------------------------------------------------------------------------
+
+
+def _coefficients(*numbers: float) -> Coefficients:
+    coef = Coefficients(*(float(x) for x in numbers))
+    for name, number in coef._asdict().items():
+        if not math.isfinite(number):
+            raise ValueError(f"{name} must be a finite number, got {number}")
+    if coef.alpha_tilde <= 0:
+        raise ValueError(f"alpha_tilde must be positive, got {coef.alpha_tilde}")
+    return coef
+
+
+def _workspace_bytes(workspace_mb: int) -> int:
+    if workspace_mb <= 0:
+        raise ValueError(f"workspace_mb must be positive, got {workspace_mb}")
+    return int(workspace_mb * (1 << 20))
+
+
+def _check_matrix(name: str, x: Tensor) -> None:
+    if x.dim() != 2:
+        raise ValueError(f"{name} must have shape [N, columns], got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
+    if type(x).__name__ == "DTensor":
+        raise TypeError(f"{name} is a DTensor: pass full_tensor() or to_local()")
+
+
+def _check_like(
+    name: str, x: Tensor, other_name: str, other: Tensor, same_dtype: bool = True
+) -> None:
+    _check_matrix(name, x)
+    if x.shape != other.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}, {other_name} has {tuple(other.shape)}: "
+            "they must be equal"
+        )
+    if same_dtype and x.dtype != other.dtype:
+        raise TypeError(f"{name} is {x.dtype}, {other_name} is {other.dtype}: they must be equal")
+    if x.device != other.device:
+        raise ValueError(f"{name} is on {x.device}, {other_name} on {other.device}")
+
+
+def _check_frozen(name: str, x: Tensor) -> None:
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise ValueError(
+            f"{name} requires grad, but the base is frozen and gets no gradient: "
+            f"pass {name}.detach() (and compute it under torch.no_grad() to save its memory)"
+        )
+
+
+def _check_head(
+    weight: Tensor, bias: Tensor | None, hidden: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    _check_matrix("weight", weight)
+    if weight.numel() == 0:
+        raise ValueError(
+            "weight is empty: under ZeRO-3 gather it first "
+            "(deepspeed.zero.GatheredParameters around the call)"
+        )
+    _check_frozen("weight", weight)
+    if weight.shape[1] != hidden.shape[1]:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)} but the hidden size is {hidden.shape[1]}"
+        )
+    if weight.device != hidden.device:
+        raise ValueError(f"weight is on {weight.device}, the hidden states on {hidden.device}")
+    if bias is not None:
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must have shape [{weight.shape[0]}], got {tuple(bias.shape)}")
+        _check_frozen("bias", bias)
+    if torch.is_autocast_enabled(weight.device.type) and weight.dtype != torch.float64:
+        weight = weight.to(torch.get_autocast_dtype(weight.device.type))
+    return weight, bias
+
+
+def _check_rows(name: str, x: Tensor | None, num_rows: int, device: torch.device | None) -> None:
+    if x is None:
+        return
+    if x.shape != (num_rows,):
+        expected = "[N]" if num_rows < 0 else f"[{num_rows}]"
+        raise ValueError(f"{name} must have shape {expected}, got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
+    if device is not None and x.device != device:
+        raise ValueError(f"{name} is on {x.device}, the other tensors on {device}")
+
+
+def _check_actions(
+    actions: Tensor, num_rows: int, vocab_size: int, device: torch.device, row_mask: Tensor | None
+) -> Tensor:
+    if actions.shape != (num_rows,):
+        raise ValueError(f"actions must have shape [{num_rows}], got {tuple(actions.shape)}")
+    if actions.is_floating_point() or actions.dtype == torch.bool:
+        raise TypeError(f"actions must be integer token ids, got {actions.dtype}")
+    if actions.device != device:
+        raise ValueError(f"actions are on {actions.device}, the other tensors on {device}")
+    # The range is checked where it costs no device synchronisation; on a GPU the kernels compare
+    # columns with the action, so an id outside the vocabulary reads nothing it should not.
+    if not torch.compiler.is_compiling() and device.type == "cpu" and num_rows:
+        low, high = (int(x) for x in actions.aminmax())
+        if low < NO_ACTION or high >= vocab_size:
+            wrong = low if low < NO_ACTION else high
+            raise ValueError(
+                f"actions holds {wrong}, outside the vocabulary of {vocab_size} "
+                "(-1 stands for no action)"
+            )
+    actions = actions.to(torch.int64).contiguous()
+    if row_mask is not None:
+        if row_mask.shape != (num_rows,) or row_mask.dtype != torch.bool:
+            raise ValueError(f"row_mask must be bool of shape [{num_rows}]")
+        actions = torch.where(row_mask, actions, MASKED_ROW)
+    return actions
+
+
+def _unit_columns(x_NV: Tensor) -> Tensor:
+    """Any row stride is served; columns must be next to each other."""
+    return x_NV if x_NV.stride(1) == 1 or x_NV.shape[1] <= 1 else x_NV.contiguous()

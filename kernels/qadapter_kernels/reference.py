@@ -1,0 +1,195 @@
+"""The definition, in plain PyTorch: what every backend is tested against.
+
+Any device, any floating dtype, differentiable by autograd. Nothing here is fast and nothing is
+clever: a reader should be able to hold each function against the equations in one look.
+
+Shapes: N rows (states), V vocabulary, S = 2B sequences (chosen 0..B-1, rejected B..2B-1).
+Source: Q-Adapter (Li et al., ICLR 2025, arXiv 2407.03856), eqs. for π̃, V and r₂.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NO_ACTION = -1
+"""Action of a row that has a value but no action."""
+MASKED_ROW = -2
+"""Internal action of a row that is masked out: every output and its gradient are 0."""
+
+
+class Coefficients(NamedTuple):
+    """The four numbers that turn two streams of logits into a policy and a value.
+
+    q = adapter_coef·a + base_coef·b;  u = (q + alpha_0·b) / alpha_tilde.
+    """
+
+    alpha_0: float
+    alpha_tilde: float = 1.0
+    adapter_coef: float = 1.0
+    base_coef: float = 0.0
+
+    @property
+    def base_weight(self) -> float:
+        """Weight of the base's logits in alpha_tilde·u. Exactly 0 for the policy parametrization
+        at the α's it was trained with: there the adapted stream alone is the policy."""
+        return self.base_coef + self.alpha_0
+
+
+class PolicyStatistics(NamedTuple):
+    """How far the customised policy π̃ stands from the base π at each state. float32 [N], nats."""
+
+    entropy: Tensor
+    """Entropy of π̃."""
+    kl_policy_base: Tensor
+    """KL(π̃‖π)."""
+    kl_base_policy: Tensor
+    """KL(π‖π̃): what was forgotten."""
+
+
+class DefinitionOutput(NamedTuple):
+    q_action: Tensor
+    value: Tensor
+    base_logprob: Tensor
+    base_logsumexp: Tensor
+    policy_logsumexp: Tensor
+    statistics: PolicyStatistics
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def logsumexp(x_NV: Tensor) -> Tensor:
+    """Row-wise log-sum-exp; -inf (with a zero gradient, not NaN) for a row of -inf."""
+    peak_N = x_NV.detach().amax(-1)
+    peak_N = torch.where(torch.isinf(peak_N), 0.0, peak_N)
+    total_N = (x_NV - peak_N[:, None]).exp().sum(-1)
+    empty_N = total_N == 0
+    return torch.where(empty_N, -torch.inf, torch.where(empty_N, 1.0, total_N).log() + peak_N)
+
+
+def weighted_sum(weight_a: float, a: Tensor, weight_b: float, b: Tensor) -> Tensor:
+    """weight_a·a + weight_b·b, where a stream of weight 0 is not looked at (0·inf would be NaN)
+    and -inf in either stream is -inf in the sum: what one stream excludes stays excluded."""
+    streams = [(w, x) for w, x in ((weight_a, a), (weight_b, b)) if w != 0]
+    if not streams:
+        return torch.zeros_like(a)
+    excluded = torch.stack([x == -torch.inf for _, x in streams]).any(0)
+    total = sum(w * torch.where(excluded, 0.0, x) for w, x in streams)
+    return torch.where(excluded, -torch.inf, total)
+
+
+def policy_logits(a_NV: Tensor, b_NV: Tensor, coef: Coefficients) -> Tensor:
+    """u = (q + α₀·b)/α̃: the customised policy's logits, up to a constant a row."""
+    scale_a = coef.adapter_coef / coef.alpha_tilde
+    return weighted_sum(scale_a, a_NV, coef.base_weight / coef.alpha_tilde, b_NV)
+
+
+def value_from_logsumexps(policy_lse_N: Tensor, base_lse_N: Tensor, coef: Coefficients) -> Tensor:
+    """V = α̃·lse(u) − α₀·lse(b); -inf where the policy has no support left."""
+    value_N = coef.alpha_tilde * policy_lse_N
+    if coef.alpha_0 != 0:
+        value_N = value_N - coef.alpha_0 * base_lse_N
+    return torch.where(policy_lse_N == -torch.inf, -torch.inf, value_N)
+
+
+def policy_statistics(u_NV: Tensor, b_NV: Tensor) -> PolicyStatistics:
+    """Entropy and both divergences; a column of zero probability contributes 0."""
+    logp_NV, logpi_NV = (x - logsumexp(x)[:, None] for x in (u_NV, b_NV))
+
+    def expectation(logweight_NV: Tensor, *terms: Tensor) -> Tensor:
+        weight_NV = logweight_NV.exp()
+        difference_NV = terms[0] if len(terms) == 1 else terms[0] - terms[1]
+        return torch.where(weight_NV > 0, weight_NV * difference_NV, 0.0).sum(-1)
+
+    return PolicyStatistics(
+        entropy=-expectation(logp_NV, logp_NV),
+        kl_policy_base=expectation(logp_NV, logp_NV, logpi_NV),
+        kl_base_policy=expectation(logpi_NV, logpi_NV, logp_NV),
+    )
+
+
+def soft_value(
+    adapter_logits: Tensor, base_logits: Tensor, actions: Tensor, coef: Coefficients,
+    base_logsumexp: Tensor | None = None,
+) -> DefinitionOutput:
+    """Soft value and residual Q of N states, from two [N, V] tensors of logits.
+
+    Differentiable in ``adapter_logits``. ``actions`` [N]: -1 for no action, -2 for a masked row.
+    """
+    dtype = accumulation_dtype(adapter_logits.dtype)
+    a_NV, b_NV = adapter_logits.to(dtype), base_logits.detach().to(dtype)
+    keep_N, has_action_N = actions != MASKED_ROW, actions >= 0
+
+    u_NV = policy_logits(a_NV, b_NV, coef)
+    policy_lse_N = logsumexp(u_NV)
+    base_lse_N = logsumexp(b_NV) if base_logsumexp is None else base_logsumexp.to(dtype)
+    value_N = value_from_logsumexps(policy_lse_N, base_lse_N, coef)
+
+    column_N1 = actions.clamp_min(0)[:, None]
+    a_action_N, b_action_N = (x.gather(1, column_N1)[:, 0] for x in (a_NV, b_NV))
+    q_action_N = weighted_sum(coef.adapter_coef, a_action_N, coef.base_coef, b_action_N)
+    peak_N = b_NV.amax(-1)
+    peak_N = torch.where(torch.isinf(peak_N), 0.0, peak_N)
+    base_logprob_N = (b_action_N - peak_N) - (base_lse_N - peak_N)
+
+    def rows(x_N: Tensor, where_N: Tensor) -> Tensor:
+        return torch.where(where_N, x_N, 0.0)
+
+    statistics = policy_statistics(u_NV.detach(), b_NV)
+    return DefinitionOutput(
+        q_action=rows(q_action_N, has_action_N),
+        value=rows(value_N, keep_N),
+        base_logprob=rows(base_logprob_N, has_action_N),
+        base_logsumexp=rows(base_lse_N, keep_N),
+        policy_logsumexp=rows(policy_lse_N, keep_N),
+        statistics=PolicyStatistics(*(rows(x_N, keep_N) for x_N in statistics)),
+    )
+
+
+def linear_soft_value(
+    adapter_hidden: Tensor, base_hidden: Tensor, weight: Tensor, actions: Tensor,
+    coef: Coefficients, bias: Tensor | None = None, logit_scale: float = 1.0,
+    base_logsumexp: Tensor | None = None,
+) -> DefinitionOutput:
+    """The same from hidden states [N, D] through one frozen head:
+    logits = logit_scale·(h·Wᵀ + bias)."""
+    hidden = (adapter_hidden, base_hidden.detach())
+    a_NV, b_NV = (logit_scale * F.linear(h_ND, weight, bias) for h_ND in hidden)
+    return soft_value(a_NV, b_NV, actions, coef, base_logsumexp)
+
+
+def bradley_terry(
+    q_action: Tensor, value: Tensor, sequence_offsets: Tensor, *, gamma: float, chi2_coef: float,
+    bootstrap: str, divisors: Tensor, num_pairs: float, num_actions: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Bradley–Terry over ragged sequences plus the χ² term. Differentiable in q_action and value.
+
+    Sequence i owns rows offsets[i]:offsets[i+1]; pair i is (i, B+i).
+    Returns (loss, preference_loss, chi2_loss, sequence_rewards [S], token_rewards [N]).
+    """
+    num_sequences = sequence_offsets.numel() - 1
+    lengths_S = sequence_offsets.diff()
+    sequence_N = torch.repeat_interleave(
+        torch.arange(num_sequences, device=value.device), lengths_S, output_size=value.numel()
+    )
+    if bootstrap == "next":  # V of the state that follows; 0 after a sequence's last action
+        following_N = torch.cat([value[1:], value.new_zeros(min(1, value.numel()))])
+        last_N = torch.zeros_like(value, dtype=torch.bool)
+        last_N[sequence_offsets[1:][lengths_S > 0] - 1] = True
+        following_N = torch.where(last_N, 0.0, following_N)
+    else:
+        following_N = value
+    token_rewards_N = q_action - gamma * following_N if gamma != 0 else q_action
+    sequence_rewards_S = value.new_zeros(num_sequences).index_add(0, sequence_N, token_rewards_N)
+    sequence_rewards_S = sequence_rewards_S / divisors
+    chosen_B, rejected_B = sequence_rewards_S.tensor_split(2)
+    preference_loss = -F.logsigmoid(chosen_B - rejected_B).sum() / num_pairs
+    chi2_loss = token_rewards_N.square().sum() / num_actions
+    loss = preference_loss + chi2_coef * chi2_loss
+    return loss, preference_loss, chi2_loss, sequence_rewards_S, token_rewards_N

@@ -1,0 +1,184 @@
+"""The row work in plain PyTorch: the backend that is always there.
+
+Same interface as the compiled ones. Rows are taken in blocks, so that no float32 [N, V] tensor
+is ever held for all rows at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .reference import Coefficients, accumulation_dtype
+
+NAME = "torch"
+BLOCK_BYTES = 64 << 20
+"""Float32 bytes of one block of rows: large enough to fill the device, small beside [N, V]."""
+
+
+def unavailable_reason(device_type: str) -> str | None:
+    """Serves every device PyTorch serves."""
+    return None
+
+
+def _blocks(num_rows: int, num_columns: int) -> Iterator[slice]:
+    step = max(1, BLOCK_BYTES // (4 * max(1, num_columns)))
+    return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
+
+
+def _statistics_buffer(num_rows: int, wanted: bool, like: Tensor) -> Tensor:
+    return like.new_zeros((3, num_rows) if wanted else (0,), dtype=accumulation_dtype(like.dtype))
+
+
+def logits_forward(
+    a_NV: Tensor, b_NV: Tensor, actions_N: Tensor, coef: Coefficients,
+    base_lse_N: Tensor | None, statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    num_rows, num_columns = a_NV.shape
+    outputs_5N = a_NV.new_empty((5, num_rows), dtype=accumulation_dtype(a_NV.dtype))
+    stats_3N = _statistics_buffer(num_rows, statistics, a_NV)
+    for rows in _blocks(num_rows, num_columns):
+        lse = None if base_lse_N is None else base_lse_N[rows]
+        out = reference.soft_value(a_NV[rows], b_NV[rows], actions_N[rows], coef, lse)
+        outputs_5N[:, rows] = torch.stack(out[:5])
+        if statistics:
+            stats_3N[:, rows] = torch.stack(out.statistics)
+    q_N, value_N, logprob_N, base_lse_N, policy_lse_N = outputs_5N.unbind()
+    return q_N, value_N, logprob_N, base_lse_N, policy_lse_N, stats_3N
+
+
+def logits_backward(
+    a_NV: Tensor, b_NV: Tensor, actions_N: Tensor, policy_lse_N: Tensor,
+    grad_q_N: Tensor, grad_v_N: Tensor, coef: Coefficients, out_NV: Tensor,
+) -> None:
+    dtype = accumulation_dtype(a_NV.dtype)
+    for rows in _blocks(*a_NV.shape):
+        u = reference.policy_logits(a_NV[rows].to(dtype), b_NV[rows].to(dtype), coef)
+        grad = _softmax(u, policy_lse_N[rows], actions_N[rows]).mul_(grad_v_N[rows, None])
+        _add_at_action(grad, actions_N[rows], grad_q_N[rows])
+        grad.masked_fill_(u == -torch.inf, 0.0)
+        out_NV[rows] = grad.mul_(coef.adapter_coef).to(out_NV.dtype)
+
+
+def rows_forward(
+    z_RV: Tensor, zb_RV: Tensor | None, actions_R: Tensor, scale: float,
+    offset_bias_V: Tensor | None, base_scale: float, base_bias_V: Tensor | None,
+    write_residual: bool, residual_dtype: torch.dtype, statistics: bool,
+    action_logits_2R: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_rows, num_columns = z_RV.shape
+    dtype = accumulation_dtype(z_RV.dtype)
+    policy_lse_R = z_RV.new_empty(num_rows, dtype=dtype)
+    base_lse_R = z_RV.new_empty(0 if zb_RV is None else num_rows, dtype=dtype)
+    stats_3R = _statistics_buffer(num_rows, statistics, z_RV)
+    residual_RV = residual_view(z_RV, residual_dtype)
+    for rows in _blocks(num_rows, num_columns):
+        exact_2R = None if action_logits_2R is None else action_logits_2R[:, rows]
+        actions = actions_R[rows]
+        u = _affine(z_RV[rows], scale, offset_bias_V, actions, exact_2R, 0)
+        policy_lse_R[rows] = reference.logsumexp(u)
+        if zb_RV is not None:
+            b = _affine(zb_RV[rows], base_scale, base_bias_V, actions, exact_2R, 1)
+            base_lse_R[rows] = reference.logsumexp(b)
+            if statistics:
+                stats_3R[:, rows] = torch.stack(reference.policy_statistics(u, b))
+        if write_residual:
+            residual = _softmax(u, policy_lse_R[rows], actions)
+            supported = policy_lse_R[rows] != -torch.inf
+            _add_at_action(residual, actions, torch.where(supported, -1.0, 0.0).to(dtype))
+            residual_RV[rows] = residual.to(residual_dtype)
+    masked_R = actions_R == reference.MASKED_ROW
+    policy_lse_R.masked_fill_(masked_R, 0.0)
+    base_lse_R.masked_fill_(masked_R if zb_RV is not None else masked_R[:0], 0.0)
+    if statistics:
+        stats_3R.masked_fill_(masked_R, 0.0)
+    return policy_lse_R, base_lse_R, stats_3R
+
+
+def residual_view(z_RV: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where P′ stands after ``rows_forward``: over z itself, or in the first half of each row's
+    bytes where z is float32 and P′ is a 16-bit type."""
+    return z_RV if z_RV.dtype == dtype else z_RV.view(dtype)[:, : z_RV.shape[1]]
+
+
+def bradley_terry_forward(
+    q_N: Tensor, v_N: Tensor, offsets_S1: Tensor, divisors_S: Tensor, gamma: float,
+    chi2_coef: float, bootstrap_next: bool, inv_pairs: float, inv_actions: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss, preference, chi2, sequence_rewards_S, token_rewards_N = reference.bradley_terry(
+        q_N, v_N, offsets_S1, gamma=gamma, chi2_coef=chi2_coef,
+        bootstrap="next" if bootstrap_next else "current", divisors=divisors_S,
+        num_pairs=1 / inv_pairs, num_actions=1 / inv_actions,
+    )
+    # Clones where the definition hands back its input (γ = 0): an op's outputs may not alias it.
+    token_rewards_N = token_rewards_N.clone() if token_rewards_N is q_N else token_rewards_N
+    return torch.stack([loss, preference, chi2]), sequence_rewards_S, token_rewards_N
+
+
+def bradley_terry_backward(
+    token_rewards_N: Tensor, sequence_rewards_S: Tensor, offsets_S1: Tensor, divisors_S: Tensor,
+    gamma: float, chi2_coef: float, bootstrap_next: bool, inv_pairs: float, inv_actions: float,
+    grad_losses_3: Tensor, grad_sequence_S: Tensor, grad_tokens_N: Tensor,
+) -> tuple[Tensor, Tensor]:
+    grad_loss, grad_preference, grad_chi2 = grad_losses_3.unbind()
+    chosen_B, rejected_B = sequence_rewards_S.tensor_split(2)
+    # d(−log σ(m))/dm = −σ(−m), for the chosen; the opposite for the rejected.
+    slope_B = -torch.sigmoid(rejected_B - chosen_B) * (grad_loss + grad_preference) * inv_pairs
+    grad_R_S = (torch.cat([slope_B, -slope_B]) + grad_sequence_S) / divisors_S
+    lengths_S = offsets_S1.diff()
+    grad_r_N = torch.repeat_interleave(grad_R_S, lengths_S, output_size=len(token_rewards_N))
+    chi2_slope = 2 * inv_actions * (chi2_coef * grad_loss + grad_chi2)
+    grad_r_N = grad_r_N + chi2_slope * token_rewards_N + grad_tokens_N
+    grad_v_N = -gamma * grad_r_N
+    if bootstrap_next:  # V(s_k) enters the reward of the action before it; the first state's none
+        grad_v_N = torch.cat([grad_v_N.new_zeros(min(1, len(grad_v_N))), grad_v_N[:-1]])
+        grad_v_N[offsets_S1[:-1][lengths_S > 0]] = 0.0
+    return grad_r_N, grad_v_N
+
+
+def combine_logits(
+    a_NV: Tensor, b_NV: Tensor, coef: Coefficients, strength_N: Tensor | None
+) -> Tensor:
+    out_NV = torch.empty_like(a_NV, dtype=accumulation_dtype(a_NV.dtype))
+    for rows in _blocks(*a_NV.shape):
+        a, b = a_NV[rows].to(out_NV.dtype), b_NV[rows].to(out_NV.dtype)
+        u = reference.policy_logits(a, b, coef)
+        logp = u - reference.logsumexp(u)[:, None]
+        if strength_N is not None:
+            strength = strength_N[rows, None]
+            logpi = b - reference.logsumexp(b)[:, None]
+            mixed = strength * logp + (1 - strength) * logpi
+            mixed = torch.where((logp == -torch.inf) | (logpi == -torch.inf), -torch.inf, mixed)
+            mixed = torch.where(strength == 0, logpi, torch.where(strength == 1, logp, mixed))
+            logp = mixed - reference.logsumexp(mixed)[:, None]
+        out_NV[rows] = logp
+    return out_NV
+
+
+def _affine(
+    z: Tensor, scale: float, bias_V: Tensor | None, actions: Tensor, exact_2R: Tensor | None,
+    which: int,
+) -> Tensor:
+    logits = z.to(accumulation_dtype(z.dtype)) * scale
+    if bias_V is not None:
+        logits += bias_V
+    if exact_2R is not None:
+        column = actions.clamp_min(0)[:, None]
+        rounded = logits.gather(1, column)
+        exact = torch.where(column == actions[:, None], exact_2R[which, :, None], rounded)
+        logits.scatter_(1, column, exact)
+    return logits
+
+
+def _softmax(u: Tensor, lse: Tensor, actions: Tensor) -> Tensor:
+    """exp(u − lse); zeros for a row without support and for a masked row."""
+    dead = ((lse == -torch.inf) | (actions == reference.MASKED_ROW))[:, None]
+    return torch.where(dead, 0.0, (u - torch.where(dead, 0.0, lse[:, None])).exp())
+
+
+def _add_at_action(x: Tensor, actions: Tensor, amount: Tensor) -> None:
+    amount = torch.where(actions >= 0, amount, 0.0)
+    x.scatter_add_(1, actions.clamp_min(0)[:, None], amount[:, None].to(x.dtype))

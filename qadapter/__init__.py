@@ -1,0 +1,1 @@
+"""Customize a frozen LLM to new human preferences without making it forget."""
