@@ -1,0 +1,28 @@
+"""Preference data: formats → pairs → tokens → batches, and what was dropped and why."""
+
+from qadapter.data.collation import PreferenceCollator
+from qadapter.data.fingerprints import fingerprint
+from qadapter.data.preferences import as_preferences, load_preferences
+from qadapter.data.report import DROP_REASONS, NOTES, PreparationReport
+from qadapter.data.splits import split_by_prompt
+from qadapter.data.tokenization import (
+    EndOfTurn,
+    TokenizedPreferences,
+    learn_end_of_turn,
+    tokenize_preferences,
+)
+
+__all__ = [
+    "DROP_REASONS",
+    "NOTES",
+    "EndOfTurn",
+    "PreferenceCollator",
+    "PreparationReport",
+    "TokenizedPreferences",
+    "as_preferences",
+    "fingerprint",
+    "learn_end_of_turn",
+    "load_preferences",
+    "split_by_prompt",
+    "tokenize_preferences",
+]

@@ -1,0 +1,230 @@
+"""Preference datasets in one canonical layout, whatever they came as."""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, Features, Json, List, Value, concatenate_datasets
+
+from qadapter.data.formats import (
+    COLUMNS,
+    EXTRA_COLUMNS,
+    ID_COLUMNS,
+    Format,
+    Kind,
+    detect_format,
+    pairs_of_row,
+)
+from qadapter.data.report import BadRow
+from qadapter.data.sources import ArrowRows, Row, read_rows
+from qadapter.errors import QAdapterError
+
+# Rows turned into Arrow at a time, so that only a chunk is held as Python objects.
+_CHUNK = 10_000
+_PLAIN_MESSAGE = {"role": Value("string"), "content": Value("string")}
+
+
+def load_preferences(
+    dataset_name: str | Path,
+    *,
+    config: str | None = None,
+    split: str = "train",
+    columns: Mapping[str, str] | None = None,
+    domain: str | None = None,
+    rejected_domains: Sequence[str] | None = None,
+    limit: int | None = None,
+) -> Dataset:
+    """Load preference pairs from a local path or the hub, in the canonical layout.
+
+    Recognized by their columns: TRL's preference formats (text or conversational, with or without
+    a `prompt` column, `tools` and `chat_template_kwargs` per row, or token ids), HH-RLHF
+    transcripts (text that begins ``\\n\\nHuman:`` in `chosen` and `rejected`, no `prompt`), and DSP
+    (`query` and `responses`). Other columns are ignored.
+
+    Args:
+        dataset_name: a .json, .jsonl (or either .gz) or .parquet file, a folder of them or of
+            `Dataset.save_to_disk`, or the name of a hub dataset.
+        config: the hub dataset's configuration; local data has none.
+        split: hub split, or the part of a folder by file name (``train-00000.parquet``,
+            ``test.jsonl``). A single file is the split "train".
+        columns: canonical name → name in the source, e.g. ``{"chosen": "good_answer"}``.
+        domain: for DSP, the domain whose answers are chosen.
+        rejected_domains: for DSP, whose answers are rejected; default: every other domain's. Each
+            gives a pair of its own.
+        limit: read only this many source rows.
+
+    Returns:
+        A `datasets.Dataset`, in memory, with a row a pair: `prompt`, `chosen`, `rejected` (text,
+        or lists of messages, the answers without the prompt's) or `prompt_ids`, `chosen_ids`,
+        `rejected_ids`; `tools` and `chat_template_kwargs` where the source has them; `row` (int64,
+        index in the source), `prompt_id` (the same for equal prompts, in any dataset) and `problem`
+        (null, or why the pair cannot be used, its other columns then being null:
+        `tokenize_preferences` counts and drops those).
+
+    Raises:
+        QAdapterError: nothing by that name, unreadable (file and line), empty, or without the
+            columns needed.
+    """
+    if limit is not None and limit < 1:
+        raise QAdapterError(f"limit must be at least 1, not {limit}")
+    rows = read_rows(dataset_name, config=config, split=split, limit=limit)
+    return _convert(rows, str(dataset_name), columns, domain, rejected_domains)
+
+
+def as_preferences(
+    dataset: Dataset | Iterable[Row],
+    *,
+    columns: Mapping[str, str] | None = None,
+    domain: str | None = None,
+    rejected_domains: Sequence[str] | None = None,
+) -> Dataset:
+    """`load_preferences` for data already in memory: a `datasets.Dataset` or a list of dicts.
+
+    A dataset that is in the canonical layout is returned as it is.
+    """
+    if isinstance(dataset, DatasetDict):
+        raise QAdapterError(f"the dataset has the splits {', '.join(dataset)}; choose one of them")
+    if isinstance(dataset, Dataset):
+        if {"row", "prompt_id", "problem"}.issubset(dataset.column_names):
+            return dataset
+        rows: list[Row] | ArrowRows = ArrowRows(dataset)
+    else:
+        rows = list(dataset)
+    if not len(rows):
+        raise QAdapterError("the dataset holds no rows")
+    return _convert(rows, "the dataset", columns, domain, rejected_domains)
+
+
+def _convert(
+    rows: list[Row] | ArrowRows,
+    name: str,
+    columns: Mapping[str, str] | None,
+    domain: str | None,
+    rejected_domains: Sequence[str] | None,
+) -> Dataset:
+    seen = _column_names(rows)
+    mapped = _MappedRows(rows, _check_mapping(columns or {}, seen, name))
+    form = detect_format(
+        mapped,
+        mapped.names(seen),
+        name=name,
+        domain=domain,
+        rejected_domains=rejected_domains,
+    )
+    chunks: list[list[dict[str, Any]]] = [[]]
+    datasets: list[Dataset] = []
+    extras = [key for key in EXTRA_COLUMNS if key in seen]
+    features = _features(form, mapped, extras)
+    for index, row in enumerate(mapped):
+        for pair in pairs_of_row(row, form):
+            chunks[-1].append(_record(pair, index))
+        if len(chunks[-1]) >= _CHUNK:
+            datasets.append(_to_dataset(chunks.pop(), features))
+            chunks.append([])
+    if chunks[-1]:
+        datasets.append(_to_dataset(chunks[-1], features))
+    return concatenate_datasets(datasets) if len(datasets) > 1 else datasets[0]
+
+
+class _MappedRows:
+    """Rows under their canonical names; can be iterated again."""
+
+    def __init__(self, rows: Iterable[Row], mapping: Mapping[str, str]) -> None:
+        self.rows, self.mapping = rows, mapping
+
+    def names(self, seen: Sequence[str]) -> list[str]:
+        return [n for n in seen if n not in self.mapping.values()] + list(self.mapping)
+
+    def __iter__(self) -> Iterable[Row]:
+        if not self.mapping:
+            return iter(self.rows)
+        return (row | {new: row.get(old) for new, old in self.mapping.items()} for row in self.rows)
+
+
+def _column_names(rows: list[Row] | ArrowRows) -> list[str]:
+    if isinstance(rows, ArrowRows):
+        return list(rows.dataset.column_names)
+    return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def _check_mapping(columns: Mapping[str, str], seen: Sequence[str], name: str) -> dict[str, str]:
+    known = (*COLUMNS, *EXTRA_COLUMNS)
+    for new, old in columns.items():
+        if new not in known:
+            raise QAdapterError(
+                f"columns: {new!r} is no column of a preference dataset ({', '.join(known)}); "
+                "write it as canonical name = name in the file"
+            )
+        if old not in seen:
+            near = difflib.get_close_matches(old, seen, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise QAdapterError(f"{name} has no column {old!r}, only {', '.join(seen)}{hint}")
+    return dict(columns)
+
+
+def _features(form: Format, rows: Iterable[Row], extras: Sequence[str]) -> Features:
+    value = {
+        "text": lambda: Value("string"),
+        "tokenized": lambda: List(Value("int32")),
+        # Arrow would give every message every key of any message; JSON keeps them as they are.
+        "messages": lambda: List(_PLAIN_MESSAGE if _all_plain(rows, form) else Json()),
+    }[form.kind]()
+    return Features(
+        {name: value for name in _value_columns(form.kind)}
+        | {name: Json() for name in extras}
+        | {"row": Value("int64"), "prompt_id": Value("string"), "problem": Value("string")}
+    )
+
+
+def _value_columns(kind: Kind) -> tuple[str, ...]:
+    return ID_COLUMNS if kind == "tokenized" else ("prompt", "chosen", "rejected")
+
+
+def _all_plain(rows: Iterable[Row], form: Format) -> bool:
+    """Whether every message has a role and a content and nothing else."""
+    if form.layout != "pairs":
+        return True
+    return all(
+        message.keys() == {"role", "content"}
+        for row in rows
+        for key in ("prompt", "chosen", "rejected")
+        if isinstance(row.get(key), list)
+        for message in row[key]
+        if isinstance(message, dict)
+    )
+
+
+def _record(pair: dict[str, Any] | BadRow, row: int) -> dict[str, Any]:
+    if isinstance(pair, BadRow):
+        return {"row": row, "prompt_id": _hash(["unusable", row]), "problem": str(pair)}
+    return pair | {"row": row, "prompt_id": _prompt_id(pair), "problem": None}
+
+
+def _prompt_id(pair: Mapping[str, Any]) -> str:
+    """A hash of the prompt, blind to differences in white space and to tools."""
+    if "prompt_ids" in pair:
+        return _hash(list(pair["prompt_ids"]))
+    prompt = pair["prompt"]
+    if isinstance(prompt, str):
+        # Text and a lone user turn that ask the same get the same id.
+        prompt = [{"role": "user", "content": prompt}]
+    return _hash(
+        [
+            message | {"content": " ".join((message.get("content") or "").split())}
+            for message in prompt
+        ]
+    )
+
+
+def _hash(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def _to_dataset(records: list[dict[str, Any]], features: Features) -> Dataset:
+    return Dataset.from_dict(
+        {name: [record.get(name) for record in records] for name in features}, features=features
+    )
