@@ -66,11 +66,23 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def logsumexp(x_NV: Tensor) -> Tensor:
     """Row-wise log-sum-exp; -inf (with a zero gradient, not NaN) for a row of -inf."""
+    peak_N, log_total_N = peak_and_log_total(x_NV)
+    return log_total_N + peak_N
+
+
+def peak_and_log_total(x_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """The two parts of a log-sum-exp: max m (0 for a row of -inf) and log Σ exp(x − m)."""
     peak_N = x_NV.detach().amax(-1)
     peak_N = torch.where(torch.isinf(peak_N), 0.0, peak_N)
     total_N = (x_NV - peak_N[:, None]).exp().sum(-1)
     empty_N = total_N == 0
-    return torch.where(empty_N, -torch.inf, torch.where(empty_N, 1.0, total_N).log() + peak_N)
+    return peak_N, torch.where(empty_N, -torch.inf, torch.where(empty_N, 1.0, total_N).log())
+
+
+def log_softmax(x_NV: Tensor) -> Tensor:
+    """Row-wise log-softmax; a row of -inf stays one."""
+    lse_N = logsumexp(x_NV)
+    return x_NV - torch.where(lse_N == -torch.inf, 0.0, lse_N)[:, None]
 
 
 def weighted_sum(weight_a: float, a: Tensor, weight_b: float, b: Tensor) -> Tensor:
@@ -100,7 +112,7 @@ def value_from_logsumexps(policy_lse_N: Tensor, base_lse_N: Tensor, coef: Coeffi
 
 def policy_statistics(u_NV: Tensor, b_NV: Tensor) -> PolicyStatistics:
     """Entropy and both divergences; a column of zero probability contributes 0."""
-    logp_NV, logpi_NV = (x - logsumexp(x)[:, None] for x in (u_NV, b_NV))
+    logp_NV, logpi_NV = log_softmax(u_NV), log_softmax(b_NV)
 
     def expectation(logweight_NV: Tensor, *terms: Tensor) -> Tensor:
         weight_NV = logweight_NV.exp()
@@ -128,15 +140,19 @@ def soft_value(
 
     u_NV = policy_logits(a_NV, b_NV, coef)
     policy_lse_N = logsumexp(u_NV)
-    base_lse_N = logsumexp(b_NV) if base_logsumexp is None else base_logsumexp.to(dtype)
+    if base_logsumexp is None:
+        peak_N, log_total_N = peak_and_log_total(b_NV)
+    else:
+        peak_N, log_total_N = 0.0, base_logsumexp.to(dtype)
+    base_lse_N = log_total_N + peak_N
     value_N = value_from_logsumexps(policy_lse_N, base_lse_N, coef)
 
     column_N1 = actions.clamp_min(0)[:, None]
     a_action_N, b_action_N = (x.gather(1, column_N1)[:, 0] for x in (a_NV, b_NV))
     q_action_N = weighted_sum(coef.adapter_coef, a_action_N, coef.base_coef, b_action_N)
-    peak_N = b_NV.amax(-1)
-    peak_N = torch.where(torch.isinf(peak_N), 0.0, peak_N)
-    base_logprob_N = (b_action_N - peak_N) - (base_lse_N - peak_N)
+    # Not b[a] − lse(b): under a large common offset that would lose the digits of a small log π.
+    base_logprob_N = (b_action_N - peak_N) - log_total_N
+    base_logprob_N = torch.where(b_action_N == -torch.inf, -torch.inf, base_logprob_N)
 
     def rows(x_N: Tensor, where_N: Tensor) -> Tensor:
         return torch.where(where_N, x_N, 0.0)

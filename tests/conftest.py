@@ -1,0 +1,33 @@
+"""What every test shares: seeds, Hypothesis settings, threads, the GPU marker.
+
+No ``__init__.py`` here or below: this folder and each test's own are on ``sys.path``, so helpers
+are imported by their bare names (``from oracle import ...``, ``from cases import ...``).
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+# The same examples in every run: a test that fails on Tuesdays helps nobody.
+settings.register_profile("qadapter", derandomize=True, deadline=None, max_examples=25)
+settings.load_profile("qadapter")
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no GPU on this machine"))
