@@ -1,1 +1,60 @@
-"""Customize a frozen LLM to new human preferences without making it forget."""
+"""Customise a frozen pre-trained LLM to new human preferences without making it forget.
+
+Q-Adapter (Li et al., ICLR 2025, arXiv 2407.03856): a residual Q-function learned from preference
+pairs alone, combined with the frozen base into the customised policy π̃ ∝ exp((q + α₀·log π)/α̃).
+
+Names are imported on first use: ``import qadapter`` itself is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qadapter.adapters import AdapterConfig
+    from qadapter.errors import QAdapterError
+    from qadapter.model import QAdapterModel
+    from qadapter.objective import (
+        ObjectiveConfig,
+        QAdapterLossOutput,
+        linear_q_adapter_loss,
+        q_adapter_loss,
+    )
+    from qadapter.training import QAdapterConfig, QAdapterTrainer
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AdapterConfig": "qadapter.adapters",
+    "ObjectiveConfig": "qadapter.objective",
+    "QAdapterConfig": "qadapter.training",
+    "QAdapterError": "qadapter.errors",
+    "QAdapterLossOutput": "qadapter.objective",
+    "QAdapterModel": "qadapter.model",
+    "QAdapterTrainer": "qadapter.training",
+    "linear_q_adapter_loss": "qadapter.objective",
+    "q_adapter_loss": "qadapter.objective",
+}
+
+__all__ = [
+    "AdapterConfig",
+    "ObjectiveConfig",
+    "QAdapterConfig",
+    "QAdapterError",
+    "QAdapterLossOutput",
+    "QAdapterModel",
+    "QAdapterTrainer",
+    "linear_q_adapter_loss",
+    "q_adapter_loss",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'qadapter' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -160,15 +160,10 @@ def find_actions(
     """Actions of a batch. Position 0 has no state before it and can't be an action.
 
     Args:
-        input_ids: [2B, T] integer.
-        completion_mask: [2B, T], true at completion tokens (gaps allowed).
+        input_ids: [rows, T] integer.
+        completion_mask: [rows, T], true at completion tokens (gaps allowed).
         mask_alignment: as in ``ObjectiveConfig``.
     """
-    if input_ids.dim() != 2 or input_ids.shape[0] % 2:
-        raise ValueError(
-            "input_ids must have shape [2B, T] (B chosen rows, then B rejected rows), "
-            f"got {tuple(input_ids.shape)}"
-        )
     if completion_mask.shape != input_ids.shape:
         raise ValueError(
             f"completion_mask has shape {tuple(completion_mask.shape)}, "
@@ -319,6 +314,11 @@ def _check_per_token(name: str, x: Tensor, input_ids: Tensor) -> None:
 
 
 def _check_stream(name: str, x: Tensor, input_ids: Tensor) -> None:
+    if input_ids.dim() != 2 or input_ids.shape[0] % 2:
+        raise ValueError(
+            "input_ids must have shape [2B, T] (B chosen rows, then B rejected rows), "
+            f"got {tuple(input_ids.shape)}"
+        )
     if x.dim() != 3 or x.shape[:2] != input_ids.shape:
         raise ValueError(
             f"{name} must have shape [{', '.join(map(str, input_ids.shape))}, ...] like input_ids, "

