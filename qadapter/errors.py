@@ -4,8 +4,8 @@
 class QAdapterError(Exception):
     """An error a person can act on; the CLI prints it as one line and exits with code 2.
 
-    The message names the file, row, option or model at fault and says what would do instead. It holds no
-    line breaks: `QAdapterError("a\\nb")` reads as ``a b``.
+    The message names the file, row, option or model at fault and says what would do instead. It
+    holds no line breaks: `QAdapterError("a\\nb")` reads as ``a b``.
     """
 
     def __init__(self, message: str) -> None:
