@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parent
 PACKAGE = "qadapter_kernels"
 CUDA_ARCHS = ("80", "90a", "100a", "120")
 
-CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden",
+             "-fno-strict-aliasing", "-Wall", "-Wextra"]
 SANITIZE_FLAGS = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined",
                   "-fno-sanitize-recover=all"]
 # One translation unit an instruction set, chosen at run time; all others are the portable baseline.

@@ -1,0 +1,7 @@
+#include "simd_avx2.hpp"
+
+#include "row_kernels.inl"
+
+namespace qadapter {
+const Kernels kAvx2Kernels = {"avx2", reduce, write_exp, write_log, exp_array};
+}

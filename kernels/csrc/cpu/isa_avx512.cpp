@@ -1,0 +1,7 @@
+#include "simd_avx512.hpp"
+
+#include "row_kernels.inl"
+
+namespace qadapter {
+const Kernels kAvx512Kernels = {"avx512", reduce, write_exp, write_log, exp_array};
+}

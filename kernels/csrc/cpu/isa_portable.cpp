@@ -1,0 +1,7 @@
+#include "simd_portable.hpp"
+
+#include "row_kernels.inl"
+
+namespace qadapter {
+const Kernels kPortableKernels = {"portable", reduce, write_exp, write_log, exp_array};
+}

@@ -1,0 +1,169 @@
+"""The compiled CPU backend: C++ with OpenMP; AVX-512, AVX2 or portable code, chosen at run time.
+
+Same interface as ``torch_backend``. Sources: kernels/csrc/cpu. Results do not depend on the number
+of threads (``torch.get_num_threads()``), bit for bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from . import native
+from .native import matrix, pointer
+from .reference import Coefficients
+
+NAME = "cpu"
+
+
+def unavailable_reason(device_type: str) -> str | None:
+    """None if CPU tensors can be served; else why not."""
+    if device_type != "cpu":
+        return f"the cpu backend serves CPU tensors, not {device_type} tensors"
+    return native.unavailable_reason("cpu")
+
+
+def logits_forward(
+    a_NV: Tensor, b_NV: Tensor, actions_N: Tensor, coef: Coefficients,
+    base_lse_N: Tensor | None, statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    num_rows, num_columns = a_NV.shape
+    actions_N = _actions(actions_N)
+    base_lse_N = _float32(base_lse_N)
+    outputs_5N = _empty(5, num_rows, like=a_NV)
+    stats_3N = _empty(*((3, num_rows) if statistics else (0,)), like=a_NV)
+    _check(native.library("cpu").qadapter_cpu_logits_forward(
+        *matrix(a_NV), *matrix(b_NV), pointer(actions_N), pointer(base_lse_N), _doubles(coef),
+        num_rows, num_columns, pointer(outputs_5N), pointer(stats_3N) if statistics else None,
+        torch.get_num_threads(),
+    ), num_columns)
+    # Clones: the outputs of an op may not share memory.
+    q_N, value_N, logprob_N, lse_N, policy_lse_N = (x_N.clone() for x_N in outputs_5N)
+    return q_N, value_N, logprob_N, lse_N, policy_lse_N, stats_3N
+
+
+def logits_backward(
+    a_NV: Tensor, b_NV: Tensor, actions_N: Tensor, policy_lse_N: Tensor,
+    grad_q_N: Tensor, grad_v_N: Tensor, coef: Coefficients, out_NV: Tensor,
+) -> None:
+    num_columns = a_NV.shape[1]
+    actions_N, policy_lse_N = _actions(actions_N), _float32(policy_lse_N)
+    grad_q_N, grad_v_N = _float32(grad_q_N), _float32(grad_v_N)
+    _check(native.library("cpu").qadapter_cpu_logits_backward(
+        *matrix(a_NV), *matrix(b_NV), pointer(actions_N), pointer(policy_lse_N),
+        pointer(grad_q_N), pointer(grad_v_N), _doubles(coef), len(a_NV), num_columns,
+        *matrix(out_NV), torch.get_num_threads(),
+    ), num_columns)
+
+
+def rows_forward(
+    z_RV: Tensor, zb_RV: Tensor | None, actions_R: Tensor, scale: float,
+    offset_bias_V: Tensor | None, base_scale: float, base_bias_V: Tensor | None,
+    write_residual: bool, residual_dtype: torch.dtype, statistics: bool,
+    action_logits_2R: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_rows, num_columns = z_RV.shape
+    if write_residual and not (
+        residual_dtype == z_RV.dtype
+        or (z_RV.dtype == torch.float32 and residual_dtype in (torch.bfloat16, torch.float16))
+    ):
+        raise TypeError(f"a residual of {residual_dtype} can't be written over {z_RV.dtype} logits")
+    if statistics and zb_RV is None:
+        raise ValueError("statistics compare with the base: zb_RV is needed")
+    actions_R, action_logits_2R = _actions(actions_R), _float32(action_logits_2R)
+    offset_bias_V, base_bias_V = _float32(offset_bias_V), _float32(base_bias_V)
+    policy_lse_R = _empty(num_rows, like=z_RV)
+    base_lse_R = _empty(0 if zb_RV is None else num_rows, like=z_RV)
+    stats_3R = _empty(*((3, num_rows) if statistics else (0,)), like=z_RV)
+    _check(native.library("cpu").qadapter_cpu_rows_forward(
+        *matrix(z_RV), *matrix(zb_RV), pointer(actions_R), scale, pointer(offset_bias_V),
+        base_scale, pointer(base_bias_V), pointer(action_logits_2R), num_rows, num_columns,
+        write_residual, native.DTYPE_CODES[residual_dtype if write_residual else z_RV.dtype],
+        pointer(policy_lse_R), pointer(base_lse_R), pointer(stats_3R) if statistics else None,
+        torch.get_num_threads(),
+    ), num_columns)
+    return policy_lse_R, base_lse_R, stats_3R
+
+
+def bradley_terry_forward(
+    q_N: Tensor, v_N: Tensor, offsets_S1: Tensor, divisors_S: Tensor, gamma: float,
+    chi2_coef: float, bootstrap_next: bool, inv_pairs: float, inv_actions: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    q_N, v_N, divisors_S = _float32(q_N), _float32(v_N), _float32(divisors_S)
+    offsets_S1 = _actions(offsets_S1)
+    num_sequences = len(offsets_S1) - 1
+    losses_3, sequence_rewards_S = _empty(3, like=q_N), _empty(num_sequences, like=q_N)
+    token_rewards_N = torch.zeros_like(q_N)
+    native.library("cpu").qadapter_cpu_bradley_terry_forward(
+        pointer(q_N), pointer(v_N), pointer(offsets_S1), pointer(divisors_S), num_sequences, gamma,
+        chi2_coef, bootstrap_next, inv_pairs, inv_actions, pointer(losses_3),
+        pointer(sequence_rewards_S), pointer(token_rewards_N),
+    )
+    return losses_3, sequence_rewards_S, token_rewards_N
+
+
+def bradley_terry_backward(
+    token_rewards_N: Tensor, sequence_rewards_S: Tensor, offsets_S1: Tensor, divisors_S: Tensor,
+    gamma: float, chi2_coef: float, bootstrap_next: bool, inv_pairs: float, inv_actions: float,
+    grad_losses_3: Tensor, grad_sequence_S: Tensor, grad_tokens_N: Tensor,
+) -> tuple[Tensor, Tensor]:
+    inputs = [_float32(token_rewards_N), _float32(sequence_rewards_S), _actions(offsets_S1),
+              _float32(divisors_S)]
+    grads = [_float32(grad_losses_3), _float32(grad_sequence_S), _float32(grad_tokens_N)]
+    grad_q_N, grad_v_N = torch.zeros_like(inputs[0]), torch.zeros_like(inputs[0])
+    native.library("cpu").qadapter_cpu_bradley_terry_backward(
+        *map(pointer, inputs), len(sequence_rewards_S), gamma, chi2_coef, bootstrap_next,
+        inv_pairs, inv_actions, *map(pointer, grads), pointer(grad_q_N), pointer(grad_v_N),
+    )
+    return grad_q_N, grad_v_N
+
+
+def combine_logits(
+    a_NV: Tensor, b_NV: Tensor, coef: Coefficients, strength_N: Tensor | None
+) -> Tensor:
+    num_rows, num_columns = a_NV.shape
+    out_NV = _empty(num_rows, num_columns, like=a_NV)
+    strength_N = _float32(strength_N)
+    _check(native.library("cpu").qadapter_cpu_combine_logits(
+        *matrix(a_NV), *matrix(b_NV), _doubles(coef), pointer(strength_N), num_rows, num_columns,
+        pointer(out_NV), torch.get_num_threads(),
+    ), num_columns)
+    return out_NV
+
+
+def instruction_set() -> str:
+    """The kernels in use: "portable", "avx2" or "avx512"."""
+    return native.library("cpu").qadapter_cpu_isa().decode()
+
+
+def select_instruction_set(name: str) -> None:
+    """Uses other kernels than the fastest ("best"), in the whole process. For tests.
+
+    Raises:
+        ValueError: this processor or build lacks them.
+    """
+    if native.library("cpu").qadapter_cpu_select_isa(name.encode()) != 0:
+        raise ValueError(f"no kernels for instruction set {name!r} here")
+
+
+def _empty(*shape: int, like: Tensor) -> Tensor:
+    return like.new_empty(shape, dtype=torch.float32)
+
+
+def _float32(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(torch.float32).contiguous()
+
+
+def _actions(actions_N: Tensor) -> Tensor:
+    return actions_N.to(torch.int64).contiguous()
+
+
+def _doubles(coef: Coefficients) -> ctypes.Array:
+    return (ctypes.c_double * 4)(*coef)
+
+
+def _check(status: int, num_columns: int) -> None:
+    if status != 0:
+        raise ValueError(f"an action is outside -2 .. {num_columns - 1}")

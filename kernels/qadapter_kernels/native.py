@@ -1,0 +1,137 @@
+"""Finds and loads the compiled libraries (ctypes, plain C ABI).
+
+Nothing here raises on import: a library that was not built, or can't be loaded, is a reason that
+``library()`` raises and ``unavailable_reason()`` returns. ``python -m qadapter_kernels.native``
+prints what was built and what was not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LIBRARY_FOLDER = Path(__file__).parent / "lib"
+
+P, I64, I32, F64 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_double
+MATRIX = [P, I64, I32]
+"""A [N, V] matrix: data pointer, row stride in elements, dtype code."""
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+SIGNATURES: dict[str, dict[str, tuple[type | None, list[type]]]] = {
+    "cpu": {
+        "qadapter_cpu_isa": (ctypes.c_char_p, []),
+        "qadapter_cpu_select_isa": (I32, [ctypes.c_char_p]),
+        "qadapter_cpu_exp": (None, [P, P, I64]),
+        "qadapter_cpu_logits_forward": (I32, [*MATRIX, *MATRIX, P, P, P, I64, I64, P, P, I32]),
+        "qadapter_cpu_logits_backward": (
+            I32, [*MATRIX, *MATRIX, P, P, P, P, P, I64, I64, *MATRIX, I32]
+        ),
+        "qadapter_cpu_rows_forward": (
+            I32, [*MATRIX, *MATRIX, P, F64, P, F64, P, P, I64, I64, I32, I32, P, P, P, I32]
+        ),
+        "qadapter_cpu_combine_logits": (I32, [*MATRIX, *MATRIX, P, P, I64, I64, P, I32]),
+        "qadapter_cpu_bradley_terry_forward": (
+            None, [P, P, P, P, I64, F64, F64, I32, F64, F64, P, P, P]
+        ),
+        "qadapter_cpu_bradley_terry_backward": (
+            None, [P, P, P, P, I64, F64, F64, I32, F64, F64, P, P, P, P, P]
+        ),
+    },
+}
+"""Result and argument types of every C function, by library."""
+
+
+class LibraryUnavailable(RuntimeError):
+    """A compiled library is not there; the message says why."""
+
+
+@functools.cache
+def build_report() -> dict[str, dict]:
+    """What the install built: {library: {"built": bool, "reason": why not, "compiler": ...}}."""
+    try:
+        return json.loads((LIBRARY_FOLDER / "build_report.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def missing_reason(name: str) -> str:
+    """Why the library was not built, in one line."""
+    entry = build_report().get(name, {})
+    reason = entry.get("reason", "the package was installed without compiling it")
+    first_line, *more = reason.strip().splitlines()
+    error = next((line for line in more if "error" in line.lower()), "")
+    return f"the compiled {name} library was not built: {first_line}" + (error and f" {error}")
+
+
+@functools.cache
+def _load(name: str) -> ctypes.CDLL | str:
+    path = LIBRARY_FOLDER / f"libqadapter_{name}.so"
+    if not path.exists():
+        return missing_reason(name)
+    try:
+        # torch was imported first, so the OpenMP runtime it bundles, whose soname is the same,
+        # serves this library too: one pool of threads, not two.
+        lib = ctypes.CDLL(str(path))
+        for function, (result, arguments) in SIGNATURES[name].items():
+            getattr(lib, function).restype = result
+            getattr(lib, function).argtypes = arguments
+    except (OSError, AttributeError) as error:
+        return f"the compiled {name} library can't be loaded: {error}"
+    return lib
+
+
+def unavailable_reason(name: str) -> str | None:
+    """None if the library ("cpu" or "cuda") can be used, else why not."""
+    loaded = _load(name)
+    return loaded if isinstance(loaded, str) else None
+
+
+def library(name: str) -> ctypes.CDLL:
+    """The loaded library.
+
+    Raises:
+        LibraryUnavailable: it was not built or can't be loaded; says why.
+    """
+    loaded = _load(name)
+    if isinstance(loaded, str):
+        raise LibraryUnavailable(loaded)
+    return loaded
+
+
+def pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def matrix(x_NV: Tensor | None) -> tuple[int | None, int, int]:
+    """The three arguments of a MATRIX.
+
+    Raises:
+        TypeError: a dtype the compiled libraries don't serve.
+        ValueError: not a matrix, or its columns are not contiguous.
+    """
+    if x_NV is None:
+        return None, 0, 0
+    if x_NV.dtype not in DTYPE_CODES:
+        raise TypeError(f"compiled kernels take float32, bfloat16 or float16, not {x_NV.dtype}")
+    if x_NV.ndim != 2 or (x_NV.shape[1] > 1 and x_NV.stride(1) != 1):
+        raise ValueError(
+            f"expected a matrix with contiguous columns, got shape {tuple(x_NV.shape)} "
+            f"and strides {x_NV.stride()}"
+        )
+    return x_NV.data_ptr(), x_NV.stride(0), DTYPE_CODES[x_NV.dtype]
+
+
+def main() -> None:
+    for name in ("cpu", "cuda"):
+        entry = build_report().get(name, {})
+        reason = unavailable_reason(name)
+        print(f"{name}: {reason}" if reason else f"{name}: built with {entry.get('compiler')}")
+
+
+if __name__ == "__main__":
+    main()
