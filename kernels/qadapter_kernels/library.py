@@ -18,8 +18,14 @@ def _per_row(like: Tensor) -> Tensor:
 
 
 def _distinct(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """An op's outputs may share no memory: unpacked rows of one buffer become their own."""
-    return tuple(x.clone() if x._is_view() else x for x in outputs)
+    """An op's outputs may share no memory: unpacked rows of one buffer become their own.
+
+    In inference mode they don't know that they are views, hence the look at the memory.
+    """
+    return tuple(
+        x.clone() if x._is_view() or x.untyped_storage().nbytes() != x.nbytes else x
+        for x in outputs
+    )
 
 
 def _grads(actions: Tensor, dtype: torch.dtype, *grads: Tensor | None) -> tuple[Tensor, ...]:
@@ -103,16 +109,16 @@ def _soft_value_backward(ctx, grad_q, grad_v, *_):
     none = (None,) * 10
     if grad_q is None and grad_v is None:
         return None, *none
-    logits, _, actions, policy_logsumexp = ctx.saved_tensors
-    grads = _grads(actions, policy_logsumexp.dtype, grad_q, grad_v)
-    arguments = (*ctx.saved_tensors, *grads, *ctx.coef, ctx.backend)
-    if not ctx.inplace:
-        return soft_value_backward(*arguments), *none
     if ctx.spent:
         raise RuntimeError(
             "soft_value(inplace_backward=True) wrote its gradient over adapter_logits: "
             "a second backward pass needs inplace_backward=False"
         )
+    logits, _, actions, policy_logsumexp = ctx.saved_tensors
+    grads = _grads(actions, policy_logsumexp.dtype, grad_q, grad_v)
+    arguments = (*ctx.saved_tensors, *grads, *ctx.coef, ctx.backend)
+    if not ctx.inplace:
+        return soft_value_backward(*arguments), *none
     ctx.spent = True
     soft_value_backward_(*arguments)
     return logits, *none

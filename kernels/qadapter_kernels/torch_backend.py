@@ -59,7 +59,8 @@ def logits_backward(
         u = reference.policy_logits(a_NV[rows].to(dtype), b_NV[rows].to(dtype), coef)
         grad = _softmax(u, policy_lse_N[rows], actions_N[rows]).mul_(grad_v_N[rows, None])
         _add_at_action(grad, actions_N[rows], grad_q_N[rows])
-        grad.masked_fill_(u == -torch.inf, 0.0)
+        masked = actions_N[rows, None] == reference.MASKED_ROW
+        grad.masked_fill_((u == -torch.inf) | masked, 0.0)
         out_NV[rows] = grad.mul_(coef.adapter_coef).to(out_NV.dtype)
 
 

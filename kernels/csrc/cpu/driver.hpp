@@ -10,6 +10,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "row.hpp"
@@ -150,14 +151,17 @@ void for_rows(const Plan& plan, Masked masked, Make make, Finish finish, Write w
   }
 }
 
-// Entropy of the policy, KL(policy | base), KL(base | policy) of row n into stats[3, N].
+// Entropy of the policy, KL(policy | base), KL(base | policy) of row n into stats[3, N]. A side
+// without support covers nothing: the divergence from the other side is infinite.
 inline void put_statistics(const Summary& s, int64_t n, int64_t num_rows, float* stats) {
   const double log_policy = std::log(s.policy_sum), log_base = std::log(s.base_sum);
   const bool policy = s.policy_sum != 0, base = s.base_sum != 0;
   stats[n] = policy ? float(log_policy - s.policy_energy / s.policy_sum) : 0.0f;
-  stats[num_rows + n] =
-      policy ? float(s.policy_cross / s.policy_sum - log_policy + log_base) : 0.0f;
-  stats[2 * num_rows + n] = base ? float(s.base_cross / s.base_sum - log_base + log_policy) : 0.0f;
+  const float uncovered = std::numeric_limits<float>::infinity();
+  stats[num_rows + n] = !policy ? 0.0f
+      : !base ? uncovered : float(s.policy_cross / s.policy_sum - log_policy + log_base);
+  stats[2 * num_rows + n] = !base ? 0.0f
+      : !policy ? uncovered : float(s.base_cross / s.base_sum - log_base + log_policy);
 }
 
 }  // namespace qadapter
