@@ -1,16 +1,12 @@
 """Preference data: formats → pairs → tokens → batches, and what was dropped and why."""
 
 from qadapter.data.collation import PreferenceCollator
+from qadapter.data.encoding import EndOfTurn, learn_end_of_turn
 from qadapter.data.fingerprints import fingerprint
 from qadapter.data.preferences import as_preferences, load_preferences
 from qadapter.data.report import DROP_REASONS, NOTES, PreparationReport
 from qadapter.data.splits import split_by_prompt
-from qadapter.data.tokenization import (
-    EndOfTurn,
-    TokenizedPreferences,
-    learn_end_of_turn,
-    tokenize_preferences,
-)
+from qadapter.data.tokenization import TokenizedPreferences, tokenize_preferences
 
 __all__ = [
     "DROP_REASONS",

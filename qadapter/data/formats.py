@@ -20,7 +20,8 @@ Kind = Literal["text", "messages", "tokenized"]
 Message = dict[str, Any]
 
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-COLUMNS = ("prompt", "chosen", "rejected", *ID_COLUMNS, "query", "responses")
+MASK_COLUMNS = ("chosen_mask", "rejected_mask")
+COLUMNS = ("prompt", "chosen", "rejected", *ID_COLUMNS, *MASK_COLUMNS, "query", "responses")
 EXTRA_COLUMNS = ("tools", "chat_template_kwargs")
 NEEDED = (
     "chosen + rejected (with or without prompt), prompt_ids + chosen_ids + rejected_ids, "
@@ -101,7 +102,7 @@ def _detect_responses(
 ) -> Format:
     domains: dict[str, None] = {}  # a set that keeps the order of the file
     for row in rows:
-        if isinstance(row["responses"], dict):
+        if isinstance(row.get("responses"), dict):
             domains.update(dict.fromkeys(row["responses"]))
     if domain is None:
         raise QAdapterError(
@@ -151,7 +152,16 @@ def _text(row: Row, key: str) -> str:
     value = _value(row, key)
     if not isinstance(value, str):
         raise BadRow("wrong_type", f"{key} is a {type(value).__name__}")
-    return value
+    return _unicode(value, key)
+
+
+def _unicode(text: str, key: str) -> str:
+    """`text`, if it can be written as UTF-8: JSON may hold half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow("wrong_type", f"{key} is not valid Unicode") from error
+    return text
 
 
 def _answer(text: str, key: str) -> str:
@@ -265,6 +275,7 @@ def _messages(value: Any, key: str) -> list[Message]:
         content = message.get("content")
         if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
             raise BadRow("bad_messages", f"{key}[{index}] has no text as content")
+        _unicode(content or "", f"{key}[{index}]")
     return value
 
 
@@ -282,7 +293,8 @@ def _checked_messages(
 ) -> dict[str, Any]:
     for key, turns in (("chosen", chosen), ("rejected", rejected)):
         if not turns:
-            raise BadRow("empty_answer", f"{key} ends where the other goes on")
+            raise BadRow("empty_answer", f"{key} has no turn of its own")
+    for key, turns in (("chosen", chosen), ("rejected", rejected)):
         if turns[0]["role"] in ("user", "system"):
             raise BadRow("prompt_differs", f"{key} has a {turns[0]['role']} turn of its own")
         if turns[0]["role"] != "assistant" or turns[-1]["role"] != "assistant":
@@ -337,5 +349,11 @@ def _tokenized_pair(row: Row) -> dict[str, Any]:
     for key in ("chosen_ids", "rejected_ids"):
         if not pair[key]:
             raise BadRow("empty_answer", key)
+    for key, ids in (("chosen_mask", "chosen_ids"), ("rejected_mask", "rejected_ids")):
+        mask = row.get(key)
+        if mask is not None:
+            if not isinstance(mask, list) or len(mask) != len(pair[ids]) or not any(mask):
+                raise BadRow("wrong_type", f"{key} does not fit {ids}")
+            pair[key] = [bool(own) for own in mask]
     _differ(pair["chosen_ids"], pair["rejected_ids"])
     return pair

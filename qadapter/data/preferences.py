@@ -13,8 +13,8 @@ from qadapter.data.formats import (
     COLUMNS,
     EXTRA_COLUMNS,
     ID_COLUMNS,
+    MASK_COLUMNS,
     Format,
-    Kind,
     detect_format,
     pairs_of_row,
 )
@@ -107,26 +107,24 @@ def _convert(
 ) -> Dataset:
     seen = _column_names(rows)
     mapped = _MappedRows(rows, _check_mapping(columns or {}, seen, name))
-    form = detect_format(
-        mapped,
-        mapped.names(seen),
-        name=name,
-        domain=domain,
-        rejected_domains=rejected_domains,
-    )
-    chunks: list[list[dict[str, Any]]] = [[]]
-    datasets: list[Dataset] = []
-    extras = [key for key in EXTRA_COLUMNS if key in seen]
-    features = _features(form, mapped, extras)
+    seen = mapped.names(seen)
+    form = detect_format(mapped, seen, name=name, domain=domain, rejected_domains=rejected_domains)
+    tokenized_by_us = form.kind == "tokenized" and {"row", "prompt_id"}.issubset(seen)
+    features = _features(form, mapped, seen)
+    records: list[dict[str, Any]] = []
+    chunks: list[Dataset] = []
     for index, row in enumerate(mapped):
         for pair in pairs_of_row(row, form):
-            chunks[-1].append(_record(pair, index))
-        if len(chunks[-1]) >= _CHUNK:
-            datasets.append(_to_dataset(chunks.pop(), features))
-            chunks.append([])
-    if chunks[-1]:
-        datasets.append(_to_dataset(chunks[-1], features))
-    return concatenate_datasets(datasets) if len(datasets) > 1 else datasets[0]
+            record = _record(pair, index)
+            if tokenized_by_us:
+                record |= {key: row[key] for key in ("row", "prompt_id")}
+            records.append(record)
+        if len(records) >= _CHUNK:
+            chunks.append(_to_dataset(records, features))
+            records = []
+    if records:
+        chunks.append(_to_dataset(records, features))
+    return concatenate_datasets(chunks) if len(chunks) > 1 else chunks[0]
 
 
 class _MappedRows:
@@ -165,22 +163,19 @@ def _check_mapping(columns: Mapping[str, str], seen: Sequence[str], name: str) -
     return dict(columns)
 
 
-def _features(form: Format, rows: Iterable[Row], extras: Sequence[str]) -> Features:
-    value = {
-        "text": lambda: Value("string"),
-        "tokenized": lambda: List(Value("int32")),
+def _features(form: Format, rows: Iterable[Row], seen: Sequence[str]) -> Features:
+    if form.kind == "tokenized":
+        features = dict.fromkeys(ID_COLUMNS, List(Value("int32")))
+        features |= {name: List(Value("bool")) for name in MASK_COLUMNS if name in seen}
+    elif form.kind == "text":
+        features = dict.fromkeys(("prompt", "chosen", "rejected"), Value("string"))
+    else:
         # Arrow would give every message every key of any message; JSON keeps them as they are.
-        "messages": lambda: List(_PLAIN_MESSAGE if _all_plain(rows, form) else Json()),
-    }[form.kind]()
-    return Features(
-        {name: value for name in _value_columns(form.kind)}
-        | {name: Json() for name in extras}
-        | {"row": Value("int64"), "prompt_id": Value("string"), "problem": Value("string")}
-    )
-
-
-def _value_columns(kind: Kind) -> tuple[str, ...]:
-    return ID_COLUMNS if kind == "tokenized" else ("prompt", "chosen", "rejected")
+        messages = List(_PLAIN_MESSAGE if _all_plain(rows, form) else Json())
+        features = dict.fromkeys(("prompt", "chosen", "rejected"), messages)
+    features |= {name: Json() for name in EXTRA_COLUMNS if name in seen}
+    strings = dict.fromkeys(("prompt_id", "problem"), Value("string"))
+    return Features(features | {"row": Value("int64")} | strings)
 
 
 def _all_plain(rows: Iterable[Row], form: Format) -> bool:

@@ -62,7 +62,11 @@ def read_rows(
     """
     name = os.fspath(dataset_name)
     path = Path(name).expanduser()
-    if path.exists():
+    try:
+        exists = path.exists()
+    except OSError as error:
+        raise QAdapterError(f"{path} cannot be read: {error.strerror}") from error
+    if exists:
         if config is not None:
             raise QAdapterError(
                 f"config {config!r} names a part of a hub dataset, but {path} is a local path"

@@ -1,13 +1,13 @@
-"""Canonical pairs to token ids: where the answer begins, how it ends, and what does not fit."""
+"""Canonical pairs to token ids, cut to length, with every loss counted."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from datasets import Dataset, Features, List, Value
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from qadapter.data.encoding import SIDES, Encoder, TokenPair, encoder_for
 from qadapter.data.preferences import as_preferences
 from qadapter.data.report import BadRow, PreparationReport
 from qadapter.data.sources import Row
@@ -16,12 +16,9 @@ from qadapter.errors import QAdapterError
 TruncationMode = Literal["keep_start", "keep_end"]
 OnBadRow = Literal["drop", "raise"]
 
-# Something no template writes itself, to find what it puts after an answer.
-_PROBE = "qadapter-probe-answer"
-_SIDES = ("chosen", "rejected")
 _FEATURES = Features(
-    {f"{name}_ids": List(Value("int32")) for name in ("prompt", *_SIDES)}
-    | {f"{side}_mask": List(Value("bool")) for side in _SIDES}
+    {f"{name}_ids": List(Value("int32")) for name in ("prompt", *SIDES)}
+    | {f"{side}_mask": List(Value("bool")) for side in SIDES}
     | {"notes": List(Value("string")), "problem": Value("string")}
 )
 
@@ -36,18 +33,6 @@ class TokenizedPreferences(NamedTuple):
 
     dataset: Dataset
     report: PreparationReport
-
-
-class EndOfTurn(NamedTuple):
-    """The token that ends an answer.
-
-    `from_template`: whether the chat template writes it; else the tokenizer's eos token is
-    appended, once `tail`, the template's text behind an answer, is removed.
-    """
-
-    token_id: int
-    from_template: bool
-    tail: str = ""
 
 
 def tokenize_preferences(
@@ -75,7 +60,7 @@ def tokenize_preferences(
         tokenizer: the base model's.
         max_length: most tokens of prompt + answer; None for no limit.
         truncation_mode: "keep_start" cuts the end of an answer that is too long, which then has no
-            end of turn; "keep_end" cuts the start of the prompt.
+            end of turn; "keep_end" cuts the start of the prompt, its BOS and system message first.
         on_bad_row: "drop" pairs that cannot be used and count them, or "raise" at the first.
         num_proc: processes; None for this one.
 
@@ -88,7 +73,7 @@ def tokenize_preferences(
     if max_length is not None and max_length < 2:
         raise QAdapterError(f"max_length must be at least 2 (prompt and answer), not {max_length}")
     pairs = as_preferences(dataset)
-    encode, end = _encoder(pairs, tokenizer)
+    encode, end = encoder_for(pairs, tokenizer)
     step = _Preparation(encode, max_length, truncation_mode, on_bad_row)
     tokenized = pairs.map(
         step,
@@ -111,18 +96,6 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise QAdapterError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
-def _encoder(
-    pairs: Dataset, tokenizer: PreTrainedTokenizerBase
-) -> tuple["_Ids | _Conversation | _Text", EndOfTurn | None]:
-    if "prompt_ids" in pairs.column_names:
-        return _Ids(), None
-    if isinstance(pairs.features["prompt"], List):
-        end = learn_end_of_turn(tokenizer)
-        return _Conversation(tokenizer, end), end
-    end = EndOfTurn(_eos(tokenizer), from_template=False)
-    return _Text(tokenizer, end, _special_prefix(tokenizer)), end
-
-
 def _keep_good(tokenized: Dataset, report: PreparationReport) -> Dataset:
     """Count everything in `report`; return the usable pairs without the working columns."""
     rows, problems = list(tokenized["row"]), list(tokenized["problem"])
@@ -138,221 +111,22 @@ def _keep_good(tokenized: Dataset, report: PreparationReport) -> Dataset:
     if len(good) < len(rows):
         tokenized = tokenized.select(good)
     unmasked = True
-    lengths = {name: [] for name in ("prompt", *_SIDES)}
+    lengths = {name: [] for name in ("prompt", *SIDES)}
     for batch in tokenized.iter(1000):
         for name in lengths:
             lengths[name] += map(len, batch[f"{name}_ids"])
-        unmasked &= all(all(mask) for side in _SIDES for mask in batch[f"{side}_mask"])
-    report.answer_tokens = sum(sum(lengths[side]) for side in _SIDES)
+        unmasked &= all(all(mask) for side in SIDES for mask in batch[f"{side}_mask"])
+    report.answer_tokens = sum(sum(lengths[side]) for side in SIDES)
     report.longest = max(p + max(c, r) for p, c, r in zip(*lengths.values(), strict=True))
-    masks = [f"{side}_mask" for side in _SIDES] if unmasked else []
+    masks = [f"{side}_mask" for side in SIDES] if unmasked else []
     return tokenized.remove_columns(["notes", "problem", *masks])
-
-
-# --- the end of an answer ---------------------------------------------------------------------
-
-
-def learn_end_of_turn(tokenizer: PreTrainedTokenizerBase) -> EndOfTurn:
-    """Find the token a chat template ends an assistant's turn with.
-
-    It is the first special token the template writes behind the answer of a probe conversation:
-    the eos token often is another one, and the model generates on when it never learned this one.
-
-    Raises:
-        QAdapterError: no chat template, one that cannot render a question and its answer, or one
-            that writes no such token for a tokenizer without eos token.
-    """
-    if not tokenizer.chat_template:
-        raise QAdapterError(
-            f"the data is conversational, but the tokenizer {tokenizer.name_or_path!r} has no chat "
-            "template; take an instruction-tuned base, or data with plain text"
-        )
-    probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
-    try:
-        text = tokenizer.apply_chat_template(probe, tokenize=False)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise QAdapterError(f"the chat template cannot render a conversation: {error}") from error
-    tail = text.rpartition(_PROBE)[2]
-    special = set(tokenizer.all_special_ids)
-    special.update(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
-    for token_id in _tokenize(tokenizer, tail):
-        if token_id in special:
-            return EndOfTurn(token_id, from_template=True)
-    return EndOfTurn(_eos(tokenizer), from_template=False, tail=tail)
-
-
-def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
-    if tokenizer.eos_token_id is None:
-        raise QAdapterError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no eos token to end an answer with"
-        )
-    return tokenizer.eos_token_id
-
-
-def _special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before plain text: [BOS] or nothing."""
-    plain = _tokenize(tokenizer, "a")
-    with_special = tokenizer("a")["input_ids"]
-    return with_special[: with_special.index(plain[0])]
-
-
-def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-# --- one pair ---------------------------------------------------------------------------------
-
-
-@dataclass
-class _Pair:
-    """A pair as token ids. `masks`: which tokens of each answer are the assistant's own."""
-
-    prompt: list[int]
-    answers: tuple[list[int], list[int]]
-    masks: tuple[list[bool], list[bool]] | None = None
-    notes: list[str] = field(default_factory=list)
-
-
-@dataclass
-class _Ids:
-    """Token ids, as given."""
-
-    def __call__(self, row: Row) -> _Pair:
-        return _Pair(list(row["prompt_ids"]), (list(row["chosen_ids"]), list(row["rejected_ids"])))
-
-
-@dataclass
-class _Text:
-    """Plain text: prompt + answer + EOS, behind the tokenizer's BOS."""
-
-    tokenizer: PreTrainedTokenizerBase
-    end: EndOfTurn
-    prefix: list[int]
-
-    def __call__(self, row: Row) -> _Pair:
-        prompt = self._ids(row["prompt"])
-        full = [self._ids(row["prompt"] + row[side]) for side in _SIDES]
-        pair = _split(prompt, full, rerendered=False)
-        for answer in pair.answers:
-            if not answer or answer[-1] != self.end.token_id:
-                answer.append(self.end.token_id)
-        return pair
-
-    def _ids(self, text: str) -> list[int]:
-        ids = _tokenize(self.tokenizer, text)
-        written_out = ids[: len(self.prefix)] == self.prefix
-        return ids if written_out else self.prefix + ids
-
-
-@dataclass
-class _Conversation:
-    """Messages, through the chat template."""
-
-    tokenizer: PreTrainedTokenizerBase
-    end: EndOfTurn
-
-    def __call__(self, row: Row) -> _Pair:
-        options = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
-        prompt_text = self._render(row["prompt"], options, add_generation_prompt=True)
-        texts = [self._render(row["prompt"] + row[side], options) for side in _SIDES]
-        pair = _split(
-            _tokenize(self.tokenizer, prompt_text),
-            [_tokenize(self.tokenizer, text) for text in texts],
-            rerendered=not all(text.startswith(prompt_text) for text in texts),
-        )
-        pair.answers = tuple(map(self._end, pair.answers))
-        if any(len(row[side]) > 1 for side in _SIDES):
-            pair.masks = tuple(
-                self._turn_mask(row["prompt"], row[side], pair.prompt, answer, options)
-                for side, answer in zip(_SIDES, pair.answers, strict=True)
-            )
-        return pair
-
-    def _render(self, messages: list[dict], options: Mapping[str, Any], **kwargs: Any) -> str:
-        try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, **options, **kwargs)
-        except (TemplateError, TypeError, ValueError) as error:
-            raise BadRow("template_error", str(error)) from error
-        if not self.end.from_template and not kwargs:
-            text = text.removesuffix(self.end.tail)
-        return text
-
-    def _end(self, ids: list[int]) -> list[int]:
-        """`ids` up to and with the last end of turn, appended if there is none."""
-        end = self.end.token_id
-        if self.end.from_template and end in ids:
-            return ids[: len(ids) - ids[::-1].index(end)]
-        return ids if ids and ids[-1] == end else [*ids, end]
-
-    def _turn_mask(
-        self,
-        prompt: list[dict],
-        turns: list[dict],
-        prompt_ids: list[int],
-        answer_ids: list[int],
-        options: Mapping[str, Any],
-    ) -> list[bool]:
-        """True for the answer's tokens that belong to assistant turns, with their ends of turn.
-
-        Found by rendering the conversation up to each turn.
-        """
-        ids, start = prompt_ids + answer_ids, len(prompt_ids)
-        mask = [False] * len(ids)
-        for index, turn in enumerate(turns):
-            if turn["role"] != "assistant":
-                continue
-            before = self._render(prompt + turns[:index], options, add_generation_prompt=True)
-            after = self._render(prompt + turns[: index + 1], options)
-            begin = start if index == 0 else len(self._prefix_of(ids, before))
-            if index == len(turns) - 1:
-                stop = len(ids)
-            else:
-                stop = len(self._prefix_of(ids, after, ended=True))
-            mask[begin:stop] = [True] * (stop - begin)
-        return mask[start:]
-
-    def _prefix_of(self, ids: list[int], text: str, ended: bool = False) -> list[int]:
-        part = _tokenize(self.tokenizer, text)
-        if ended and self.end.from_template:
-            part = self._end(part)
-        if ids[: len(part)] != part:
-            raise BadRow("template_error", "turns of one answer cannot be told apart")
-        return part
-
-
-def _split(prompt: list[int], full: Sequence[list[int]], *, rerendered: bool) -> _Pair:
-    """Divide the tokenized conversations where the tokens of the prompt end.
-
-    Where those are no prefix of both, a token spans prompt and answer, and the answer begins with
-    it. With `rerendered` the texts themselves part earlier: the prompt alone says nothing about the
-    conversations then, and whatever these share is taken as the prompt.
-    """
-    chosen, rejected = full
-    start = min(shared_prefix(prompt, chosen), shared_prefix(prompt, rejected))
-    notes = []
-    if start < len(prompt):
-        notes.append("prompt_rerendered" if rerendered else "boundary_merged")
-        if rerendered:
-            start = shared_prefix(chosen, rejected)
-    return _Pair(chosen[:start], (chosen[start:], rejected[start:]), notes=notes)
-
-
-def shared_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many tokens two sequences share at their start."""
-    for index, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return index
-    return min(len(left), len(right))
-
-
-# --- every pair -------------------------------------------------------------------------------
 
 
 @dataclass
 class _Preparation:
     """A canonical row to the columns of `_FEATURES`; what `Dataset.map` runs, in any process."""
 
-    encode: _Ids | _Conversation | _Text
+    encode: Encoder
     max_length: int | None
     truncation_mode: TruncationMode
     on_bad_row: OnBadRow
@@ -384,7 +158,7 @@ class _Preparation:
             "problem": None,
         }
 
-    def _truncate(self, pair: _Pair) -> None:
+    def _truncate(self, pair: TokenPair) -> None:
         if self.max_length is None:
             return
         longest = max(map(len, pair.answers))
@@ -399,7 +173,7 @@ class _Preparation:
         room = self.max_length - len(pair.prompt)
         if room < 1:
             raise BadRow("prompt_too_long", f"{len(pair.prompt)} tokens")
-        for side, answer in zip(_SIDES, pair.answers, strict=True):
+        for side, answer in zip(SIDES, pair.answers, strict=True):
             if len(answer) > room:
                 del answer[room:]
                 pair.notes.append(f"{side}_truncated")
