@@ -2,8 +2,8 @@
 
 ``objective`` is written from the method's definition (design §2) with a loop over sequences and
 actions; it shares no code and no algebra with the library (it goes through log π, z and
-V = α̃·lse(z), where the library never forms log π). ``authors_objective`` is what the authors' published training
-code computes. Logits must be finite.
+V = α̃·lse(z), where the library never forms log π). ``authors_objective`` is what the authors'
+published training code computes. Logits must be finite.
 
 Shapes: B pairs, 2B sequences (chosen first), T tokens, V vocabulary.
 """

@@ -62,7 +62,9 @@ class Head(NamedTuple):
     def bias_for(self, weight: float) -> Tensor | None:
         if self.bias is None:
             return None
-        return self.bias.to(accumulation_dtype(self.weight.dtype)) * (weight * self.logit_scale)
+        bias = self.bias.to(accumulation_dtype(self.weight.dtype))
+        # A column that the head excludes stays excluded where the weight is 0 or negative.
+        return torch.where(bias == -torch.inf, bias, bias * (weight * self.logit_scale))
 
 
 def chunk_rows(
@@ -143,10 +145,11 @@ def forward(
     has_action, kept = actions >= 0, actions != MASKED_ROW
     q_action = weighted_sum(coef.adapter_coef, a_action, coef.base_coef, b_action)
     value = value_from_logsumexps(policy_lse, base_lse, coef)
+    base_logprob = torch.where(b_action == -torch.inf, -torch.inf, b_action - base_lse)
     return (
         torch.where(has_action, q_action, 0.0),
         torch.where(kept, value, 0.0),
-        torch.where(has_action, b_action - base_lse, 0.0),
+        torch.where(has_action, base_logprob, 0.0),
         torch.where(kept, base_lse, 0.0),
         residual_product,
         stats,
