@@ -17,6 +17,7 @@ from torch import Tensor
 from . import launch
 from .device import (
     MASKED_ROW,
+    NO_ACTION,
     exp_above,
     finite,
     fold_logsumexp,
@@ -112,6 +113,7 @@ def _rows_kernel(
         # way: no warp leaves them before all have entered.)
         supported = total_u > 0
         reference, per_total = finite(peak_u), 1 / tl.where(supported, total_u, 1.0)
+        one_hot = tl.where(supported, action, NO_ACTION)  # a row without support stays zeros
         for start in range(0, num_columns, TILE):
             columns = start + tile
             inside = columns < num_columns
@@ -120,7 +122,7 @@ def _rows_kernel(
             u = _logits(z, scale, bias_ptr, columns, columns < end, action, exact_u)
             residual = exp_above(u, reference) * per_total
             # In float32, before rounding: where the policy is sure of the action it is ~0.
-            residual = tl.where((columns == action) & supported, residual - 1.0, residual)
+            residual = tl.where(columns == one_hot, residual - 1.0, residual)
             if NARROWING:
                 tl.debug_barrier()
             tl.store(
