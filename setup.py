@@ -6,9 +6,10 @@ Two shared libraries with a plain C ABI, so neither torch nor Python headers are
 - ``libqadapter_cuda.so`` from kernels/csrc/cuda, by nvcc if there is one (PATH or $CUDA_HOME).
   $QADAPTER_CUDA_ARCHS narrows its targets, for example "90a" or "80;90a".
 
-They land in ``qadapter_kernels/lib`` beside ``build_report.json``, which says what was built, how,
-or why not. A missing or failing compiler never fails the install: the library is then left out
-and ``qadapter_kernels`` says why. ``python setup.py build_native --inplace`` builds in the checkout.
+They land in ``qadapter_kernels/lib`` beside ``build_report.json``, which says what was built and
+how, or why not. A missing or failing compiler never fails the install: the library is then left
+out and ``qadapter_kernels`` says why. ``python setup.py build_native --inplace`` builds in the
+checkout.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class NotBuilt(Exception):
 
 def find_cxx() -> str | None:
     named = os.environ.get("CXX")
-    return next(filter(None, map(shutil.which, [named] if named else ["g++", "c++", "clang++"])), None)
+    candidates = [named] if named else ["g++", "c++", "clang++"]
+    return next(filter(None, map(shutil.which, candidates)), None)
 
 
 def find_nvcc() -> str | None:
@@ -120,9 +122,9 @@ def build_cpu(folder: Path, lib: Path, sanitize: bool) -> dict:
     if compiler is None:
         raise NotBuilt("no C++ compiler was found (CXX, g++, c++ or clang++)")
     flags = CXX_FLAGS + (SANITIZE_FLAGS if sanitize else [])
-    sources = {
-        file: ISA_FLAGS.get(file.stem, []) for file in files if IS_X86_64 or file.stem not in ISA_FLAGS
-    }
+    if not IS_X86_64:
+        files = [file for file in files if file.stem not in ISA_FLAGS]
+    sources = {file: ISA_FLAGS.get(file.stem, []) for file in files}
     output = lib / "libqadapter_cpu.so"
     run_ninja(
         folder, output, compiler,

@@ -95,6 +95,13 @@ inline Row empty_row() {
   return row;
 }
 
+// No more threads than the elements are worth: waking one costs as much as a few thousand of them,
+// and far more where other processes keep the cores busy.
+inline int useful_threads(int32_t threads, int64_t num_rows, int64_t num_columns) {
+  const int64_t worth = 1 + num_rows * num_columns / (2 * kSegment);
+  return int(worth < threads ? worth : threads < 1 ? 1 : threads);
+}
+
 struct Plan {
   int64_t num_rows, num_columns;
   int threads;
@@ -107,6 +114,7 @@ template <class Masked, class Make, class Finish, class Write>
 void for_rows(const Plan& plan, Masked masked, Make make, Finish finish, Write write) {
   const Kernels& kernels = selected_kernels();
   const int64_t N = plan.num_rows, V = plan.num_columns;
+  const int threads = useful_threads(plan.threads, N, V);
   const int64_t num_segments = (V + kSegment - 1) / kSegment;
   const auto segment_end = [&](int64_t s) { return (s + 1) * kSegment < V ? (s + 1) * kSegment : V; };
   const auto reduce = [&](const Row& row, int64_t s) {
@@ -115,8 +123,8 @@ void for_rows(const Plan& plan, Masked masked, Make make, Finish finish, Write w
     return summary;
   };
 
-  if (N >= 2 * plan.threads || plan.threads == 1 || num_segments < 2) {
-#pragma omp parallel for num_threads(plan.threads) schedule(dynamic) if (plan.threads > 1 && N > 1)
+  if (N >= 2 * threads || threads == 1 || num_segments < 2) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1 && N > 1)
     for (int64_t n = 0; n < N; ++n) {
       Summary summary = {};
       if (masked(n)) {
@@ -133,7 +141,7 @@ void for_rows(const Plan& plan, Masked masked, Make make, Finish finish, Write w
   }
 
   std::vector<Summary> parts(N * num_segments, Summary{}), whole(N, Summary{});
-#pragma omp parallel for num_threads(plan.threads) schedule(dynamic)
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t k = 0; k < N * num_segments; ++k) {
     const int64_t n = k / num_segments;
     if (!masked(n)) parts[k] = reduce(make(n), k % num_segments);
@@ -143,7 +151,7 @@ void for_rows(const Plan& plan, Masked masked, Make make, Finish finish, Write w
     finish(n, whole[n]);
   }
   const int64_t pieces = plan.split_writes ? num_segments : 1;
-#pragma omp parallel for num_threads(plan.threads) schedule(dynamic)
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t k = 0; k < N * pieces; ++k) {
     const int64_t n = k / pieces, s = k % pieces;
     const int64_t end = plan.split_writes ? segment_end(s) : V;

@@ -73,6 +73,7 @@ QADAPTER_API int32_t qadapter_cpu_logits_backward(
   const Matrix out_NV(out, out_stride, out_dtype);
   const Coefficients c = unpack(coef_4);
   const Kernels& kernels = selected_kernels();
+  threads = useful_threads(threads, num_rows, num_columns);
 
   // Few rows: pieces of rows, so that all threads have work.
   const int64_t piece = num_rows >= 2 * threads ? num_columns : kSegment;
