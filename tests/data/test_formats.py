@@ -114,6 +114,12 @@ def test_system_messages_and_turns_stay_in_the_prompt():
     assert pair(got) == {"prompt": shared, "chosen": BLUE, "rejected": RED}
 
 
+def test_prompt_as_text_beside_conversations_with_a_system_message():
+    shared = [{"role": "system", "content": "Be brief."}, *PROMPT]
+    row = {"prompt": PROMPT[0]["content"], "chosen": shared + BLUE, "rejected": shared + RED}
+    assert pair(only([row])) == {"prompt": shared, "chosen": BLUE, "rejected": RED}
+
+
 def test_answers_of_several_turns_part_at_the_first_that_differs():
     chosen, rejected = turns("a", "b", "c", "d"), turns("a", "x")
     got = only([{"chosen": chosen, "rejected": rejected}])

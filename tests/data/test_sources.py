@@ -47,12 +47,12 @@ def test_file_kinds_read_alike(tmp_path, name):
     assert list(dataset["problem"]) == [None, None]
 
 
-def test_json_lines_under_the_name_json_with_bom_and_blank_lines(tmp_path):
+def test_json_and_json_lines_are_told_apart_with_a_bom_and_blank_lines(tmp_path):
     path = tmp_path / "a.json"
-    path.write_bytes(
-        b"\xef\xbb\xbf" + b"\r\n\r\n".join(json.dumps(r).encode() for r in ROWS) + b"\n\n"
-    )
-    assert len(load_preferences(path)) == 2
+    lines = b"\r\n\r\n".join(json.dumps(row).encode() for row in ROWS) + b"\n\n"
+    for content in (lines, b" \n" + json.dumps(ROWS).encode()):
+        path.write_bytes(b"\xef\xbb\xbf" + content)
+        assert len(load_preferences(path)) == 2
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.parquet"])

@@ -242,6 +242,16 @@ def test_keep_end_cuts_the_start_of_the_prompt():
     assert result.report.notes == {"prompt_truncated": 1}
 
 
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+def test_one_token_must_be_left_on_either_side(mode):
+    row = {"prompt_ids": [1] * 6, "chosen_ids": [2] * 6, "rejected_ids": [3, 2]}
+    got = first([row], chatml(), max_length=7, truncation_mode=mode)
+    assert len(got["chosen_ids" if mode == "keep_start" else "prompt_ids"]) == 1
+    reason = "no room for an answer" if mode == "keep_start" else "an answer alone does not fit"
+    with pytest.raises(QAdapterError, match=reason):
+        prepare([row], chatml(), max_length=6, truncation_mode=mode)
+
+
 def test_masks_are_cut_with_their_answers():
     chosen = turns("It is blue.", "So?", "I think so.", first="assistant")
     row = {**PAIR, "chosen": chosen}
