@@ -1,0 +1,170 @@
+"""Answers of a model to prompts, and what they look like in numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qadapter.data import learn_end_of_turn
+from qadapter.errors import QAdapterError
+from qadapter.evaluation.scoring import evaluating
+from qadapter.model import QAdapterModel
+
+Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
+"""A user's message, a conversation to continue, or token ids."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """``text`` without special tokens; ``token_ids`` with the end of turn, where there is one."""
+
+    text: str
+    token_ids: list[int]
+    ended: bool
+    """Whether the model ended its turn (else it was cut at ``max_new_tokens``)."""
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """Token ids up to where the answer begins. A string is one user turn, through the chat template
+    where the tokenizer has one; else plain text.
+
+    Raises:
+        QAdapterError: a conversation for a tokenizer without a chat template; an empty prompt.
+    """
+    if isinstance(prompt, str) and not prompt.strip():
+        raise QAdapterError("the prompt is empty")
+    if len(prompt) == 0:
+        raise QAdapterError("the prompt is empty")
+    if not isinstance(prompt, str) and not isinstance(prompt[0], Mapping):
+        return list(prompt)
+    if not tokenizer.chat_template:
+        if isinstance(prompt, str):
+            return tokenizer(prompt)["input_ids"]
+        raise QAdapterError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template to render a "
+            "conversation with; pass the prompt as text"
+        )
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    # Rendered first: tokenizing through the template's own call may add a second BOS.
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def end_of_turn_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends an answer: the generation config's, the tokenizer's eos, and the one
+    the chat template ends a turn with."""
+    ids = model.generation_config.eos_token_id
+    found = set(ids if isinstance(ids, list) else [ids])
+    found.add(tokenizer.eos_token_id)
+    if tokenizer.chat_template:
+        found.add(learn_end_of_turn(tokenizer).token_id)
+    return sorted(found - {None})
+
+
+@contextlib.contextmanager
+def at_strength(model: PreTrainedModel, strength: float | None) -> Iterator[None]:
+    """The model's policy at a strength, put back after; None leaves it as it is.
+
+    Raises:
+        QAdapterError: a strength for a model without an adapter.
+    """
+    if strength is None:
+        yield
+        return
+    if not isinstance(model, QAdapterModel):
+        raise QAdapterError("strength is the dial of an adapter; this model has none")
+    before = model.policy
+    model.set_policy(strength=strength)
+    try:
+        yield
+    finally:
+        model.policy = before
+
+
+def generate_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *,
+    max_new_tokens: int = 256, batch_size: int = 8, strength: float | None = None, seed: int = 0,
+    progress: Callable[[int, int], None] | None = None, **sampling: Any,
+) -> list[Answer]:
+    """One answer a prompt, in the prompts' order.
+
+    Prompts are sorted by length and padded on the left; greedy unless ``do_sample=True``.
+
+    Args:
+        strength: 0 is the base, 1 the trained policy; default: as the model is set.
+        seed: of the sampling. A prompt's sample also depends on its batch.
+        progress: called with (prompts done, prompts in all).
+        sampling: passed to ``generate``: do_sample, temperature, top_p, top_k,
+            repetition_penalty, …
+
+    Raises:
+        QAdapterError: an empty prompt; a strength for a model without an adapter.
+    """
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    ends = end_of_turn_ids(model, tokenizer)
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
+    pad = tokenizer.pad_token_id
+    pad = pad if pad is not None else ends[0] if ends else 0
+    # The base's own sampling settings would bend a greedy answer (and warn about it).
+    sampling = {"do_sample": False} | sampling
+    if not sampling["do_sample"]:
+        sampling |= {"temperature": None, "top_p": None, "top_k": None}
+    device = model.get_input_embeddings().weight.device
+    answers: dict[int, Answer] = {}
+    with evaluating(model), at_strength(model, strength), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            width = max(len(encoded[i]) for i in indices)
+            input_ids = torch.tensor([[pad] * (width - len(encoded[i])) + encoded[i]
+                                      for i in indices], device=device)
+            lengths = torch.tensor([len(encoded[i]) for i in indices], device=device)
+            attention_mask = torch.arange(width, device=device) >= width - lengths[:, None]
+            output = model.generate(
+                input_ids=input_ids, attention_mask=attention_mask.long(),
+                max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad,
+                **sampling,
+            )
+            for i, ids in zip(indices, output[:, width:].tolist(), strict=True):
+                answers[i] = _answer(tokenizer, ids, set(ends))
+            if progress is not None:
+                progress(len(answers), len(order))
+    return [answers[i] for i in range(len(encoded))]
+
+
+def _answer(tokenizer: PreTrainedTokenizerBase, ids: list[int], ends: set[int]) -> Answer:
+    stop = next((k for k, token in enumerate(ids) if token in ends), None)
+    ids = ids if stop is None else ids[: stop + 1]
+    text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return Answer(text, ids, stop is not None)
+
+
+def answer_statistics(answers: Sequence[Answer]) -> dict[str, float]:
+    """What a set of answers looks like, as JSON types.
+
+    ``answers``; ``tokens_mean`` (end of turn included) and ``words_mean``, ``words_median``;
+    ``share_ended``: answers whose turn was ended; ``distinct_1/2/3``: different n-grams of words
+    over all n-grams, lower case, over all answers together (it falls as the number of answers
+    grows: compare equal numbers).
+    """
+    if not answers:
+        return {"answers": 0}
+    words = [answer.text.lower().split() for answer in answers]
+    counts = [len(w) for w in words]
+    result = {
+        "answers": len(answers),
+        "tokens_mean": statistics.fmean(len(answer.token_ids) for answer in answers),
+        "words_mean": statistics.fmean(counts),
+        "words_median": float(statistics.median(counts)),
+        "share_ended": statistics.fmean(answer.ended for answer in answers),
+    }
+    for n in (1, 2, 3):
+        grams = [tuple(w[i : i + n]) for w in words for i in range(len(w) - n + 1)]
+        result[f"distinct_{n}"] = len(set(grams)) / len(grams) if grams else 0.0
+    return result

@@ -1,0 +1,312 @@
+"""Tables, pictures and the Markdown report of a run: base beside customised."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rich.table import Table
+
+from qadapter.evaluation.bootstrap import Estimate
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from qadapter.evaluation.preference import Calibration, PreferenceResult
+    from qadapter.evaluation.retention import RetentionResult
+
+Value = Estimate | float | int | str | None
+
+
+class Row(NamedTuple):
+    """One measure of a comparison. ``digits``: decimals shown; None values are shown as —."""
+
+    measure: str
+    base: Value
+    customised: Value
+    digits: int = 3
+
+
+class Section(NamedTuple):
+    """A part of a report. ``body`` is Markdown."""
+
+    heading: str
+    body: str
+
+
+class Panel(NamedTuple):
+    """One picture: curves of a run's log against its steps."""
+
+    file_name: str
+    title: str
+    axis: str
+    curves: dict[str, str]
+    """Key in the log (without ``eval_``) → label."""
+    level: float | None = None
+    """A dotted line: what a model without a preference has."""
+
+
+PANELS = (
+    Panel("loss.png", "Loss", "loss [nats a pair]", {"loss": "whole loss"}),
+    Panel(
+        "preference_accuracy.png", "Pairs ranked right by implicit reward", "share of pairs",
+        {"rewards/accuracies": "accuracy"}, 0.5,
+    ),
+    Panel(
+        "reward_margins.png", "Reward of the chosen minus the rejected answer", "margin [nats]",
+        {"rewards/margins": "margin"}, 0.0,
+    ),
+    Panel(
+        "kl.png", "Distance from the base on the answers", "KL [nats a token]",
+        {"kl_base_policy": "KL(base‖customised)", "kl_policy_base": "KL(customised‖base)"},
+    ),
+)
+
+
+# --- tables -----------------------------------------------------------------------------------
+
+
+def preference_rows(result: PreferenceResult) -> list[Row]:
+    """Accuracies, margins, calibration. A plain model fills the base's column only."""
+    rows = []
+    for suffix, how in (("", "sum"), ("_mean", "mean a token"),
+                        ("_length_controlled", "length-controlled")):
+        policy = getattr(result, f"preference_accuracy_policy{suffix}")
+        reward = getattr(result, f"preference_accuracy{suffix}")
+        base = getattr(result, f"preference_accuracy_base{suffix}")
+        if reward is not None:
+            rows.append(Row(f"preference accuracy by reward, {how}", None, reward))
+        rows.append(Row(f"preference accuracy by log-probability, {how}", base, policy))
+    # All of one kind together, the headline first.
+    rows.sort(key=lambda row: "by reward" not in row.measure)
+    if result.reward_margin is not None:
+        rows.append(Row("mean reward margin (nats)", None, result.reward_margin, 2))
+    rows.append(
+        Row("mean log-probability margin (nats)", result.base_margin, result.policy_margin, 2)
+    )
+    if result.calibration is not None:
+        rows += [
+            Row("calibration error of σ(reward margin)", None,
+                result.calibration.expected_calibration_error),
+            Row("log loss of σ(reward margin) (nats)", None, result.calibration.log_loss),
+        ]
+    if result.answer_kl_per_token is not None:
+        rows.append(
+            Row("KL(base‖customised) on these answers (nats a token)", None,
+                result.answer_kl_per_token, 4)
+        )
+    return rows
+
+
+def baseline_note(result: PreferenceResult) -> str:
+    """What needs no model at all; belongs under every table of accuracies."""
+    return (
+        f"{result.num_pairs:,} pairs, {result.num_prompts:,} prompts; brackets: 95% intervals, "
+        "bootstrap over prompts. Without any model: the longer answer wins "
+        f"{result.longer_wins.value:.3f}, the shorter {result.shorter_wins.value:.3f}, "
+        f"a coin {result.random_baseline:.3f}."
+    )
+
+
+def retention_rows(result: RetentionResult, where: str = "texts") -> list[Row]:
+    """Divergences and perplexities on texts called ``where``; divergences stand in the customised
+    model's column."""
+    return [
+        Row(f"KL(base‖customised) on {where} (nats a token)", None, result.kl_per_token, 4),
+        Row(f"KL(customised‖base) on {where} (nats a token)", None,
+            result.kl_policy_base_per_token, 4),
+        Row(f"same most likely token on {where}", None, result.top1_agreement),
+        Row(f"perplexity on {where}", result.perplexity_base, result.perplexity, 2),
+    ]
+
+
+def answer_rows(base: Mapping[str, float], customised: Mapping[str, float] | None) -> list[Row]:
+    """``answer_statistics`` of both models' answers to the same prompts."""
+    measures = {
+        "words_mean": ("words an answer, mean", 1),
+        "tokens_mean": ("tokens an answer, mean", 1),
+        "share_ended": ("answers that end by themselves", 3),
+        "distinct_1": ("distinct words", 3),
+        "distinct_2": ("distinct word pairs", 3),
+        "distinct_3": ("distinct word triples", 3),
+    }
+    return [
+        Row(label, base.get(key), None if customised is None else customised.get(key), digits)
+        for key, (label, digits) in measures.items()
+    ]
+
+
+def format_value(value: Value, digits: int = 3) -> str:
+    """``0.912 [0.871, 0.950]``; — for None."""
+    if value is None:
+        return "—"
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, Estimate):
+        return f"{value:.{digits}f}" if isinstance(value, float) else f"{value:,}"
+    if value.value != value.value:
+        return "—"
+    text = f"{value.value:.{digits}f}"
+    if value.low == value.low:
+        text += f" [{value.low:.{digits}f}, {value.high:.{digits}f}]"
+    return text
+
+
+def comparison_table(
+    rows: Sequence[Row], *, title: str | None = None, note: str | None = None
+) -> Table:
+    """A rich table: measure, base, customised."""
+    table = Table(title=title, caption=note, caption_justify="left", title_justify="left")
+    table.add_column("measure")
+    table.add_column("base", justify="right")
+    table.add_column("customised", justify="right")
+    for row in rows:
+        table.add_row(
+            row.measure, format_value(row.base, row.digits),
+            format_value(row.customised, row.digits),
+        )
+    return table
+
+
+def comparison_markdown(rows: Sequence[Row], *, note: str | None = None) -> str:
+    """The same table in Markdown."""
+    lines = ["| measure | base | customised |", "| --- | ---: | ---: |"]
+    lines += [
+        f"| {row.measure} | {format_value(row.base, row.digits)} "
+        f"| {format_value(row.customised, row.digits)} |"
+        for row in rows
+    ]
+    return "\n".join(lines) + (f"\n\n{note}" if note else "")
+
+
+# --- files ------------------------------------------------------------------------------------
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replace a file whole, or leave it as it was."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as scratch:
+        written = Path(scratch) / path.name
+        written.write_text(text, encoding="utf-8")
+        os.replace(written, path)
+
+
+def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
+    """Indented JSON; NaN is refused (ValueError), as it is no JSON."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_metrics_jsonl(path: str | Path, log_history: Sequence[Mapping[str, Any]]) -> None:
+    """A trainer's ``state.log_history``, one JSON object a line."""
+    write_text(path, "".join(json.dumps(entry) + "\n" for entry in log_history))
+
+
+def write_report(path: str | Path, title: str, sections: Sequence[Section]) -> None:
+    """A Markdown report: a title and its sections."""
+    parts = [f"# {title}", *(f"## {s.heading}\n\n{s.body.strip()}" for s in sections)]
+    write_text(path, "\n\n".join(parts) + "\n")
+
+
+def pictures_markdown(paths: Sequence[Path], report_path: str | Path) -> str:
+    """Links to pictures, relative to the report."""
+    folder = Path(report_path).parent
+    return "\n".join(
+        f"![{path.stem.replace('_', ' ')}]({Path(os.path.relpath(path, folder)).as_posix()})"
+        for path in paths
+    )
+
+
+# --- pictures ---------------------------------------------------------------------------------
+
+
+def plot_training_curves(
+    log_history: Sequence[Mapping[str, Any]], out_dir: str | Path
+) -> list[Path]:
+    """Pictures of loss, preference accuracy, margins and KL against training steps.
+
+    Training as a line, evaluation (keys ``eval_…``) as a line with points. A picture none of whose
+    curves is in the log is left out.
+
+    Args:
+        log_history: a trainer's ``state.log_history``, or the lines of ``metrics.jsonl``.
+
+    Returns:
+        The PNG files written, in a fixed order.
+    """
+    written = []
+    for panel in PANELS:
+        curves = {
+            (label, prefix): _curve(log_history, prefix + key)
+            for key, label in panel.curves.items()
+            for prefix in ("", "eval_")
+        }
+        curves = {name: points for name, points in curves.items() if points}
+        if not curves:
+            continue
+        axes = _new_axes(panel.title, "training step", panel.axis)
+        colors = {label: f"C{i}" for i, label in enumerate(panel.curves.values())}
+        many = len({label for label, _ in curves}) > 1
+        for (label, prefix), points in curves.items():
+            split = "held out" if prefix else "training"
+            axes.plot(
+                *zip(*points, strict=True), color=colors[label],
+                label=f"{label}, {split}" if many else split,
+                **({"marker": "o", "markersize": 5, "linewidth": 2} if prefix
+                   else {"alpha": 0.6, "linewidth": 1.2}),
+            )
+        if panel.level is not None:
+            axes.axhline(panel.level, color="0.5", linestyle=":", linewidth=1,
+                         label="no preference")
+        axes.legend(frameon=False)
+        written.append(_save(axes, Path(out_dir) / panel.file_name))
+    return written
+
+
+def plot_calibration(calibration: Calibration, path: str | Path) -> Path:
+    """Reliability diagram: how often pairs ranked with a confidence are ranked right."""
+    axes = _new_axes(
+        "Calibration of the reward margin", "confidence σ(|reward margin|)", "share ranked right"
+    )
+    bins = [b for b in calibration.bins if b.count]
+    largest = max(b.count for b in bins)
+    axes.plot([0.5, 1], [0.5, 1], color="0.5", linestyle=":", label="calibrated")
+    axes.plot([b.confidence for b in bins], [b.accuracy for b in bins], color="C0", linewidth=1)
+    axes.scatter(
+        [b.confidence for b in bins], [b.accuracy for b in bins], color="C0",
+        s=[20 + 130 * b.count / largest for b in bins], label="pairs (area: how many)",
+    )
+    axes.set_ylim(-0.03, 1.03)
+    axes.legend(frameon=False, loc="lower right")
+    return _save(axes, Path(path))
+
+
+def _curve(log_history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    return [(entry["step"], entry[key]) for entry in log_history if key in entry]
+
+
+def _new_axes(title: str, x_label: str, y_label: str) -> Axes:
+    # Not pyplot: it would pick a display and keep every figure open.
+    from matplotlib.figure import Figure
+
+    axes = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained").add_subplot()
+    axes.set_title(title, loc="left")
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    return axes
+
+
+def _save(axes: Axes, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as scratch:
+        written = Path(scratch) / path.name
+        axes.figure.savefig(written)
+        os.replace(written, path)
+    return path
