@@ -43,7 +43,11 @@ IS_X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 
 
 class NotBuilt(Exception):
-    """A library can't be built here; the message is what the user is told."""
+    """A library can't be built here; the message is what the user is told, in one line."""
+
+    def __init__(self, reason: str, log: str = "") -> None:
+        super().__init__(reason)
+        self.log = log
 
 
 def find_cxx() -> str | None:
@@ -105,7 +109,10 @@ def run_ninja(
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )
     if done.returncode != 0:
-        raise NotBuilt(f"{Path(compiler).name} failed:\n{done.stdout[-4000:]}")
+        log = done.stdout + "".join(path.read_text() for path in sorted(folder.glob("*.log")))
+        errors = [line for line in log.splitlines() if "error" in line.lower()]
+        first = errors[0] if errors else "no message"
+        raise NotBuilt(f"{Path(compiler).name} failed: {first}", log[:8000])
     output.parent.mkdir(parents=True, exist_ok=True)
     # A fresh inode: a process that has the old library mapped must not see it change.
     temporary = output.with_suffix(".new")
@@ -156,8 +163,7 @@ def build_cuda(folder: Path, lib: Path) -> dict:
     run_ninja(
         folder, output, compiler,
         # The resource usage of every kernel, kept beside the object for the report.
-        compile_rule=f"$compiler {' '.join(flags)} -MD -MF $out.d -c $in -o $out > $out.log 2>&1"
-        " || (cat $out.log; false)",
+        compile_rule=f"$compiler {' '.join(flags)} -MD -MF $out.d -c $in -o $out > $out.log 2>&1",
         link_rule="$compiler -cudart=static -shared $in -o $out",
         sources={file: [] for file in files},
     )
@@ -184,9 +190,9 @@ def build_all(folder: Path, lib: Path, only: str | None = None, sanitize: bool =
                             "seconds": round(time.monotonic() - start, 1)}
             print(f"qadapter: built the {name} library with {report[name]['compiler']}")
         except (NotBuilt, OSError) as error:
-            report[name] = {"built": False, "reason": str(error)}
+            report[name] = {"built": False, "reason": str(error), "log": getattr(error, "log", "")}
             (lib / f"libqadapter_{name}.so").unlink(missing_ok=True)
-            print(f"qadapter: left out the {name} library: {error}")
+            print(f"qadapter: left out the {name} library: {error}", report[name]["log"], sep="\n")
     lib.mkdir(parents=True, exist_ok=True)
     report_file.write_text(json.dumps(report, indent=1) + "\n")
 

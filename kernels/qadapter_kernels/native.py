@@ -42,6 +42,26 @@ SIGNATURES: dict[str, dict[str, tuple[type | None, list[type]]]] = {
             None, [P, P, P, P, I64, F64, F64, I32, F64, F64, P, P, P, P, P]
         ),
     },
+    "cuda": {  # every function that launches returns a cudaError_t and takes a stream, last
+        "qadapter_cuda_probe": (I32, []),
+        "qadapter_cuda_error_name": (ctypes.c_char_p, [I32]),
+        "qadapter_cuda_logits_forward": (
+            I32, [*MATRIX, *MATRIX, P, P, P, I64, I32, P, P, P, P, P, P, P]
+        ),
+        "qadapter_cuda_logits_backward": (
+            I32, [*MATRIX, *MATRIX, P, P, P, P, P, I64, I32, *MATRIX, P]
+        ),
+        "qadapter_cuda_rows_forward": (
+            I32, [*MATRIX, *MATRIX, P, F64, P, F64, P, P, I64, I32, I32, I32, P, P, P, P]
+        ),
+        "qadapter_cuda_combine_logits": (I32, [*MATRIX, *MATRIX, P, P, I64, I32, P, P]),
+        "qadapter_cuda_bradley_terry_forward": (
+            I32, [P, P, P, P, I64, F64, F64, I32, F64, F64, P, P, P, P, P]
+        ),
+        "qadapter_cuda_bradley_terry_backward": (
+            I32, [P, P, P, P, I64, F64, F64, I32, F64, F64, P, P, P, P, P, P]
+        ),
+    },
 }
 """Result and argument types of every C function, by library."""
 
@@ -61,11 +81,9 @@ def build_report() -> dict[str, dict]:
 
 def missing_reason(name: str) -> str:
     """Why the library was not built, in one line."""
-    entry = build_report().get(name, {})
-    reason = entry.get("reason", "the package was installed without compiling it")
-    first_line, *more = reason.strip().splitlines()
-    error = next((line for line in more if "error" in line.lower()), "")
-    return f"the compiled {name} library was not built: {first_line}" + (error and f" {error}")
+    fallback = "the package was installed without compiling it"
+    reason = build_report().get(name, {}).get("reason", fallback)
+    return f"the compiled {name} library was not built: {reason}"
 
 
 @functools.cache

@@ -1,0 +1,158 @@
+"""What gets installed, with a compiler and without."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "setup.py").exists(), reason="tests of a checkout, and this is an installed copy"
+)
+
+
+def _python(*arguments: str, cwd: Path, **environment: str) -> str:
+    """Output of a child Python that finds no compiler unless ``environment`` names one."""
+    hidden = ("PATH", "CXX", "CUDA_HOME", "PYTHONPATH", "QADAPTER_CUDA_ARCHS")
+    inherited = {k: v for k, v in os.environ.items() if k not in hidden}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=inherited | {"PATH": ""} | environment,
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def _script(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A checkout without build products."""
+    folder = tmp_path_factory.mktemp("source")
+    for path in ROOT.glob("*"):
+        if path.is_file():
+            shutil.copy(path, folder)
+    skip = shutil.ignore_patterns("lib", "__pycache__", "results")
+    for name in ("qadapter", "kernels", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=skip)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(source) -> zipfile.ZipFile:
+    """A wheel built where there is no compiler."""
+    _python("setup.py", "--quiet", "bdist_wheel", cwd=source)
+    (path,) = (source / "dist").glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_wheel_holds_the_two_packages_and_nothing_else(wheel):
+    names = wheel.namelist()
+    tops = {name.split("/")[0] for name in names}
+    (info,) = (top for top in tops if top.endswith(".dist-info"))
+    assert tops - {info} == {"qadapter", "qadapter_kernels"}
+    assert wheel.read(f"{info}/top_level.txt").split() == [b"qadapter", b"qadapter_kernels"]
+    assert b"qadapter = qadapter.cli:main" in wheel.read(f"{info}/entry_points.txt")
+    modules = {
+        str(path.relative_to(folder)) for folder in (ROOT, ROOT / "kernels")
+        for package in ("qadapter", "qadapter_kernels") for path in (folder / package).rglob("*.py")
+    }
+    assert modules <= set(names)
+    data = ROOT / "qadapter/demo/data"
+    assert {str(path.relative_to(ROOT)) for path in data.glob("*.jsonl")} <= set(names)
+
+
+def test_wheel_without_a_compiler_serves_every_platform_and_says_why(wheel, tmp_path):
+    assert wheel.filename.endswith("py3-none-any.whl")
+    wheel.extractall(tmp_path)
+    program = """
+import sys, qadapter, qadapter_kernels
+from qadapter_kernels import native
+print(qadapter.__file__, qadapter_kernels.__file__, sep="\\n")
+print("transformers" in sys.modules, "triton" in sys.modules)
+for backend in qadapter_kernels.backends():
+    print(backend.name, backend.devices, backend.reason)
+"""
+    lines = _python("-c", program, cwd=tmp_path, PYTHONPATH=str(tmp_path)).splitlines()
+    assert all(line.startswith(str(tmp_path)) for line in lines[:2])
+    assert lines[2].startswith("False")
+    reasons = {line.split()[0]: line for line in lines[3:]}
+    assert "no C++ compiler was found" in reasons["cpu"]
+    assert "nvcc was not found" in reasons["cuda"]
+
+
+def test_failing_compilers_do_not_fail_the_install(source, tmp_path):
+    failing = "echo 'row.cpp:1:2: error: too old'; exit 1"
+    cxx = _script(tmp_path / "bin/g++", failing)
+    _script(tmp_path / "cuda/bin/nvcc", failing)
+    output = _python(
+        "setup.py", "build_native", "--build-lib", str(tmp_path), cwd=source, CXX=str(cxx),
+        CUDA_HOME=str(tmp_path / "cuda"),
+    )
+    assert "left out the cpu library: g++ failed: row.cpp:1:2: error: too old" in output
+    report = json.loads((tmp_path / "qadapter_kernels/lib/build_report.json").read_text())
+    assert not report["cpu"]["built"] and not report["cuda"]["built"]
+    assert report["cuda"]["reason"] == "nvcc failed: row.cpp:1:2: error: too old"
+
+
+def test_cuda_targets_can_be_narrowed(source, tmp_path):
+    """A compiler that only writes down what it was asked."""
+    log = tmp_path / "log"
+    nvcc = _script(tmp_path / "bin/nvcc", f"echo \"$@\" >> {log}\ntest \"$1\" = --version")
+    for archs, expected in {
+        "": ["80", "90a", "100a", "120"], "90a": ["90a"], "sm_80, 120": ["80", "120"],
+    }.items():
+        log.write_text("")
+        _python(
+            "setup.py", "build_native", "--only=cuda", "--build-lib", str(tmp_path), cwd=source,
+            CUDA_HOME=str(nvcc.parents[1]), QADAPTER_CUDA_ARCHS=archs,
+        )
+        compiles = [line for line in log.read_text().splitlines() if " -c " in line]
+        assert compiles
+        for arch in ("80", "90a", "100a", "120"):
+            assert (f"code=sm_{arch} " in compiles[0]) == (arch in expected)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
+def test_one_build_serves_wheel_and_editable_installs(tmp_path):
+    """The library of a real build, from the checkout's own objects, can be loaded."""
+    path = os.environ["PATH"]
+    _python(
+        "setup.py", "build_native", "--only=cpu", "--build-lib", str(tmp_path), cwd=ROOT, PATH=path
+    )
+    lib = tmp_path / "qadapter_kernels/lib"
+    report = json.loads((lib / "build_report.json").read_text())
+    assert report["cpu"]["built"] and report["cpu"]["file"] == "libqadapter_cpu.so"
+    assert "portable" in report["cpu"]["instruction_sets"]
+    program = f"""
+import torch
+from pathlib import Path
+from qadapter_kernels import native
+native.LIBRARY_FOLDER = Path({str(lib)!r})
+assert native.unavailable_reason("cpu") is None, native.unavailable_reason("cpu")
+assert native.build_report()["cuda"]["reason"]
+"""
+    _python("-c", program, cwd=ROOT)
+
+
+def test_the_folder_kernels_never_shadows_the_package_kernels(tmp_path):
+    """transformers imports Hugging Face's ``kernels``; our folder stands on sys.path before it
+    whenever Python runs at the repository's root."""
+    assert not (ROOT / "kernels/__init__.py").exists()
+    package = tmp_path / "kernels"
+    package.mkdir()
+    (package / "__init__.py").write_text("theirs = True\n")
+    program = "import sys; sys.path.append(sys.argv[1]); import kernels; assert kernels.theirs"
+    _python("-c", program, str(tmp_path), cwd=ROOT)
