@@ -1,0 +1,71 @@
+"""How the Triton tests run: compiled where there is a GPU, else in Triton's interpreter.
+
+``TRITON_INTERPRET`` counts when triton and the kernels are imported, once a process. So every
+``test_triton_*`` module imports this one before anything of Triton's. pytest imports all test
+modules before it runs the first test, in every pytest-xdist worker alike, so neither the order nor
+the distribution of the tests matters. Tests that need the compiler all the same start a process of
+their own (``test_triton_aot``).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = DEVICE == "cpu"
+TILE_COLUMNS = 512
+
+if INTERPRETED:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    if "triton" in sys.modules:
+        from triton.runtime.interpreter import InterpretedFunction
+
+        if not isinstance(sys.modules["triton"].language.sum, InterpretedFunction):
+            raise RuntimeError(
+                "triton was imported before TRITON_INTERPRET was set: run these tests alone, or "
+                "with TRITON_INTERPRET=1 in the environment"
+            )
+
+interpreter_only = pytest.mark.skipif(
+    not INTERPRETED, reason="CPU tensors need Triton's interpreter, which this process is without"
+)
+# The interpreter computes with NumPy, which warns of the log(0) and inf − inf that kernels select
+# away afterwards.
+quiet = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
+def prepare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For an autouse fixture: tiles so small that a vocabulary the interpreter can bear has several,
+    the last one ragged, and that few rows are split; and bfloat16 that rounds like hardware."""
+    if not INTERPRETED:
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    from qadapter_kernels.triton import launch
+
+    for name in launch.TILES:
+        monkeypatch.setitem(launch.TILES, name, launch.Tile(TILE_COLUMNS, 4))
+
+    convert = interpreter._convert_float
+
+    def convert_float(x, source, target, rounding_mode):
+        """The interpreter truncates float32 to bfloat16; every GPU rounds to nearest even."""
+        if (source, target) == (tl.float32, tl.bfloat16):
+            rounded = torch.from_numpy(np.ascontiguousarray(x, np.float32)).bfloat16()
+            return rounded.view(torch.int16).numpy().view(np.uint16).reshape(np.shape(x))
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return np.left_shift(x, 16, dtype=np.uint32)
+        return convert(x, source, target, rounding_mode)
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert_float)
+
+
+def on_device(*tensors):
+    """Copies on the device under test; None stays None."""
+    return tuple(None if x is None else x.to(DEVICE, copy=True) for x in tensors)
