@@ -13,7 +13,6 @@ install: $(STAMP)
 # torch first and pinned: left to the resolver it would bring gigabytes of CUDA packages.
 $(STAMP): pyproject.toml setup.py constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet -e '.[dev]' -c constraints.txt
 	$(BIN)/python -m qadapter_kernels.native
