@@ -1,0 +1,80 @@
+"""The model card: README.md beside every saved adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import ModelCard, ModelCardData
+
+if TYPE_CHECKING:
+    from qadapter.training.trainer import QAdapterTrainer
+
+TAGS = ("qadapter", "q-adapter", "preference-optimization")
+_VERSIONS = ("qadapter", "transformers", "torch", "datasets")
+_ARGUMENTS = (
+    "learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "seed",
+)
+_SKIPPED = ("runtime", "per_second", "preparation_time", "epoch", "step")
+
+
+def write(
+    trainer: QAdapterTrainer, folder: Path, model_name: str | None = None,
+    dataset_name: str | None = None, tags: str | list[str] | None = None,
+) -> None:
+    """Write the card of a trainer's model as it is now."""
+    model = trainer.model
+    more_tags = [tags] if isinstance(tags, str) else list(tags or ())
+    base = model.base_identity.name
+    data = ModelCardData(
+        base_model=base if base.count("/") == 1 and not Path(base).exists() else None,
+        library_name="qadapter", pipeline_tag="text-generation", datasets=dataset_name,
+        tags=list(dict.fromkeys([*TAGS, *more_tags])),
+    )
+    name = model_name or folder.resolve().name
+    sections = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {name}",
+        f"A [Q-Adapter](https://arxiv.org/abs/2407.03856) for `{Path(base).name}`: a residual "
+        "Q-function learned from preference pairs. Together with the frozen base it is the "
+        "customised policy; what the base knew, it keeps.",
+        "```python\nfrom qadapter import QAdapterModel\n\n"
+        f'model = QAdapterModel.from_pretrained("{name}")  # loads its base too\n'
+        "model.set_policy(strength=1.0)  # 0 is the base, more than 1 goes further\n```",
+        "## Data",
+        *(f"- {split}: {report.summary()}" for split, report in trainer.reports.items()),
+        "## Adapter and objective",
+        _table(
+            {
+                **dataclasses.asdict(model.adapter_config), **dataclasses.asdict(model.objective)
+            }
+        ),
+        "## Training",
+        _table({key: str(getattr(trainer.args, key)) for key in _ARGUMENTS}),
+        *_metrics(trainer.state.log_history),
+        "## Versions",
+        _table({package: importlib.metadata.version(package) for package in _VERSIONS}),
+    ]
+    ModelCard("\n\n".join(sections) + "\n", ignore_metadata_errors=True).save(folder / "README.md")
+
+
+def _metrics(history: list[dict[str, float]]) -> list[str]:
+    """The last entry of training and of evaluation."""
+    sections = []
+    for title, key in (("Training metrics", "loss"), ("Evaluation metrics", "eval_loss")):
+        last = next((entry for entry in reversed(history) if key in entry), None)
+        if last is not None:
+            numbers = {
+                name: f"{value:.6g}" for name, value in last.items()
+                if not any(part in name for part in _SKIPPED)
+            }
+            sections += [f"## {title} (step {last['step']})", _table(numbers)]
+    return sections
+
+
+def _table(entries: dict[str, object]) -> str:
+    lines = ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in entries.items())]
+    return "\n".join(lines)

@@ -1,0 +1,229 @@
+"""QAdapterConfig: transformers' TrainingArguments with the objective, the adapter and the data."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from transformers import TrainingArguments
+
+from qadapter.adapters import AdapterConfig
+from qadapter.errors import QAdapterError
+from qadapter.objective import ObjectiveConfig
+
+_OBJECTIVE = tuple(f.name for f in dataclasses.fields(ObjectiveConfig))
+_CHOICES = {
+    "truncation_mode": ("keep_start", "keep_end"),
+    "on_bad_row": ("drop", "raise"),
+    "cache_features": ("memory", "disk", "none"),
+}
+_AT_LEAST_ONE = (
+    "feature_batch_tokens", "feature_shard_mb", "workspace_mb", "pad_to_multiple_of",
+    "dataset_num_proc",
+)
+_UNSUPPORTED = {
+    "label_smoothing_factor": (0.0, "preferences have no labels to smooth"),
+    "neftune_noise_alpha": (None, "the base is frozen and gets no noise"),
+    "use_liger_kernel": (False, "qadapter_kernels computes the loss"),
+    "torch_compile": (False, "the loss does not go through the model's forward"),
+    "fsdp": (None, "the adapter is small: use data parallelism (accelerate launch)"),
+    "deepspeed": (None, "the adapter is small: use data parallelism (accelerate launch)"),
+    "include_num_input_tokens_seen": ("no", "num_tokens is always logged"),
+    "average_tokens_across_devices": (True, "every mean is over all processes"),
+}
+"""Options of TrainingArguments that can't be honoured: the only value allowed, and why."""
+
+
+def _objective(name: str, help_text: str, **metadata: Any) -> Any:
+    return field(
+        default=getattr(ObjectiveConfig, name), metadata={"help": help_text, **metadata}
+    )
+
+
+@dataclass
+class QAdapterConfig(TrainingArguments):
+    """Arguments of ``QAdapterTrainer``. Names follow TRL; those of TrainingArguments all apply.
+
+    Defaults differ from TrainingArguments where a head adapter wants it: ``learning_rate`` 1e-3,
+    one epoch, warm-up over a tenth of the steps, ``logging_steps`` 10; and non-finite losses stop
+    the run instead of being filtered from the logs.
+
+    Raises:
+        QAdapterError: an option that can't be honoured, or a value out of range; it is named.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs",
+    ]
+
+    # --- defaults that differ from TrainingArguments ---
+    learning_rate: float = field(
+        default=1e-3, metadata={"help": "Initial learning rate of the optimizer."}
+    )
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the pairs."})
+    warmup_steps: float = field(
+        default=0.1,
+        metadata={"help": "Steps of linear warm-up: a count, or a share of all steps below 1."},
+    )
+    logging_steps: float = field(
+        default=10,
+        metadata={"help": "Steps between two logs: a count, or a share of all steps below 1."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Filter non-finite losses from the logs. They stop the run, so: false."},
+    )
+
+    # --- model ---
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments for loading the base (dtype, revision, device_map, "
+            "attn_implementation, ...), as JSON; for a model given by name."
+        },
+    )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run Python code that comes with a model or tokenizer."},
+    )
+    adapter_form: str = field(
+        default=AdapterConfig.form,
+        metadata={
+            "help": "Form of the head adapter: 'linear' merges into lm_head and can be served "
+            "anywhere; 'mlp' (a gated bottleneck) learns more and can't be merged.",
+            "choices": ["linear", "mlp"],
+        },
+    )
+    adapter_rank: int = field(
+        default=AdapterConfig.rank, metadata={"help": "Width of the adapter's bottleneck."}
+    )
+
+    # --- objective: ObjectiveConfig's fields and defaults ---
+    alpha_0: float = _objective("alpha_0", "Weight of the base policy (the paper's λ·α₁).")
+    alpha_tilde: float = _objective("alpha_tilde", "Entropy weight of the customised policy.")
+    gamma: float = _objective("gamma", "Discount, between 0 and 1.")
+    chi2_coef: float = _objective(
+        "chi2_coef", "Weight of the mean squared reward (the authors' beta)."
+    )
+    parametrization: str = _objective(
+        "parametrization",
+        "'policy': the adapted stream is the customised policy's logits. 'q': it is the residual "
+        "Q-function itself, as in the authors' code.",
+        choices=["policy", "q"],
+    )
+    bootstrap: str = _objective(
+        "bootstrap",
+        "State whose value is subtracted from q: the 'next' one (the paper) or the 'current' one "
+        "(the authors' code).",
+        choices=["next", "current"],
+    )
+    length_normalization: str = _objective(
+        "length_normalization",
+        "Divisor of a sequence's summed reward: 'none', its number of tokens ('completion') or "
+        "the padded length ('padded', the authors' code).",
+        choices=["none", "completion", "padded"],
+    )
+    mask_alignment: str = _objective(
+        "mask_alignment",
+        "'action' scores every completion token; 'state' scores the outputs at completion tokens, "
+        "as the authors' code does.",
+        choices=["action", "state"],
+    )
+
+    # --- data ---
+    max_length: int | None = field(
+        default=1024, metadata={"help": "Most tokens of prompt and answer; none for no limit."}
+    )
+    truncation_mode: str = field(
+        default="keep_start",
+        metadata={
+            "help": "What is kept of a sequence that is too long: 'keep_start' cuts the answer's "
+            "end, 'keep_end' the prompt's start.",
+            "choices": ["keep_start", "keep_end"],
+        },
+    )
+    on_bad_row: str = field(
+        default="drop",
+        metadata={
+            "help": "Pairs that can't be used: 'drop' and count them, or 'raise' at the first.",
+            "choices": ["drop", "raise"],
+        },
+    )
+    pad_to_multiple_of: int | None = field(
+        default=None, metadata={"help": "Round padded lengths up to a multiple of this."}
+    )
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that tokenize; none for the main one alone."}
+    )
+
+    # --- features of the frozen base, and memory ---
+    cache_features: str = field(
+        default="memory",
+        metadata={
+            "help": "Where the frozen base's hidden states are kept, so that the base runs once: "
+            "'memory', 'disk', or 'none' (the base runs at every step).",
+            "choices": ["memory", "disk", "none"],
+        },
+    )
+    feature_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of cached features on disk; default: in qadapter's own cache."},
+    )
+    feature_batch_tokens: int = field(
+        default=2048, metadata={"help": "Tokens in a batch of the pass that computes features."}
+    )
+    feature_shard_mb: int = field(
+        default=256, metadata={"help": "Size of one file of cached features, in MiB."}
+    )
+    workspace_mb: int = field(
+        default=512, metadata={"help": "Most memory for logits, in MiB."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, (allowed, reason) in _UNSUPPORTED.items():
+            value = getattr(self, name)
+            if value != allowed and (value or allowed):
+                raise QAdapterError(f"{name}={value!r} can't be honoured: {reason}")
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise QAdapterError(
+                f"train_sampling_strategy={self.train_sampling_strategy!r} can't be honoured: "
+                "choose 'random' or 'sequential' (padding costs nothing with cached features)"
+            )
+        if "inputs" in self.include_for_metrics:
+            raise QAdapterError("include_for_metrics can't hold 'inputs': features are no tokens")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise QAdapterError(
+                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
+        for name in _AT_LEAST_ONE:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise QAdapterError(f"{name} must be at least 1, got {value}")
+        if isinstance(self.model_init_kwargs, str):
+            raise QAdapterError(
+                f"model_init_kwargs must be a JSON object, got {self.model_init_kwargs!r}"
+            )
+        try:
+            self.objective_config()
+            self.adapter_config()
+        except ValueError as error:
+            raise QAdapterError(str(error)) from error
+        # Pinned memory serves copies to an accelerator; without one torch only warns about it.
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+
+    def objective_config(self) -> ObjectiveConfig:
+        """The objective these arguments describe."""
+        return ObjectiveConfig(**{name: getattr(self, name) for name in _OBJECTIVE})
+
+    def adapter_config(self) -> AdapterConfig:
+        """The head adapter these arguments describe."""
+        return AdapterConfig(form=self.adapter_form, rank=self.adapter_rank)
+
+    def set_objective(self, objective: ObjectiveConfig) -> None:
+        """Take over the objective of a model that has its own."""
+        for name in _OBJECTIVE:
+            setattr(self, name, getattr(objective, name))

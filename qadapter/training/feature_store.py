@@ -1,0 +1,163 @@
+"""The feature cache on disk: safetensors shards and an index that vouches for them.
+
+A cache lives in a folder named by a fingerprint of everything its contents depend on: token ids,
+tokenizer, lengths, the base and its dtype, the alignment of masks. A shard counts only if the index
+lists it with the size and SHA-256 it has; the index is written after the shard, and both replace
+their file whole. So whatever is missing, damaged or left over from a killed run is computed again,
+and it alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
+
+from qadapter.base import cache_dir as default_cache_dir
+from qadapter.data import fingerprint
+from qadapter.errors import QAdapterError
+from qadapter.model import QAdapterModel
+from qadapter.training.features import FeatureSet, Shard, compute_shard, progress_bar, token_counts
+
+FORMAT_VERSION = 1
+INDEX_NAME = "index.json"
+_SAMPLES = 256
+"""Elements of each of the base's tensors that enter its identity."""
+
+
+def load_or_compute(
+    model: QAdapterModel, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *,
+    max_length: int | None, cache_dir: str | Path | None = None, shard_mb: int = 256,
+    batch_tokens: int = 2048, pad_token_id: int = 0, show_progress: bool = True,
+) -> FeatureSet:
+    """Features of tokenized pairs, mapped from disk; what is not there is computed and stored.
+
+    Args:
+        model, dataset, batch_tokens, pad_token_id: as in ``compute_features``.
+        tokenizer, max_length: what the dataset was made with; part of its fingerprint.
+        cache_dir: default: ``features`` in qadapter's own cache folder. Every dataset, base and
+            setting gets a folder of its own below it; old ones can be deleted at any time.
+        shard_mb: size of a file, MiB.
+
+    Raises:
+        QAdapterError: the folder can't be written (no space left, no permission).
+    """
+    identity = cache_identity(model, pad_token_id)
+    name = fingerprint(dataset, tokenizer, identity, max_length)
+    folder = Path(cache_dir or default_cache_dir() / "features") / name
+    spans = list(_spans(dataset, model, shard_mb))
+    store = _Store(folder, name)
+    missing = [number for number in range(len(spans)) if not store.holds(number, len(spans))]
+    if missing:
+        parts = {number: dataset.select(range(*spans[number])) for number in missing}
+        tokens = sum(int(token_counts(part).sum()) for part in parts.values())
+        with progress_bar(tokens, show_progress) as bar:
+            for number, part in parts.items():
+                shard = compute_shard(model, part, batch_tokens, pad_token_id, bar)
+                store.write(number, len(spans), shard)
+    return FeatureSet([store.load(number, len(spans)) for number in range(len(spans))])
+
+
+def cache_identity(model: QAdapterModel, pad_token_id: int) -> dict[str, Any]:
+    """Everything of a model that its features depend on, as JSON."""
+    base, alignment = model.base, model.objective.mask_alignment
+    weights = hashlib.sha256()
+    for name, tensor in sorted(base.state_dict().items()):
+        weights.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        step = max(1, tensor.numel() // _SAMPLES)
+        sample = tensor.detach().flatten()[::step].contiguous().cpu()
+        weights.update(sample.view(torch.uint8).numpy().tobytes())
+    return {
+        "format_version": FORMAT_VERSION,
+        **dataclasses.asdict(model.base_identity),
+        "weights": weights.hexdigest(),
+        "dtype": str(base.dtype),
+        "mask_alignment": alignment,
+        "pad_token_id": pad_token_id if alignment == "state" else None,
+    }
+
+
+class _Store:
+    """One cache folder."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = folder, name
+        self.index = self._read_index()
+
+    def holds(self, number: int, total: int) -> bool:
+        """Whether a shard is there and is what was written, to the last bit."""
+        path, entry = self._path(number, total), self.index["shards"].get(str(number))
+        try:
+            if entry is None or entry["total"] != total or path.stat().st_size != entry["bytes"]:
+                return False
+            return _sha256(path) == entry["sha256"]
+        except OSError:
+            return False
+
+    def write(self, number: int, total: int, shard: Shard) -> None:
+        path = self._path(number, total)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.folder, prefix=".writing-") as scratch:
+                temporary = Path(scratch) / path.name
+                save_file(shard._asdict(), temporary)
+                self.index["shards"][str(number)] = {
+                    "total": total, "bytes": temporary.stat().st_size, "pairs": len(shard.rows),
+                    "sha256": _sha256(temporary),
+                }
+                os.replace(temporary, path)
+                index = Path(scratch) / INDEX_NAME
+                index.write_text(json.dumps(self.index, indent=1) + "\n", encoding="utf-8")
+                os.replace(index, self.folder / INDEX_NAME)
+        except (OSError, SafetensorError) as error:
+            raise QAdapterError(
+                f"{path}: features can't be cached ({error}); free some space, choose another "
+                "feature_cache_dir, or cache_features='memory'"
+            ) from error
+
+    def load(self, number: int, total: int) -> Shard:
+        """Mapped into memory, so that only what is used is read."""
+        return Shard(**load_file(self._path(number, total)))
+
+    def _path(self, number: int, total: int) -> Path:
+        return self.folder / f"features-{number + 1:05d}-of-{total:05d}.safetensors"
+
+    def _read_index(self) -> dict[str, Any]:
+        empty = {"format_version": FORMAT_VERSION, "fingerprint": self.name, "shards": {}}
+        try:
+            index = json.loads((self.folder / INDEX_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return empty
+        same = isinstance(index, dict) and all(
+            index.get(key) == empty[key] for key in ("format_version", "fingerprint")
+        )
+        return index if same and isinstance(index.get("shards"), dict) else empty
+
+
+def _spans(dataset: Dataset, model: QAdapterModel, shard_mb: int) -> Iterator[tuple[int, int]]:
+    """Runs of pairs whose features take about ``shard_mb``."""
+    row_bytes = model.head.weight.shape[1] * model.base.dtype.itemsize
+    sizes = np.cumsum(token_counts(dataset, prompts=False) * row_bytes)
+    start, limit = 0, shard_mb << 20
+    while start < len(dataset):
+        before = sizes[start - 1] if start else 0
+        end = max(start + 1, int(np.searchsorted(sizes, before + limit, side="right")))
+        yield start, end
+        start = end
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,259 @@
+"""What the frozen base knows about every action, computed once.
+
+A head adapter sees nothing but the base's last hidden states at the states actions are taken in
+(design §5). They, their log-sum-exps and the action tokens are all that training and evaluation
+need; the trunk never runs again.
+
+Shapes: P pairs, 2P sequences (pair i's chosen and rejected are sequences 2i and 2i + 1), N actions
+in all, D hidden.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from qadapter.model import QAdapterModel
+from qadapter_kernels import linear_logsumexp
+
+_SIDES = ("chosen", "rejected")
+_CAPPED_ROWS = 256
+"""Rows of [rows, V] logits held at a time where a softcapped head rules out the fused kernel."""
+
+
+class Shard(NamedTuple):
+    """Features of consecutive pairs; all tensors on the CPU."""
+
+    hidden: Tensor
+    """h_b [N, D] in the base's dtype."""
+    base_logsumexp: Tensor
+    """lse(b) [N], float32."""
+    tokens: Tensor
+    """The actions, int32 [N]."""
+    states: Tensor
+    """Position in its sequence of the output that scores each action, int32 [N]."""
+    offsets: Tensor
+    """int64 [2P + 1]: sequence s owns actions offsets[s]:offsets[s + 1]."""
+    lengths: Tensor
+    """Tokens of each sequence, prompt and answer, int32 [2P]."""
+    rows: Tensor
+    """Row of each pair in its source, int64 [P]."""
+
+
+class PairFeatures(NamedTuple):
+    """One pair: its chosen answer's actions, then its rejected answer's."""
+
+    row: int
+    hidden: Tensor
+    base_logsumexp: Tensor
+    tokens: Tensor
+    states: Tensor
+    num_actions: tuple[int, int]
+    lengths: tuple[int, int]
+
+
+class FeatureSet(torch.utils.data.Dataset):
+    """Cached features of a set of pairs, in memory or mapped from disk. Items: ``PairFeatures``.
+
+    Build with ``compute_features`` or ``qadapter.training.feature_store.load_or_compute``.
+    """
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self.shards = list(shards)
+        self._starts = np.cumsum([0, *(len(s.rows) for s in self.shards)]).tolist()
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: int) -> PairFeatures:
+        index = index + len(self) if index < 0 else index
+        if not 0 <= index < len(self):
+            raise IndexError(f"pair {index} of {len(self)}")
+        number = bisect_right(self._starts, index) - 1
+        shard, local = self.shards[number], index - self._starts[number]
+        start, middle, end = shard.offsets[2 * local : 2 * local + 3].tolist()
+        return PairFeatures(
+            row=int(shard.rows[local]),
+            hidden=shard.hidden[start:end],
+            base_logsumexp=shard.base_logsumexp[start:end],
+            tokens=shard.tokens[start:end],
+            states=shard.states[start:end],
+            num_actions=(middle - start, end - middle),
+            lengths=tuple(shard.lengths[2 * local : 2 * local + 2].tolist()),
+        )
+
+    @property
+    def num_actions(self) -> int:
+        return sum(len(shard.tokens) for shard in self.shards)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory (or disk space) of all features."""
+        return sum(tensor.nbytes for shard in self.shards for tensor in shard)
+
+
+@dataclass
+class FeatureCollator:
+    """B pairs to one ragged batch: the actions of B chosen, then of B rejected answers.
+
+    Returns ``rows`` [B], ``hidden`` [N, D], ``base_logsumexp`` [N], ``tokens`` int64 [N],
+    ``offsets`` int64 [2B + 1], ``padded_length`` (the length T a padded batch would have) and
+    ``num_tokens`` (prompts and answers). What a padded batch would not score, the output at its
+    last position T − 1, is left out here too (``mask_alignment="state"``).
+    """
+
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, pairs: Sequence[PairFeatures]) -> dict[str, Any]:
+        multiple = self.pad_to_multiple_of or 1
+        padded_length = -(-max(max(pair.lengths) for pair in pairs) // multiple) * multiple
+        pieces = [
+            slice(0, pair.num_actions[0]) if side == 0 else slice(pair.num_actions[0], None)
+            for side in range(2)
+            for pair in pairs
+        ]
+        sequences = list(zip(pieces, [*pairs, *pairs], strict=True))
+        states = torch.cat([pair.states[piece] for piece, pair in sequences])
+        counts = torch.tensor([len(pair.states[piece]) for piece, pair in sequences])
+        batch = {
+            name: torch.cat([getattr(pair, name)[piece] for piece, pair in sequences])
+            for name in ("hidden", "base_logsumexp", "tokens")
+        }
+        scored = states < padded_length - 1
+        if not scored.all():
+            sequence = torch.arange(len(counts)).repeat_interleave(counts)
+            counts = torch.bincount(sequence[scored], minlength=len(counts))
+            batch = {name: x[scored] for name, x in batch.items()}
+        return {
+            "rows": torch.tensor([pair.row for pair in pairs]),
+            **batch,
+            "tokens": batch["tokens"].to(torch.int64),
+            "offsets": torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
+            "padded_length": padded_length,
+            "num_tokens": sum(sum(pair.lengths) for pair in pairs),
+        }
+
+
+def compute_features(
+    model: QAdapterModel, dataset: Dataset, *, batch_tokens: int = 2048, pad_token_id: int = 0,
+    show_progress: bool = True,
+) -> FeatureSet:
+    """Run the base over tokenized pairs and keep the features in memory.
+
+    Args:
+        model: its base, head and ``objective.mask_alignment`` are what counts.
+        dataset: from ``qadapter.data.tokenize_preferences``.
+        batch_tokens: most tokens in one batch of the trunk, padding included.
+        pad_token_id: as the collator's; it is an action under ``mask_alignment="state"`` only.
+    """
+    with progress_bar(int(token_counts(dataset).sum()), show_progress) as bar:
+        return FeatureSet([compute_shard(model, dataset, batch_tokens, pad_token_id, bar)])
+
+
+def progress_bar(tokens: int, show: bool) -> tqdm:
+    """Counts tokens of prompts and answers, so that its rate means the same in every run."""
+    return tqdm(
+        total=tokens, desc="Running the frozen base", unit=" tokens", unit_scale=True,
+        disable=not show,
+    )
+
+
+def token_counts(dataset: Dataset, prompts: bool = True) -> np.ndarray:
+    """Tokens of both sequences of each pair, with or without their prompts, int64 [P]."""
+    counts = np.zeros(len(dataset), dtype=np.int64)
+    for name, times in (("prompt", 2 * prompts), ("chosen", 1), ("rejected", 1)):
+        ids = dataset[f"{name}_ids"]
+        counts += times * np.fromiter((len(x) for x in ids), dtype=np.int64, count=len(dataset))
+    return counts
+
+
+@torch.no_grad()
+def compute_shard(
+    model: QAdapterModel, dataset: Dataset, batch_tokens: int, pad_token_id: int, bar: tqdm
+) -> Shard:
+    """Features of all pairs of ``dataset``; arguments as ``compute_features``."""
+    sequences = _sequences(dataset, model.objective.mask_alignment, pad_token_id)
+    counts = torch.tensor([len(sequence.states) for sequence in sequences])
+    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    head, total = model.head, int(offsets[-1])
+    hidden = torch.empty((total, head.weight.shape[1]), dtype=model.base.dtype)
+    base_logsumexp = torch.empty(total)
+    tokens = torch.from_numpy(np.concatenate([sequence.tokens for sequence in sequences]))
+    states = torch.from_numpy(np.concatenate([sequence.states for sequence in sequences]))
+    # Several pairs of one prompt often share an answer: each distinct sequence runs once.
+    uses: dict[bytes, list[int]] = {}
+    for number, sequence in enumerate(sequences):
+        uses.setdefault(sequence.ids.tobytes(), []).append(number)
+    groups = sorted(uses.values(), key=lambda group: len(sequences[group[0]].ids), reverse=True)
+    for batch in _batches(groups, [len(sequences[group[0]].ids) for group in groups], batch_tokens):
+        ids = [sequences[group[0]].ids for group in batch]
+        # Padding on the right comes after everything that is used, and attention is causal: no mask
+        # is needed, and without one attention takes its fastest path.
+        input_ids = torch.nn.utils.rnn.pad_sequence(
+            [torch.from_numpy(x).long() for x in ids], batch_first=True
+        )
+        output = model.base_hidden(input_ids.to(head.weight.device))
+        members = [(line, number) for line, group in enumerate(batch) for number in group]
+        line_M = torch.tensor([line for line, _ in members])
+        number_M = torch.tensor([number for _, number in members])
+        lines_N = line_M.repeat_interleave(counts[number_M])
+        targets_N = torch.cat([torch.arange(offsets[n], offsets[n + 1]) for n in number_M])
+        rows_ND = output[lines_N, states[targets_N].long()]
+        hidden[targets_N] = rows_ND.to("cpu")
+        base_logsumexp[targets_N] = _logsumexp(model, rows_ND, tokens[targets_N]).to("cpu")
+        bar.update(sum(len(sequences[number].ids) for _, number in members))
+    return Shard(
+        hidden, base_logsumexp, tokens, states, offsets,
+        torch.tensor([len(sequence.ids) for sequence in sequences], dtype=torch.int32),
+        torch.tensor(dataset["row"][:] if "row" in dataset.column_names else range(len(dataset))),
+    )
+
+
+class _Sequence(NamedTuple):
+    ids: np.ndarray
+    tokens: np.ndarray
+    states: np.ndarray
+
+
+def _sequences(dataset: Dataset, mask_alignment: str, pad_token_id: int) -> list[_Sequence]:
+    sequences = []
+    for example in dataset:
+        for side in _SIDES:
+            answer, mask = example[f"{side}_ids"], example.get(f"{side}_mask")
+            ids = np.array([*example["prompt_ids"], *answer, pad_token_id], dtype=np.int32)
+            positions = len(example["prompt_ids"]) + (
+                np.arange(len(answer)) if mask is None else np.flatnonzero(mask)
+            )
+            states = positions - 1 if mask_alignment == "action" else positions
+            states = states[states >= 0].astype(np.int32)
+            sequences.append(_Sequence(ids[:-1], ids[states + 1], states))
+    return sequences
+
+
+def _batches(
+    groups: Sequence[Any], lengths: Sequence[int], batch_tokens: int
+) -> Iterable[Sequence[Any]]:
+    """Runs of groups, longest first, whose padded size stays within ``batch_tokens``."""
+    start = 0
+    while start < len(groups):
+        size = max(1, batch_tokens // max(1, lengths[start]))
+        yield groups[start : start + size]
+        start += size
+
+
+def _logsumexp(model: QAdapterModel, hidden_ND: Tensor, tokens_N: Tensor) -> Tensor:
+    head = model.head
+    if head.softcap is None:
+        return linear_logsumexp(
+            hidden_ND, head.weight, tokens_N.to(hidden_ND.device), bias=head.bias,
+            logit_scale=head.logit_scale,
+        )
+    return torch.cat([head(h).float().logsumexp(-1) for h in hidden_ND.split(_CAPPED_ROWS)])

@@ -1,0 +1,134 @@
+"""One batch to its loss and to the numbers that are logged.
+
+Cached features and padded batches meet here as the same thing: N states with an action each,
+ragged over 2B sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qadapter.model import QAdapterModel
+from qadapter.objective import find_actions, policy_logprob, sequence_loss
+
+PER_PAIR = (
+    "preference_loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies",
+    "rewards/margins", "logps/chosen", "logps/rejected",
+)
+"""Columns averaged over pairs."""
+PER_ACTION = ("chi2_loss", "values/mean", "entropy", "kl_policy_base", "kl_base_policy")
+"""Columns summed over a pair's actions and averaged over actions; the last three where the base's
+logits were computed anyway."""
+
+
+class Totals(NamedTuple):
+    """Denominators of an optimizer step: all its micro-batches on all processes."""
+
+    pairs: int
+    actions: int
+    tokens: int
+
+
+class BatchLoss(NamedTuple):
+    loss: Tensor
+    """0-d, with gradient."""
+    rewards: Tensor
+    """R of chosen and rejected, [B, 2]. No gradient."""
+    columns: Tensor
+    """float32 [B, 1 + C]: number of actions, then ``PER_PAIR`` and ``PER_ACTION`` (as many as
+    there are). No gradient."""
+
+
+def batch_loss(
+    model: QAdapterModel, batch: Mapping[str, Any], totals: Totals | None = None, *,
+    workspace_mb: int = 512,
+) -> BatchLoss:
+    """The loss of a collated batch, of cached features or of tokens.
+
+    Args:
+        totals: the step this batch is a part of; default: the batch is all there is.
+        workspace_mb: upper bound on the memory for logits, MiB.
+    """
+    if "hidden" in batch:
+        hidden_ND, tokens_N, offsets = batch["hidden"], batch["tokens"], batch["offsets"]
+        padded_length, lse_N = batch["padded_length"], batch["base_logsumexp"]
+        adapter_ND = model.adapter(hidden_ND)
+    else:
+        actions = find_actions(
+            batch["input_ids"], batch["completion_mask"], model.objective.mask_alignment
+        )
+        streams = model.hidden_streams(batch["input_ids"], batch["attention_mask"])
+        adapter_ND, hidden_ND = (h[actions.sequence_N, actions.state_N] for h in streams)
+        tokens_N, offsets, lse_N = actions.token_N, actions.offsets_S1, None
+        padded_length = actions.shape[1]
+    # Without a cached lse(b) the base's logits are computed, and its statistics cost nothing more.
+    need_statistics = lse_N is None
+    outputs = model.soft_value(
+        adapter_ND, hidden_ND, tokens_N, base_logsumexp=lse_N, workspace_mb=workspace_mb,
+        return_statistics=need_statistics,
+    )
+    soft, statistics = outputs if need_statistics else (outputs, ())
+    terms = sequence_loss(
+        soft, offsets, model.objective, padded_length=padded_length,
+        num_pairs=totals and totals.pairs, num_actions=totals and totals.actions,
+    )
+    with torch.no_grad():
+        rewards_B2 = terms.sequence_rewards.detach().view(2, -1).t()
+        summed = _sum_by_sequence(
+            torch.stack(
+                [
+                    policy_logprob(soft, model.objective), terms.token_rewards.square(),
+                    soft.value, *statistics,
+                ],
+                dim=1,
+            ).float(),
+            offsets,
+        )
+        logps_B2 = summed[:, 0].view(2, -1).t()
+        margins_B = rewards_B2[:, 0] - rewards_B2[:, 1]
+        counts_B = offsets.diff().view(2, -1).sum(0)
+        columns = torch.column_stack(
+            [
+                counts_B, -F.logsigmoid(margins_B), rewards_B2, margins_B > 0, margins_B, logps_B2,
+                summed[:, 1:].unflatten(0, (2, -1)).sum(0),
+            ]
+        ).float()
+    return BatchLoss(terms.loss, rewards_B2, columns)
+
+
+def count(batch: Mapping[str, Any], mask_alignment: str) -> tuple[int, Tensor, Tensor | int]:
+    """Pairs, actions and tokens of a collated batch; on a device no number leaves it."""
+    if "hidden" in batch:
+        return len(batch["rows"]), batch["offsets"][-1], batch["num_tokens"]
+    mask = batch["completion_mask"]
+    scored = mask[:, 1:] if mask_alignment == "action" else mask[:, :-1]
+    return mask.shape[0] // 2, scored.sum(), batch["attention_mask"].sum()
+
+
+def averages(columns: Tensor) -> dict[str, float]:
+    """Means over the pairs and actions of [P, 1 + C] columns, or of their sum [1 + C] with the
+    number of pairs in front, [2 + C]."""
+    if columns.dim() == 2:
+        columns = torch.cat([columns.new_tensor([len(columns)]), columns.double().sum(0)])
+    pairs, actions, *sums = columns.tolist()
+    means = {
+        name: total / max(pairs, 1)
+        for name, total in zip(PER_PAIR, sums[: len(PER_PAIR)], strict=True)
+    }
+    rest = sums[len(PER_PAIR) :]
+    means |= {n: total / max(actions, 1) for n, total in zip(PER_ACTION, rest, strict=False)}
+    return means
+
+
+def _sum_by_sequence(x_NC: Tensor, offsets: Tensor) -> Tensor:
+    """[2B, C]. A running total would lose digits on long batches; index_add does not."""
+    lengths = offsets.diff()
+    sequence_N = torch.arange(len(lengths), device=x_NC.device).repeat_interleave(
+        lengths, output_size=len(x_NC)
+    )
+    return x_NC.new_zeros(len(lengths), x_NC.shape[1]).index_add(0, sequence_N, x_NC)

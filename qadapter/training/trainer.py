@@ -1,0 +1,463 @@
+"""QAdapterTrainer: transformers' Trainer with Q-Adapter's loss, features and checkpoints."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+)
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
+
+from qadapter import storage
+from qadapter.adapters import HeadAdapter
+from qadapter.base import load_tokenizer
+from qadapter.data import PreferenceCollator, PreparationReport, tokenize_preferences
+from qadapter.errors import QAdapterError
+from qadapter.model import QAdapterModel
+from qadapter.training import card, feature_store
+from qadapter.training.config import QAdapterConfig
+from qadapter.training.features import (
+    FeatureCollator,
+    FeatureSet,
+    PairFeatures,
+    compute_features,
+)
+from qadapter.training.losses import Totals, averages, batch_loss, count
+
+CHECKPOINT_STATE = "trainer_state.json"
+"""Written last by transformers: a checkpoint without it was interrupted."""
+ARGUMENTS_NAME = "training_args.json"
+
+
+class QAdapterTrainer(Trainer):
+    """Trains the adapter of a ``QAdapterModel`` on preference pairs.
+
+    Everything that transformers' Trainer does (schedules, checkpoints, callbacks, data parallel
+    runs under ``accelerate launch``) it does here; the loss does not depend on how a step's pairs
+    are split over micro-batches and processes.
+
+    Args:
+        model: a ``QAdapterModel``; or a causal LM, its folder or its name, which gets the adapter
+            and objective that ``args`` describe.
+        args: default: ``QAdapterConfig()``. A ``QAdapterModel`` keeps its own objective, which
+            ``args`` take over; an objective in ``args`` that is neither that nor the default is an
+            error.
+        data_collator: for tokenized pairs, where features are not cached; default
+            ``PreferenceCollator``.
+        train_dataset: pairs in any format of ``qadapter.data``, raw or tokenized.
+        eval_dataset: the same, or a dict of them.
+        processing_class: the tokenizer; default: the base's, loaded by its name.
+        compute_metrics: gets ``EvalPrediction`` with ``predictions`` [P, 2], the rewards of chosen
+            and rejected, and ``label_ids`` [P], the preferred one's index (0).
+        quantization_config: for loading a base given by name.
+        callbacks, optimizers: as in transformers.
+
+    Attributes:
+        reports: name of a split → ``PreparationReport``, what was kept and dropped.
+
+    Raises:
+        QAdapterError: a model, option or dataset that can't be used; the message names it.
+    """
+
+    # The loss is a share of its whole step already: transformers must not divide it again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: QAdapterModel | PreTrainedModel | str | Path,
+        args: QAdapterConfig | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+    ) -> None:
+        args = QAdapterConfig() if args is None else args
+        if not isinstance(args, QAdapterConfig):
+            raise QAdapterError(f"args must be a QAdapterConfig, got {type(args).__name__}")
+        if peft_config is not None:
+            raise QAdapterError(
+                "peft_config is not supported: this version trains head adapters (AdapterConfig)"
+            )
+        model = _as_qadapter_model(model, args, quantization_config)
+        if args.n_gpu > 1:
+            # nn.DataParallel would copy the whole base to every GPU at every step.
+            args._n_gpu = 1
+        if data_collator is not None and args.cache_features != "none":
+            raise QAdapterError('a data_collator is for tokens: it needs cache_features="none"')
+        self.reports: dict[str, PreparationReport] = {}
+        self._tokenizer_args = {"trust_remote_code": args.trust_remote_code}
+        self.model, self.args, self.processing_class = model, args, processing_class
+        if train_dataset is not None:
+            train_dataset = self._prepare(train_dataset, "train")
+        if isinstance(eval_dataset, Mapping):
+            eval_dataset = {name: self._prepare(d, name) for name, d in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = self._prepare(eval_dataset, "eval")
+        super().__init__(
+            model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
+            data_collator=_Collator(
+                data_collator or PreferenceCollator(self._pad_token_id, args.pad_to_multiple_of),
+                FeatureCollator(args.pad_to_multiple_of),
+            ),
+            processing_class=self.processing_class, compute_metrics=compute_metrics,
+            callbacks=callbacks, optimizers=optimizers,
+        )
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise QAdapterError("DeepSpeed and FSDP are not supported: use plain data parallelism")
+        self.model_accepts_loss_kwargs = True
+        self._train_sums: Tensor | None = None
+        self._step_losses: list[tuple[Tensor, Tensor]] = []
+        self._gradients_checked = False
+        self._eval_columns: list[Tensor] = []
+
+    # --- data -------------------------------------------------------------------------------
+
+    @property
+    def caches_features(self) -> bool:
+        """Whether the base runs once over the data instead of at every step."""
+        return self.args.cache_features != "none" and isinstance(self.model.adapter, HeadAdapter)
+
+    @property
+    def _pad_token_id(self) -> int:
+        pad = getattr(self.processing_class, "pad_token_id", None)
+        return 0 if pad is None else pad
+
+    def _prepare(self, dataset: Any, name: str) -> Dataset | FeatureSet:
+        if isinstance(dataset, FeatureSet):
+            return dataset
+        if self.processing_class is None:
+            self.processing_class = load_tokenizer(
+                self.model.base_identity.name, **self._tokenizer_args
+            )
+        tokenized, self.reports[name] = tokenize_preferences(
+            dataset, self.processing_class, max_length=self.args.max_length,
+            truncation_mode=self.args.truncation_mode, on_bad_row=self.args.on_bad_row,
+            num_proc=self.args.dataset_num_proc,
+        )
+        return tokenized
+
+    def features(self, dataset: Any, name: str = "eval") -> FeatureSet:
+        """The base's features of a dataset, raw or tokenized; from the cache on disk if there."""
+        return self._features(self._prepare(dataset, name))
+
+    def _features(self, dataset: Dataset | FeatureSet) -> FeatureSet:
+        if isinstance(dataset, FeatureSet):
+            return dataset
+        settings = {
+            "batch_tokens": self.args.feature_batch_tokens, "pad_token_id": self._pad_token_id,
+            "show_progress": not self.args.disable_tqdm and self.is_world_process_zero(),
+        }
+        if self.args.cache_features != "disk":
+            return compute_features(self.model, dataset, **settings)
+        with self.accelerator.main_process_first():
+            return feature_store.load_or_compute(
+                self.model, dataset, self.processing_class, max_length=self.args.max_length,
+                cache_dir=self.args.feature_cache_dir, shard_mb=self.args.feature_shard_mb,
+                **settings,
+            )
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.train_dataset is None:
+            raise QAdapterError("training needs a train_dataset")
+        if self.caches_features:
+            self.train_dataset = self._features(self.train_dataset)
+        return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if eval_dataset is None:
+            raise QAdapterError("evaluation needs an eval_dataset")
+        if isinstance(eval_dataset, str):
+            if self.caches_features:
+                self.eval_dataset[eval_dataset] = self._features(self.eval_dataset[eval_dataset])
+        elif eval_dataset is self.eval_dataset:
+            if self.caches_features:
+                self.eval_dataset = eval_dataset = self._features(eval_dataset)
+        else:
+            eval_dataset = self._prepare(eval_dataset, "eval")
+            eval_dataset = self._features(eval_dataset) if self.caches_features else eval_dataset
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        prepare = self.features if self.caches_features else self._prepare
+        return super().get_test_dataloader(prepare(test_dataset, "test"))
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = [
+            "prompt_ids", "chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask", "row",
+        ]
+
+    # --- the loss ---------------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Totals]:
+        """A step's micro-batches and what they hold on all processes together."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        counts = [count(batch, self.model.objective.mask_alignment) for batch in batches]
+        totals = torch.stack(
+            [torch.stack([torch.as_tensor(x, device=device) for x in c]) for c in counts]
+        ).sum(0)
+        totals = Totals(*self.accelerator.reduce(totals, "sum").tolist())
+        self.state.num_input_tokens_seen += totals.tokens
+        return batches, totals
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
+        num_items_in_batch: Totals | None = None,
+    ) -> Any:
+        """The loss of a micro-batch: its share of the step whose totals are given."""
+        # Not through the wrapped model: only the adapter has gradients, and training_step averages
+        # them over processes in one go.
+        output = batch_loss(
+            self.model, inputs, num_items_in_batch, workspace_mb=self.args.workspace_mb
+        )
+        if num_items_in_batch is None:
+            return (output.loss, output) if return_outputs else output.loss
+        self._step_losses.append((inputs["rows"], output.columns))
+        # Gradients and logged losses are averaged over processes, shares must be summed.
+        loss = output.loss * self.accelerator.num_processes
+        return (loss, output) if return_outputs else loss
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Totals | None = None
+    ) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            parameters = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            self._check_gradients_exist(parameters)
+            self._average_gradients([p for _, p in parameters])
+            self._end_of_step([p for _, p in parameters])
+        return loss
+
+    def _check_gradients_exist(self, parameters: list[tuple[str, Tensor]]) -> None:
+        if self._gradients_checked:
+            return
+        missing = [name for name, parameter in parameters if parameter.grad is None]
+        if missing:
+            raise QAdapterError(
+                f"trainable, but without gradient after the first step: {', '.join(missing)}; "
+                "they have no part in the loss: freeze them (requires_grad_(False)) or connect them"
+            )
+        self._gradients_checked = True
+
+    def _average_gradients(self, parameters: list[Tensor]) -> None:
+        if self.accelerator.num_processes == 1:
+            return
+        flat = torch.cat([p.grad.flatten() for p in parameters])
+        flat = self.accelerator.reduce(flat, "mean")
+        for parameter, grad in zip(
+            parameters, flat.split([p.numel() for p in parameters]), strict=True
+        ):
+            parameter.grad.copy_(grad.view_as(parameter))
+
+    def _end_of_step(self, parameters: list[Tensor]) -> None:
+        """Add the step to the logged sums; stop before the optimizer sees a number that is none."""
+        rows = torch.cat([rows for rows, _ in self._step_losses])
+        columns = torch.cat([columns for _, columns in self._step_losses])
+        self._step_losses.clear()
+        finite_P = columns.isfinite().all(1)
+        healthy = finite_P.all()
+        if self.accelerator.scaler is None:  # a gradient scaler skips overflowing steps by itself
+            healthy = healthy & torch.stack([p.grad.isfinite().all() for p in parameters]).all()
+        unhealthy = self.accelerator.reduce((~healthy).long(), "sum")
+        if unhealthy.item():
+            step = self.state.global_step + 1
+            bad = rows[~finite_P].tolist()
+            where = f"at rows {', '.join(map(str, bad))}" if bad else "in the gradient"
+            raise QAdapterError(
+                f"not finite {where} of the training data in step {step}: stopped before the "
+                "update; checkpoints are as they were (try a lower learning_rate)"
+            )
+        sums = torch.cat([columns.new_tensor([len(columns)]), columns.sum(0)]).double()
+        self._train_sums = sums if self._train_sums is None else self._train_sums + sums
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Of one training step on a batch: head and adapter, and the trunk where it runs."""
+        vocab_size, hidden_size = self.model.head.weight.shape
+        adapter = sum(p.numel() for p in self.model.adapter.parameters())
+        if "hidden" in inputs:
+            return len(inputs["hidden"]) * (4 * vocab_size * hidden_size + 6 * adapter)
+        base = self.model.base.num_parameters()
+        return inputs["input_ids"].numel() * (2 * base + 4 * vocab_size * hidden_size + 6 * adapter)
+
+    # --- evaluation and logs ------------------------------------------------------------------
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(loss, rewards [B, 2], index of the preferred answer [B])."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            output = batch_loss(self.model, inputs, workspace_mb=self.args.workspace_mb)
+        self._eval_columns.append(self.accelerator.gather_for_metrics(output.columns))
+        if prediction_loss_only:
+            return output.loss, None, None
+        labels = torch.zeros(len(output.rewards), dtype=torch.int64, device=output.rewards.device)
+        return output.loss, output.rewards, labels
+
+    def evaluation_loop(
+        self, dataloader: DataLoader, description: str, prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        self._eval_columns = []
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        # transformers' own mean of batch means weighs the last, smaller batch like the others.
+        means = averages(torch.cat(self._eval_columns))
+        means["loss"] = (
+            means["preference_loss"] + self.model.objective.chi2_coef * means["chi2_loss"]
+        )
+        output.metrics.update({f"{metric_key_prefix}_{name}": x for name, x in means.items()})
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means over the window since the last log to a log of training."""
+        if "loss" in logs and self._train_sums is not None:
+            logs.update(averages(self.accelerator.reduce(self._train_sums, "sum")))
+            logs["num_tokens"] = self.state.num_input_tokens_seen
+            self._train_sums = None
+        super().log(logs, start_time)
+
+    # --- runs, checkpoints, the card ------------------------------------------------------------
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
+    ) -> TrainOutput:
+        """Train, and save the adapter to ``output_dir`` (unless ``save_strategy`` is "no").
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or true for the last whole one.
+        """
+        if not any(p.requires_grad for p in self.model.parameters()):
+            raise QAdapterError(
+                "the adapter is frozen: load it with from_pretrained(..., is_trainable=True)"
+            )
+        if resume_from_checkpoint:
+            resume_from_checkpoint = self._find_checkpoint(resume_from_checkpoint)
+        self._train_sums, self._gradients_checked = None, False
+        self._step_losses.clear()
+        result = super().train(resume_from_checkpoint or None, **kwargs)
+        if self.args.save_strategy != "no":
+            self.save_model()
+        return result
+
+    def _find_checkpoint(self, wanted: str | bool) -> str:
+        if wanted is not True:
+            if not (Path(wanted) / CHECKPOINT_STATE).is_file():
+                raise QAdapterError(f"{wanted}: not a checkpoint ({CHECKPOINT_STATE} is missing)")
+            return str(wanted)
+        whole = {
+            int(path.parent.name.removeprefix("checkpoint-")): path.parent
+            for path in Path(self.args.output_dir).glob(f"checkpoint-[0-9]*/{CHECKPOINT_STATE}")
+        }
+        if not whole:
+            raise QAdapterError(f"{self.args.output_dir}: no checkpoint to resume from")
+        return str(whole[max(whole)])
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        was_there = folder.exists()
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, QAdapterError) as error:  # torch raises RuntimeError
+            if not was_there:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise QAdapterError(
+                f"{folder}: the checkpoint can't be saved: {error}; earlier ones are as they were"
+            ) from error
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
+        """The adapter, the tokenizer, the arguments and the card; nothing that needs pickle."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        self.model.save_pretrained(folder, state_dict=state_dict)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        (folder / ARGUMENTS_NAME).write_text(self.args.to_json_string() + "\n", encoding="utf-8")
+        card.write(self, folder)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        self._load_adapter(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        self._load_adapter(self.state.best_model_checkpoint)
+
+    def _load_adapter(self, folder: str) -> None:
+        saved = storage.read(folder)
+        saved.base.require(self.model.base_identity, folder)
+        for what in ("adapter", "objective"):
+            theirs = getattr(saved, what)
+            ours = self.model.adapter_config if what == "adapter" else self.model.objective
+            if theirs != ours:
+                raise QAdapterError(f"{folder}: trained with {theirs}, this run has {ours}")
+        storage.load_weights(folder, self.model.adapter)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """Write README.md to ``output_dir``."""
+        if self.is_world_process_zero():
+            card.write(self, Path(self.args.output_dir), model_name, dataset_name, tags)
+
+
+class _Collator:
+    """Cached features and tokenized pairs each have their own collator."""
+
+    def __init__(self, padded: Callable[..., Any], ragged: FeatureCollator) -> None:
+        self.padded, self.ragged = padded, ragged
+
+    def __call__(self, examples: list[Any]) -> dict[str, Any]:
+        cached = isinstance(examples[0], PairFeatures)
+        return self.ragged(examples) if cached else self.padded(examples)
+
+
+def _as_qadapter_model(model: Any, args: QAdapterConfig, quantization_config: Any) -> QAdapterModel:
+    by_name = isinstance(model, (str, Path))
+    if not by_name and (args.model_init_kwargs or quantization_config is not None):
+        raise QAdapterError(
+            "model_init_kwargs and quantization_config are for a model given by name"
+        )
+    if isinstance(model, QAdapterModel):
+        wanted = args.objective_config()
+        if wanted not in (model.objective, type(wanted)()):
+            raise QAdapterError(
+                f"the model has its own objective, {model.objective}; args ask for {wanted}: "
+                "give it to QAdapterModel.from_base instead"
+            )
+        args.set_objective(model.objective)
+        return model
+    kwargs: dict[str, Any] = {}
+    if by_name:
+        kwargs = {**(args.model_init_kwargs or {}), "trust_remote_code": args.trust_remote_code}
+        if quantization_config is not None:
+            kwargs["quantization_config"] = quantization_config
+    elif not isinstance(model, PreTrainedModel):
+        raise QAdapterError(
+            f"model must be a QAdapterModel, a causal LM or its name, got {type(model).__name__}"
+        )
+    return QAdapterModel.from_base(model, args.adapter_config(), args.objective_config(), **kwargs)
