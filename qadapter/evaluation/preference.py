@@ -209,10 +209,14 @@ def _wins(margin_P: np.ndarray) -> np.ndarray:
     return np.where(margin_P == 0, 0.5, margin_P > 0)
 
 
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 0.5 * (1 + np.tanh(0.5 * x))  # does not overflow
+
+
 def _calibrate(margin_P: np.ndarray, bootstrap: ClusterBootstrap) -> Calibration:
     # Which of the two is called "chosen" is no outcome to predict: it is always the first. What
     # can be right or wrong is the side the model takes, with confidence σ(|margin|).
-    confidence_P = 1 / (1 + np.exp(-np.abs(margin_P)))
+    confidence_P = _sigmoid(np.abs(margin_P))
     right_P = _wins(margin_P)
     edges = np.linspace(0.5, 1, NUM_BINS + 1).round(6).tolist()
     bin_P = np.minimum(((confidence_P - 0.5) * 2 * NUM_BINS).astype(int), NUM_BINS - 1)
@@ -228,7 +232,7 @@ def _calibrate(margin_P: np.ndarray, bootstrap: ClusterBootstrap) -> Calibration
     return Calibration(
         error,
         bootstrap.mean(np.logaddexp(0, -margin_P)),
-        bootstrap.mean((1 - 1 / (1 + np.exp(-margin_P))) ** 2),
+        bootstrap.mean(_sigmoid(-margin_P) ** 2),
         tuple(bins),
     )
 

@@ -1,0 +1,65 @@
+"""A tiny chat model on disk and preferences for it: what the command line is tested with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from data.tiny import chatml
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qadapter import AdapterConfig, QAdapterModel
+from qadapter.data import as_preferences, tokenize_preferences
+
+WORDS = ("blue", "green", "red", "hot", "short", "always", "never", "maybe")
+
+
+def tiny_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
+    """A random Llama with two layers; its logits spread enough for answers to differ."""
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": 600, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+        "tie_word_embeddings": True, "initializer_range": 0.3, "bos_token_id": 1,
+        "eos_token_id": 2, "pad_token_id": 2,
+    }
+    return LlamaForCausalLM(LlamaConfig(**settings | changes)).eval()
+
+
+def save_tiny(folder: Path, seed: int = 0) -> Path:
+    """The model and its tokenizer, as a folder that ``from_pretrained`` loads."""
+    tiny_llama(seed).save_pretrained(folder)
+    chatml().save_pretrained(folder)
+    return folder
+
+
+def preference_rows(count: int = 16) -> list[dict]:
+    """Questions whose better answer is the shorter one, two pairs to each prompt."""
+    return [
+        {
+            "prompt": [{"role": "user", "content": f"What is {WORDS[i // 2 % 8]} {i // 2}?"}],
+            "chosen": [{"role": "assistant", "content": f"Yes, {WORDS[i % 8]}."}],
+            "rejected": [{"role": "assistant",
+                          "content": f"I think so, {WORDS[(i + 3) % 8]} and {WORDS[i % 8]}."}],
+        }
+        for i in range(count)
+    ]
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def tokenized(count: int = 16):
+    return tokenize_preferences(as_preferences(preference_rows(count)), chatml()).dataset
+
+
+def tiny_adapter(trained: bool, form: str = "linear", objective=None) -> QAdapterModel:
+    """On ``tiny_llama()``; ``trained``: an adapter that does something."""
+    model = QAdapterModel.from_base(tiny_llama(), AdapterConfig(form=form, rank=4), objective)
+    if trained:
+        torch.manual_seed(1)
+        torch.nn.init.normal_(model.adapter.up.weight, std=0.2)
+    return model
