@@ -215,41 +215,54 @@ def _(hidden, weight, actions, bias, logit_scale, workspace_bytes, backend):
 @torch.library.custom_op("qadapter::bradley_terry", mutates_args=())
 def bradley_terry(
     q_action: Tensor, value: Tensor, sequence_offsets: Tensor, divisors: Tensor,
-    gamma: float, chi2_coef: float, bootstrap_next: bool, inv_pairs: float, inv_actions: float,
-    backend: str,
+    gamma: float, chi2_coef: float, bootstrap_next: bool, num_pairs: float | None,
+    num_actions: float | None, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """→ [loss, preference_loss, chi2_loss], sequence rewards [2B], token rewards [N]."""
     return _distinct(
         dispatch.select(q_action, backend).bradley_terry_forward(
             q_action, value, sequence_offsets, divisors, gamma, chi2_coef, bootstrap_next,
-            inv_pairs, inv_actions,
+            *_inverse_denominators(num_pairs, num_actions, divisors, q_action),
         )
     )
 
 
+def _inverse_denominators(
+    num_pairs: float | None, num_actions: float | None, per_sequence: Tensor, per_action: Tensor
+) -> tuple[float, float]:
+    """None is this call's own number. It is taken from the shapes in here: as a float argument it
+    would make torch.compile recompile for every length. Nothing to average over counts as 1."""
+    pairs = per_sequence.shape[0] // 2 if num_pairs is None else num_pairs
+    actions = per_action.shape[0] if num_actions is None else num_actions
+    return 1.0 / (pairs or 1.0), 1.0 / (actions or 1.0)
+
+
 @bradley_terry.register_fake
-def _(q_action, value, sequence_offsets, divisors, gamma, chi2_coef, bootstrap_next, inv_pairs,
-      inv_actions, backend):
+def _(q_action, value, sequence_offsets, divisors, gamma, chi2_coef, bootstrap_next, num_pairs,
+      num_actions, backend):
     return q_action.new_empty(3), torch.empty_like(divisors), torch.empty_like(q_action)
 
 
 @torch.library.custom_op("qadapter::bradley_terry_backward", mutates_args=())
 def bradley_terry_backward(
     token_rewards: Tensor, sequence_rewards: Tensor, sequence_offsets: Tensor, divisors: Tensor,
-    gamma: float, chi2_coef: float, bootstrap_next: bool, inv_pairs: float, inv_actions: float,
-    grad_losses: Tensor, grad_sequence: Tensor, grad_tokens: Tensor, backend: str,
+    gamma: float, chi2_coef: float, bootstrap_next: bool, num_pairs: float | None,
+    num_actions: float | None, grad_losses: Tensor, grad_sequence: Tensor, grad_tokens: Tensor,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     return _distinct(
         dispatch.select(token_rewards, backend).bradley_terry_backward(
             token_rewards, sequence_rewards, sequence_offsets, divisors, gamma, chi2_coef,
-            bootstrap_next, inv_pairs, inv_actions, grad_losses, grad_sequence, grad_tokens,
+            bootstrap_next,
+            *_inverse_denominators(num_pairs, num_actions, divisors, token_rewards),
+            grad_losses, grad_sequence, grad_tokens,
         )
     )
 
 
 @bradley_terry_backward.register_fake
 def _(token_rewards, sequence_rewards, sequence_offsets, divisors, gamma, chi2_coef,
-      bootstrap_next, inv_pairs, inv_actions, grad_losses, grad_sequence, grad_tokens, backend):
+      bootstrap_next, num_pairs, num_actions, grad_losses, grad_sequence, grad_tokens, backend):
     return torch.empty_like(token_rewards), torch.empty_like(token_rewards)
 
 

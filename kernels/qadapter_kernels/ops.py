@@ -143,7 +143,8 @@ def linear_soft_value(
     need_grad = torch.is_grad_enabled() and adapter_hidden.requires_grad
     *outputs, _, stats = library.linear_soft_value(
         adapter_hidden, base_hidden, weight, actions, bias, base_logsumexp, *coef,
-        float(logit_scale), _workspace_bytes(workspace_mb), return_statistics, need_grad,
+        _finite("logit_scale", logit_scale), _workspace_bytes(workspace_mb), return_statistics,
+        need_grad,
         backend or "",
     )
     result = SoftValue(*outputs)
@@ -169,7 +170,7 @@ def linear_logsumexp(
         actions = torch.full((hidden.shape[0],), NO_ACTION, device=hidden.device)
     actions = _check_actions(actions, hidden.shape[0], weight.shape[0], weight.device, None)
     return library.linear_logsumexp(
-        hidden.detach(), weight, actions, bias, float(logit_scale),
+        hidden.detach(), weight, actions, bias, _finite("logit_scale", logit_scale),
         _workspace_bytes(workspace_mb), backend or "",
     )
 
@@ -196,7 +197,7 @@ def bradley_terry(
         length_normalization: d = 1 ("none"), the sequence's number of actions ("completion"), or
             ``padded_length`` − 1 ("padded").
         num_pairs, num_actions: denominators of the means, where this call sees a part of a larger
-            batch. Default: this call's own.
+            batch; they need not be whole numbers. Default: this call's own. 0 counts as 1.
 
     Raises:
         ValueError: an option or a shape; the message names it.
@@ -205,6 +206,8 @@ def bradley_terry(
     _check_rows("value", value, q_action.shape[0], q_action.device)
     if bootstrap not in ("next", "current"):
         raise ValueError(f'bootstrap must be "next" or "current", got {bootstrap!r}')
+    if sequence_offsets.is_floating_point():
+        raise TypeError(f"sequence_offsets must be integers, got {sequence_offsets.dtype}")
     if sequence_offsets.dim() != 1 or sequence_offsets.shape[0] % 2 == 0:
         raise ValueError(
             "sequence_offsets must hold 2B + 1 numbers (B chosen, then B rejected sequences), "
@@ -214,6 +217,7 @@ def bradley_terry(
     q_action, value = q_action.to(dtype).contiguous(), value.to(dtype).contiguous()
     sequence_offsets = sequence_offsets.to(device=q_action.device, dtype=torch.int64)
     lengths = sequence_offsets.diff()
+    _check_offsets(sequence_offsets, lengths, q_action.shape[0])
     if length_normalization == "none":
         divisors = torch.ones_like(lengths, dtype=dtype)
     elif length_normalization == "completion":
@@ -227,11 +231,13 @@ def bradley_terry(
             'length_normalization must be "none", "completion" or "padded", '
             f"got {length_normalization!r}"
         )
-    pairs = lengths.shape[0] // 2 if num_pairs is None else num_pairs
-    num_actions = q_action.shape[0] if num_actions is None else num_actions
+    num_pairs, num_actions = (
+        None if x is None else _finite(name, float(x), at_least=0.0)
+        for name, x in (("num_pairs", num_pairs), ("num_actions", num_actions))
+    )
     losses, sequence_rewards, token_rewards = library.bradley_terry(
-        q_action, value, sequence_offsets.contiguous(), divisors, float(gamma), float(chi2_coef),
-        bootstrap == "next", 1.0 / max(pairs, 1), 1.0 / max(num_actions, 1), backend or "",
+        q_action, value, sequence_offsets.contiguous(), divisors, _finite("gamma", gamma),
+        _finite("chi2_coef", chi2_coef), bootstrap == "next", num_pairs, num_actions, backend or "",
     )
     return BradleyTerry(*losses.unbind(), sequence_rewards, token_rewards)
 
@@ -240,13 +246,18 @@ def bradley_terry(
 
 
 def _coefficients(*numbers: float) -> Coefficients:
-    coef = Coefficients(*(float(x) for x in numbers))
-    for name, number in coef._asdict().items():
-        if not math.isfinite(number):
-            raise ValueError(f"{name} must be a finite number, got {number}")
+    coef = Coefficients(*map(_finite, Coefficients._fields, numbers))
     if coef.alpha_tilde <= 0:
         raise ValueError(f"alpha_tilde must be positive, got {coef.alpha_tilde}")
     return coef
+
+
+def _finite(name: str, number: float, at_least: float = -math.inf) -> float:
+    # Comparisons, because math.isfinite does not take torch.compile's symbolic floats.
+    if not -math.inf < number < math.inf or number < at_least:
+        bound = "" if at_least == -math.inf else f", at least {at_least:g}"
+        raise ValueError(f"{name} must be a finite number{bound}, got {number}")
+    return float(number)
 
 
 def _workspace_bytes(workspace_mb: int) -> int:
@@ -290,12 +301,12 @@ def _check_frozen(name: str, x: Tensor) -> None:
 def _check_head(
     weight: Tensor, bias: Tensor | None, hidden: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    _check_matrix("weight", weight)
     if weight.numel() == 0:
         raise ValueError(
             "weight is empty: under ZeRO-3 gather it first "
             "(deepspeed.zero.GatheredParameters around the call)"
         )
+    _check_matrix("weight", weight)
     _check_frozen("weight", weight)
     if weight.shape[1] != hidden.shape[1]:
         raise ValueError(
@@ -306,6 +317,8 @@ def _check_head(
     if bias is not None:
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must have shape [{weight.shape[0]}], got {tuple(bias.shape)}")
+        if bias.device != weight.device:
+            raise ValueError(f"bias is on {bias.device}, weight on {weight.device}")
         _check_frozen("bias", bias)
     if torch.is_autocast_enabled(weight.device.type) and weight.dtype != torch.float64:
         weight = weight.to(torch.get_autocast_dtype(weight.device.type))
@@ -333,10 +346,19 @@ def _check_actions(
         raise TypeError(f"actions must be integer token ids, got {actions.dtype}")
     if actions.device != device:
         raise ValueError(f"actions are on {actions.device}, the other tensors on {device}")
+    if row_mask is not None:
+        if row_mask.shape != (num_rows,) or row_mask.dtype != torch.bool:
+            raise ValueError(
+                f"row_mask must be bool of shape [{num_rows}], "
+                f"got {row_mask.dtype} of shape {tuple(row_mask.shape)}"
+            )
+        if row_mask.device != device:
+            raise ValueError(f"row_mask is on {row_mask.device}, the other tensors on {device}")
     # The range is checked where it costs no device synchronisation; on a GPU the kernels compare
     # columns with the action, so an id outside the vocabulary reads nothing it should not.
     if not torch.compiler.is_compiling() and device.type == "cpu" and num_rows:
-        low, high = (int(x) for x in actions.aminmax())
+        scored = actions if row_mask is None else actions.where(row_mask, NO_ACTION)
+        low, high = (int(x) for x in scored.aminmax())
         if low < NO_ACTION or high >= vocab_size:
             wrong = low if low < NO_ACTION else high
             raise ValueError(
@@ -345,10 +367,19 @@ def _check_actions(
             )
     actions = actions.to(torch.int64).contiguous()
     if row_mask is not None:
-        if row_mask.shape != (num_rows,) or row_mask.dtype != torch.bool:
-            raise ValueError(f"row_mask must be bool of shape [{num_rows}]")
         actions = torch.where(row_mask, actions, MASKED_ROW)
     return actions
+
+
+def _check_offsets(offsets: Tensor, lengths: Tensor, num_rows: int) -> None:
+    # Like the range of actions: where it costs no device synchronisation.
+    if torch.compiler.is_compiling() or offsets.device.type != "cpu":
+        return
+    if offsets[0] != 0 or offsets[-1] != num_rows or (lengths < 0).any():
+        raise ValueError(
+            f"sequence_offsets must rise from 0 to {num_rows} (the rows of q_action), "
+            f"got {offsets.tolist() if len(offsets) <= 16 else 'something else'}"
+        )
 
 
 def _unit_columns(x_NV: Tensor) -> Tensor:

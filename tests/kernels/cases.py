@@ -252,7 +252,7 @@ def check_linear(result: Result, case: LinearCase) -> None:
 
 def bits(x: Tensor) -> Tensor:
     """The bytes of a tensor: NaN-safe, and tells 0 from −0."""
-    return x.detach().contiguous().view(torch.uint8)
+    return x.detach().reshape(-1).contiguous().view(torch.uint8)
 
 
 def same_bits(x, y) -> bool:
