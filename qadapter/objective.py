@@ -319,6 +319,8 @@ def _check_stream(name: str, x: Tensor, input_ids: Tensor) -> None:
             "input_ids must have shape [2B, T] (B chosen rows, then B rejected rows), "
             f"got {tuple(input_ids.shape)}"
         )
+    if input_ids.is_floating_point():
+        raise TypeError(f"input_ids must be integer token ids, got {input_ids.dtype}")
     if x.dim() != 3 or x.shape[:2] != input_ids.shape:
         raise ValueError(
             f"{name} must have shape [{', '.join(map(str, input_ids.shape))}, ...] like input_ids, "
