@@ -1,64 +1,16 @@
-"""A random two-layer Llama, a word-level tokenizer and pairs it can learn from."""
+"""Trainers on a tiny model, a word-level tokenizer and learnable pairs."""
 
 from __future__ import annotations
 
 import pytest
-import torch
-from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny import build_model, build_pairs, build_tokenizer
 
-from qadapter import AdapterConfig, QAdapterModel
 from qadapter.training import QAdapterConfig, QAdapterTrainer
-
-WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(60))]
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    vocabulary = {word: index for index, word in enumerate(WORDS)}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-        unk_token="<unk>",
-    )
-
-
-def build_model(adapter=None, objective=None, seed=0, dtype=torch.float32):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(WORDS), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )
-    base = LlamaForCausalLM(config).to(dtype)
-    # Larger weights than a fresh model's: its logits would all be nearly alike.
-    torch.nn.init.normal_(base.lm_head.weight, std=0.5)
-    return QAdapterModel.from_base(base, adapter or AdapterConfig(form="mlp", rank=4), objective)
-
-
-def build_pairs(count, seed=0):
-    """Answers of even words are chosen over answers of odd ones; lengths differ throughout."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def words(length, offset, step):
-        numbers = torch.randint(0, 60 // step, (length,), generator=generator) * step + offset
-        return " ".join(f"w{n}" for n in numbers.tolist())
-
-    def length(low, high):
-        return int(torch.randint(low, high, (1,), generator=generator))
-
-    return Dataset.from_list(
-        [
-            {
-                "prompt": words(length(2, 7), 0, 1) + " ",
-                "chosen": words(length(1, 9), 0, 2),
-                "rejected": words(length(1, 9), 1, 2),
-            }
-            for _ in range(count)
-        ]
-    )
+    return build_tokenizer()
 
 
 @pytest.fixture

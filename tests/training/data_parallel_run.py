@@ -1,0 +1,44 @@
+"""One process of a data-parallel run on the tiny model; test_data_parallel.py starts two."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from tiny import build_model, build_pairs, build_tokenizer
+
+from qadapter.training import QAdapterConfig, QAdapterTrainer
+
+
+def run(folder: Path, batch_size: int, cache_features: str) -> None:
+    """Three epochs over 16 pairs with an optimizer that is linear in the gradient."""
+    model = build_model()
+    optimizer = torch.optim.SGD(model.adapter.parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    arguments = QAdapterConfig(
+        output_dir=str(folder), use_cpu=True, disable_tqdm=True, logging_steps=1, seed=0,
+        num_train_epochs=3, per_device_train_batch_size=batch_size, gradient_accumulation_steps=2,
+        per_device_eval_batch_size=2, save_strategy="no",
+        ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
+        cache_features=cache_features, feature_cache_dir=str(folder / "features"),
+        train_sampling_strategy="sequential",
+    )
+    trainer = QAdapterTrainer(
+        model, arguments, train_dataset=build_pairs(16), processing_class=build_tokenizer(),
+        optimizers=(optimizer, scheduler),
+    )
+    trainer.train()
+    metrics = trainer.evaluate(build_pairs(7, seed=1))
+    if trainer.is_world_process_zero():
+        trainer.save_model(str(folder))
+        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+        result = {"metrics": metrics, "logs": logs, "processes": trainer.accelerator.num_processes}
+        (folder / "result.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

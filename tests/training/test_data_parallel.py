@@ -1,0 +1,55 @@
+"""Two processes give what one gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from data_parallel_run import run
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+SCRIPT = Path(__file__).with_name("data_parallel_run.py")
+TIMEOUT_S = 240
+
+
+def test_two_processes_train_and_evaluate_like_one(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(tmp_path), "2", "disk"],
+            env={
+                **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+            },
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    try:
+        run(alone, 4, "memory")
+        for process in processes:
+            output, _ = process.communicate(timeout=TIMEOUT_S)
+            assert process.returncode == 0, output
+    finally:
+        for process in processes:
+            process.kill()
+    ours, theirs = (json.loads((f / "result.json").read_text()) for f in (tmp_path, alone))
+    assert (ours["processes"], theirs["processes"]) == (2, 1)
+    for one, other in zip(ours["logs"], theirs["logs"], strict=True):
+        for name in one.keys() - {"grad_norm"}:
+            assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
+    for name in ("loss", "rewards/margins", "chi2_loss", "logps/rejected"):
+        expected = theirs["metrics"][f"eval_{name}"]
+        assert ours["metrics"][f"eval_{name}"] == pytest.approx(expected, rel=1e-4), name
+    weights = [load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, alone)]
+    assert_close(*weights, rtol=1e-4, atol=1e-6)
