@@ -473,3 +473,22 @@ def test_the_objective_pulls_in_no_transformers():
     code = "import sys, qadapter.objective; assert 'transformers' not in sys.modules"
     root = Path(__file__).resolve().parents[1]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+
+
+@pytest.mark.parametrize("level", ["logits", "hidden"])
+def test_the_whole_loss_compiles_to_one_graph(level):
+    h, hb, weight, ids, mask = batch(dtype=torch.float32)
+    config = ObjectiveConfig()
+
+    def loss(h):
+        if level == "hidden":
+            return linear_q_adapter_loss(h, hb, weight, ids, mask, config).loss
+        return q_adapter_loss(h @ weight.T, hb @ weight.T, ids, mask, config).loss
+
+    torch._dynamo.reset()
+    # Which positions are actions depends on the data: their number becomes a symbol.
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        h.requires_grad_()
+        assert compiled(h) == loss(h)
+        assert torch.equal(*(torch.autograd.grad(f(h), h)[0] for f in (compiled, loss)))
