@@ -73,30 +73,30 @@ PANELS = (
 def preference_rows(result: PreferenceResult) -> list[Row]:
     """Accuracies, margins, calibration. A plain model fills the base's column only."""
     rows = []
-    for suffix, how in (("", "sum"), ("_mean", "mean a token"),
-                        ("_length_controlled", "length-controlled")):
+    for suffix, how in (("", ""), ("_mean", ", mean a token"),
+                        ("_length_controlled", ", length-controlled")):
         policy = getattr(result, f"preference_accuracy_policy{suffix}")
         reward = getattr(result, f"preference_accuracy{suffix}")
         base = getattr(result, f"preference_accuracy_base{suffix}")
         if reward is not None:
-            rows.append(Row(f"preference accuracy by reward, {how}", None, reward))
-        rows.append(Row(f"preference accuracy by log-probability, {how}", base, policy))
+            rows.append(Row(f"accuracy by reward{how}", None, reward))
+        rows.append(Row(f"accuracy by log-probability{how}", base, policy))
     # All of one kind together, the headline first.
     rows.sort(key=lambda row: "by reward" not in row.measure)
     if result.reward_margin is not None:
-        rows.append(Row("mean reward margin (nats)", None, result.reward_margin, 2))
+        rows.append(Row("reward margin (nats)", None, result.reward_margin, 2))
     rows.append(
-        Row("mean log-probability margin (nats)", result.base_margin, result.policy_margin, 2)
+        Row("log-probability margin (nats)", result.base_margin, result.policy_margin, 2)
     )
     if result.calibration is not None:
         rows += [
-            Row("calibration error of σ(reward margin)", None,
+            Row("calibration error of σ(margin)", None,
                 result.calibration.expected_calibration_error),
-            Row("log loss of σ(reward margin) (nats)", None, result.calibration.log_loss),
+            Row("log loss of σ(margin) (nats)", None, result.calibration.log_loss),
         ]
     if result.answer_kl_per_token is not None:
         rows.append(
-            Row("KL(base‖customised) on these answers (nats a token)", None,
+            Row("KL(base‖customised), these answers", None,
                 result.answer_kl_per_token, 4)
         )
     return rows
@@ -106,7 +106,7 @@ def baseline_note(result: PreferenceResult) -> str:
     """What needs no model at all; belongs under every table of accuracies."""
     return (
         f"{result.num_pairs:,} pairs, {result.num_prompts:,} prompts; brackets: 95% intervals, "
-        "bootstrap over prompts. Without any model: the longer answer wins "
+        "bootstrap over prompts; KL in nats a token. Without any model: the longer answer wins "
         f"{result.longer_wins.value:.3f}, the shorter {result.shorter_wins.value:.3f}, "
         f"a coin {result.random_baseline:.3f}."
     )
@@ -116,11 +116,11 @@ def retention_rows(result: RetentionResult, where: str = "texts") -> list[Row]:
     """Divergences and perplexities on texts called ``where``; divergences stand in the customised
     model's column."""
     return [
-        Row(f"KL(base‖customised) on {where} (nats a token)", None, result.kl_per_token, 4),
-        Row(f"KL(customised‖base) on {where} (nats a token)", None,
+        Row(f"KL(base‖customised), {where}", None, result.kl_per_token, 4),
+        Row(f"KL(customised‖base), {where}", None,
             result.kl_policy_base_per_token, 4),
-        Row(f"same most likely token on {where}", None, result.top1_agreement),
-        Row(f"perplexity on {where}", result.perplexity_base, result.perplexity, 2),
+        Row(f"same top token, {where}", None, result.top1_agreement),
+        Row(f"perplexity, {where}", result.perplexity_base, result.perplexity, 2),
     ]
 
 

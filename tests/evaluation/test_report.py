@@ -61,7 +61,7 @@ def test_every_table_names_the_baselines_and_the_report_holds_it_all(tmp_path):
     shown, markdown = console.export_text(), comparison_markdown(rows, note=note)
     for text in (shown, markdown):
         assert "longer answer wins" in " ".join(text.split()) and "coin 0.500" in text
-        assert "preference accuracy by reward, length-controlled" in text
+        assert "accuracy by reward, length-controlled" in text
         assert f"{preferences.preference_accuracy.value:.3f} [" in text
         assert f"{kept.perplexity_base.value:.2f} [" in text
     picture = plot_calibration(preferences.calibration, tmp_path / "pictures/calibration.png")

@@ -1,0 +1,117 @@
+"""The command line. Light: what a command needs is imported when it runs."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from qadapter import __version__
+from qadapter.errors import QAdapterError
+
+USER_ERROR, INTERRUPTED = 2, 130
+# A command's own options need heavy imports: they are parsed by the command's own app.
+_PASS_ON = {
+    "allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": [],
+}
+
+app = typer.Typer(
+    name="qadapter", add_completion=False, rich_markup_mode="rich",
+    help="Customise a frozen language model to new preferences without making it forget.",
+    epilog="qadapter COMMAND --help shows a command's options.",
+)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    ctx: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"qadapter {__version__}")
+    elif ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+    else:
+        return
+    raise typer.Exit
+
+
+def _hand_over(module: str, ctx: typer.Context) -> None:
+    arguments = list(ctx.args)
+    show_all = [a for a in arguments if a.replace("-", "_") == "__help_all"]
+    if show_all:
+        arguments = ["--help"]
+    build = importlib.import_module(f"qadapter.commands.{module}").app
+    command = typer.main.get_command(build(show_hidden=bool(show_all)))
+    command.main(args=arguments, prog_name=f"qadapter {ctx.command.name}", standalone_mode=False)
+
+
+@app.command(context_settings=_PASS_ON)
+def demo(ctx: typer.Context) -> None:
+    """Customise a small real chat model to built-in preferences, in minutes."""
+    _hand_over("demo", ctx)
+
+
+@app.command(context_settings=_PASS_ON)
+def train(ctx: typer.Context) -> None:
+    """Customise a base model to preference pairs."""
+    _hand_over("train", ctx)
+
+
+@app.command("eval", context_settings=_PASS_ON)
+def evaluate(ctx: typer.Context) -> None:
+    """Measure preferences, retention and answers of a model."""
+    _hand_over("evaluate", ctx)
+
+
+@app.command(context_settings=_PASS_ON)
+def generate(ctx: typer.Context) -> None:
+    """Answer prompts, or chat."""
+    _hand_over("generate", ctx)
+
+
+@app.command()
+def info() -> None:
+    """Show versions, devices, base models at hand, and which kernels are taken and why."""
+    importlib.import_module("qadapter.commands.info").run()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The ``qadapter`` command. Errors that a person can act on end in one line on stderr and exit
+    code 2, an interrupt in 130."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in itertools.takewhile(lambda a: a.startswith("-"), arguments)
+    sys.exit(_run(arguments, debug))
+
+
+def _run(arguments: list[str], debug: bool) -> int:
+    try:
+        command = typer.main.get_command(app)
+        result = command.main(args=arguments, prog_name="qadapter", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        print("error: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (QAdapterError, typer.TyperException, OSError) as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return USER_ERROR
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}"
+    text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+    return " ".join(text.split())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The commands of ``qadapter``: one module each, imported when the command runs."""

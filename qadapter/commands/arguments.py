@@ -1,0 +1,163 @@
+"""What the commands take beside ``QAdapterConfig``. Names follow TRL where it has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from qadapter.errors import QAdapterError
+
+
+def _field(default: Any, help_text: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": help_text, **metadata})
+
+
+@dataclass
+class ModelArguments:
+    """The base to customise."""
+
+    model_name_or_path: str = _field(
+        "smollm2",
+        "Base model: a folder, a hub name, or smollm2 (found or fetched by itself).",
+    )
+    model_revision: str | None = _field(None, "Branch, tag or commit of a hub model.")
+    dtype: str = _field(
+        "auto", "Data type of the frozen base; auto takes the checkpoint's.",
+        choices=["auto", "float32", "bfloat16", "float16"],
+    )
+
+
+@dataclass
+class AdapterArguments(ModelArguments):
+    """A model to look at: an adapter, or a plain model."""
+
+    model_name_or_path: str = _field(
+        "runs/demo", "What qadapter train wrote, or a plain causal language model."
+    )
+    base_model_name_or_path: str | None = _field(
+        None, "Where the adapter's base is, if not where it was trained from."
+    )
+    trust_remote_code: bool = _field(
+        False, "Run Python code that comes with a model or tokenizer."
+    )
+    strength: float | None = _field(
+        None, "Dial of the policy: 0 is the base, 1 the trained policy, more than 1 goes further."
+    )
+
+
+@dataclass
+class DataArguments:
+    """Preference pairs."""
+
+    dataset_name: str | None = _field(
+        None, "Preference pairs: a .json, .jsonl or .parquet file, a folder of them, or a hub name."
+    )
+    dataset_config: str | None = _field(None, "Configuration of a hub dataset.")
+    columns: dict[str, str] | None = field(default=None, metadata={
+        "help": "Column names, as {prompt: question, chosen: good, rejected: bad}."
+    })
+    domain: str | None = _field(
+        None, "DSP data: the domain whose answers are chosen."
+    )
+    rejected_domains: list[str] | None = field(default=None, metadata={
+        "help": "DSP data: whose answers are rejected, as [normal, business]; default: all others'."
+    })
+    max_rows: int | None = _field(None, "Read only this many rows.")
+
+    def load_kwargs(self) -> dict[str, Any]:
+        """For ``load_preferences``.
+
+        Raises:
+            QAdapterError: ``columns`` or ``rejected_domains`` of the wrong shape.
+        """
+        if self.columns is not None and not isinstance(self.columns, dict):
+            raise QAdapterError(
+                f"columns must read {{chosen: name in the file, …}}, got {self.columns!r}"
+            )
+        if self.rejected_domains is not None and not isinstance(self.rejected_domains, list):
+            raise QAdapterError(
+                f"rejected_domains must read [name, …], got {self.rejected_domains!r}"
+            )
+        return {
+            "config": self.dataset_config, "columns": self.columns, "domain": self.domain,
+            "rejected_domains": self.rejected_domains, "limit": self.max_rows,
+        }
+
+
+@dataclass
+class ScriptArguments(DataArguments):
+    """Data and folders of a training run."""
+
+    dataset_train_split: str = _field("train", "Split to train on.")
+    dataset_test_split: str | None = _field(
+        None, "Split held out for evaluation; default: test_fraction of the prompts."
+    )
+    test_dataset_name: str | None = _field(
+        None, "Held-out pairs, where they are a file or dataset of their own."
+    )
+    test_fraction: float = _field(
+        0.1, "Share of the prompts held out where no test split is named; 0 holds out none."
+    )
+    overwrite_output_dir: bool = _field(False, "Replace an earlier run in output_dir.")
+
+
+@dataclass
+class EvalDataArguments(DataArguments):
+    """Data and folders of an evaluation."""
+
+    dataset_split: str = _field("train", "Split to evaluate on (a single file is 'train').")
+    max_length: int | None = _field(1024, "Most tokens of prompt and answer; none for no limit.")
+    output_dir: str | None = _field(
+        None, "Folder for eval.json, pairs.jsonl, report.md and calibration.png; none: only print."
+    )
+    overwrite_output_dir: bool = _field(False, "Replace an earlier evaluation in output_dir.")
+
+
+@dataclass
+class MeasureArguments:
+    """What an evaluation measures, and how."""
+
+    retention_file: str | None = _field(
+        None, "Texts to measure retention on: .txt (one a line) or .jsonl (key: text)."
+    )
+    answer_prompts: int = _field(
+        16, "Held-out prompts that both models answer greedily: for answer statistics, and for "
+        "retention on the base's own answers. 0 for none."
+    )
+    answer_tokens: int = _field(96, "Most tokens of each of those answers.")
+    measure_batch_size: int = _field(8, "Pairs, texts or prompts in a batch of an evaluation.")
+    bootstrap_resamples: int = _field(2000, "Resamples behind the 95% intervals.")
+    measure_seed: int = _field(0, "Seed of the resamples and of the prompts chosen.")
+
+
+@dataclass
+class GenerateArguments:
+    """Prompts and sampling."""
+
+    prompt: str | None = _field(None, "One prompt; without it and prompts_file: a chat.")
+    prompts_file: str | None = _field(
+        None, "Prompts: .txt (one a line) or .jsonl (key prompt: text or messages)."
+    )
+    output_file: str | None = _field(
+        None, "File for the answers to prompts_file, as JSON Lines; default: print them."
+    )
+    system: str | None = _field(None, "System message before every prompt.")
+    base_only: bool = _field(False, "Answer with the base, as strength 0 does.")
+    max_new_tokens: int = _field(256, "Most tokens of an answer.")
+    do_sample: bool = _field(False, "Sample; otherwise answers are greedy.")
+    temperature: float = _field(0.7, "Temperature of the sampling.")
+    top_p: float = _field(0.95, "Sample from the likeliest tokens that hold this probability.")
+    top_k: int = _field(0, "Sample from this many likeliest tokens; 0 for all.")
+    repetition_penalty: float = _field(1.0, "Above 1: repeated tokens become less likely.")
+    batch_size: int = _field(8, "Prompts of prompts_file answered at once.")
+    seed: int = _field(0, "Seed of the sampling.")
+
+
+@dataclass
+class DemoArguments:
+    """The demo."""
+
+    output_dir: str = _field("runs/demo", "Folder for the adapter, numbers, pictures and report.")
+    model_name_or_path: str = _field("smollm2", "Base model of the demo.")
+    fast: bool = _field(False, "A shortened run, to see that everything works.")
+    seed: int = _field(0, "Seed of the training.")

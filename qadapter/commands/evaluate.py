@@ -1,0 +1,87 @@
+"""``qadapter eval``: what a model prefers, and what it kept."""
+
+from __future__ import annotations
+
+import json
+
+import typer
+from rich.console import Console
+
+from qadapter.commands import arguments as args
+from qadapter.commands.environment import devices, versions
+from qadapter.commands.folders import EVALUATION_FILES, check_output_dir, remove_files
+from qadapter.commands.loading import load_model, quiet_libraries
+from qadapter.commands.measuring import measure
+from qadapter.commands.options import Group, command
+from qadapter.data import load_preferences, tokenize_preferences
+from qadapter.errors import QAdapterError
+from qadapter.evaluation import PreferenceResult, comparison_table, write_report
+from qadapter.evaluation.report import write_json, write_text
+
+GROUPS = (
+    Group(args.AdapterArguments, "Model", (
+        "model_name_or_path", "base_model_name_or_path", "strength", "model_revision", "dtype",
+        "trust_remote_code",
+    )),
+    Group(args.EvalDataArguments, "Data", (
+        "dataset_name", "dataset_config", "dataset_split", "columns", "domain", "rejected_domains",
+        "max_rows", "max_length",
+    )),
+    Group(args.EvalDataArguments, "Output", ("output_dir", "overwrite_output_dir")),
+    Group(args.MeasureArguments, "Measures"),
+)
+
+
+def app(show_hidden: bool = False) -> typer.Typer:
+    return command(
+        "eval",
+        "Evaluate an adapter, a base or a plain checkpoint on preference pairs: accuracy, "
+        "calibration, retention, answers; with 95% intervals.",
+        GROUPS, run, show_hidden=show_hidden,
+    )
+
+
+def run(
+    model_args: args.AdapterArguments, data: args.EvalDataArguments,
+    measures: args.MeasureArguments, given: set[str],
+) -> None:
+    """Evaluate, print the table, write the folder."""
+    console = Console()
+    for name in ("model_name_or_path", "dataset_name"):
+        if name not in given:
+            raise QAdapterError(f"eval needs --{name}")
+    folder = None
+    if data.output_dir is not None:
+        folder = check_output_dir(
+            data.output_dir, EVALUATION_FILES, data.overwrite_output_dir,
+            "choose another, or replace it with --overwrite_output_dir",
+        )
+    quiet_libraries()
+    pairs = load_preferences(data.dataset_name, split=data.dataset_split, **data.load_kwargs())
+    model, tokenizer = load_model(model_args, console)
+    dataset, report = tokenize_preferences(pairs, tokenizer, max_length=data.max_length)
+    console.print(report.table())
+    measured = measure(model, tokenizer, dataset, measures, console, pairs=pairs)
+    console.print(comparison_table(measured.rows, title=model_args.model_name_or_path,
+                                   note=measured.note))
+    if folder is None:
+        return
+    remove_files(folder, EVALUATION_FILES)
+    write_json(folder / "eval.json", {
+        "model": model_args.model_name_or_path, "strength": model_args.strength,
+        "dataset": data.dataset_name, **measured.summary(), "data": report.as_dict(),
+        "versions": versions(), "devices": devices(),
+    })
+    write_text(folder / "pairs.jsonl", _pairs_jsonl(measured.preferences))
+    report_path = folder / "report.md"
+    title = f"{model_args.model_name_or_path} on {data.dataset_name}"
+    write_report(report_path, title, measured.sections(report_path))
+    console.print(f"wrote {folder}", highlight=False)
+
+
+def _pairs_jsonl(result: PreferenceResult) -> str:
+    columns = {name: column.tolist() for name, column in vars(result.pairs).items()}
+    if result.preference_accuracy is None:  # a plain model has no rewards, and JSON no NaN
+        columns = {name: column for name, column in columns.items() if "reward" not in name}
+    rows = zip(*columns.values(), strict=True)
+    return "".join(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in rows)

@@ -1,0 +1,162 @@
+"""``qadapter generate``: one prompt, a file of prompts, or a chat."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from qadapter.commands import arguments as args
+from qadapter.commands.loading import load_model, quiet_libraries, read_prompts
+from qadapter.commands.options import Group, command
+from qadapter.commands.progress import progress_bar
+from qadapter.errors import QAdapterError
+from qadapter.evaluation.answers import Prompt, generate_answers
+from qadapter.evaluation.report import write_text
+from qadapter.model import QAdapterModel
+
+GROUPS = (
+    Group(args.AdapterArguments, "Model", (
+        "model_name_or_path", "base_model_name_or_path", "strength", "model_revision", "dtype",
+        "trust_remote_code",
+    )),
+    Group(args.GenerateArguments, "Prompts", (
+        "prompt", "prompts_file", "output_file", "system", "base_only",
+    )),
+    Group(args.GenerateArguments, "Sampling"),
+)
+_HELP = "/reset forgets the conversation, /quit ends it"
+
+
+def app(show_hidden: bool = False) -> typer.Typer:
+    return command(
+        "generate", "Answer one prompt or a file of prompts, or chat.", GROUPS, run,
+        show_hidden=show_hidden,
+    )
+
+
+def run(
+    model_args: args.AdapterArguments, options: args.GenerateArguments, given: set[str]
+) -> None:
+    """Answer, in one of three ways."""
+    # Answers go to stdout, all else to stderr, so that answers can be piped.
+    console = Console(stderr=True)
+    if options.prompt is not None and options.prompts_file is not None:
+        raise QAdapterError("give either prompt or prompts_file, not both")
+    if options.output_file is not None:
+        if options.prompts_file is None:
+            raise QAdapterError("output_file is for the answers to a prompts_file")
+        if Path(options.output_file).exists():
+            raise QAdapterError(f"output_file {options.output_file} exists; it is not written over")
+    sampling = _sampling(options, given)
+    prompts = read_prompts(options.prompts_file) if options.prompts_file is not None else []
+    quiet_libraries()
+    model, tokenizer = load_model(model_args, console)
+    if options.base_only:
+        if model_args.strength is not None:
+            raise QAdapterError("give either base_only or strength, not both")
+        if isinstance(model, QAdapterModel):
+            model.set_policy(strength=0.0)
+    if options.prompts_file is not None:
+        _answer_file(model, tokenizer, prompts, options, sampling, console)
+    elif options.prompt is not None:
+        prompt = _with_system([{"role": "user", "content": options.prompt}], options, tokenizer)
+        _stream(model, tokenizer, prompt, options.seed, sampling)
+    else:
+        _chat(model, tokenizer, options, sampling, console)
+
+
+def _sampling(options: args.GenerateArguments, given: set[str]) -> dict[str, Any]:
+    """Arguments of ``generate``; sampling flags without sampling are refused, not ignored."""
+    if options.max_new_tokens < 1:
+        raise QAdapterError(f"max_new_tokens must be at least 1, got {options.max_new_tokens}")
+    shared = {
+        "max_new_tokens": options.max_new_tokens, "repetition_penalty": options.repetition_penalty,
+    }
+    names = ("temperature", "top_p", "top_k")
+    if not options.do_sample:
+        if unused := [name for name in names if name in given]:
+            raise QAdapterError(f"{unused[0]} needs --do_sample: greedy answers do not use it")
+        return shared
+    if options.temperature <= 0:
+        raise QAdapterError(f"temperature must be positive, got {options.temperature}")
+    if not 0 < options.top_p <= 1:
+        raise QAdapterError(f"top_p must lie in (0, 1], got {options.top_p}")
+    return {**shared, "do_sample": True, **{name: getattr(options, name) for name in names}}
+
+
+def _with_system(
+    messages: list[dict], options: args.GenerateArguments, tokenizer: PreTrainedTokenizerBase
+) -> Prompt:
+    if not tokenizer.chat_template and options.system is None and len(messages) == 1:
+        return messages[0]["content"]  # a base without a chat template continues plain text
+    system = [] if options.system is None else [{"role": "system", "content": options.system}]
+    return [*system, *messages]
+
+
+def _stream(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, seed: int,
+    sampling: dict[str, Any],
+) -> str:
+    """Print an answer as it comes; returns it whole."""
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    [answer] = generate_answers(
+        model, tokenizer, [prompt], seed=seed, streamer=streamer, **sampling
+    )
+    return answer.text
+
+
+def _answer_file(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[Any],
+    options: args.GenerateArguments, sampling: dict[str, Any], console: Console,
+) -> None:
+    messages = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+    with progress_bar(console, "answering", "answers") as progress:
+        answers = generate_answers(
+            model, tokenizer, [_with_system(m, options, tokenizer) for m in messages],
+            batch_size=options.batch_size, seed=options.seed, progress=progress, **sampling,
+        )
+    lines = [
+        json.dumps({"prompt": prompt, "answer": answer.text, "ended": answer.ended,
+                    "tokens": len(answer.token_ids)}, ensure_ascii=False)
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    text = "".join(line + "\n" for line in lines)
+    if options.output_file is None:
+        sys.stdout.write(text)
+    else:
+        write_text(options.output_file, text)
+        console.print(f"wrote {len(lines):,} answers to {options.output_file}", highlight=False)
+
+
+def _chat(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: args.GenerateArguments,
+    sampling: dict[str, Any], console: Console,
+) -> None:
+    if not tokenizer.chat_template:
+        raise QAdapterError("the base has no chat template: pass --prompt or --prompts_file")
+    console.print(_HELP)
+    messages: list[dict] = []
+    seed = options.seed
+    while True:
+        try:
+            line = console.input("[bold]> [/bold]").strip()
+        except EOFError:
+            return
+        if line == "/quit":
+            return
+        if line == "/reset":
+            messages = []
+        elif line.startswith("/"):
+            console.print(_HELP)
+        elif line:
+            messages.append({"role": "user", "content": line})
+            prompt = _with_system(messages, options, tokenizer)
+            answer = _stream(model, tokenizer, prompt, seed, sampling)
+            messages.append({"role": "assistant", "content": answer})
+            seed += 1  # a turn does not repeat the draws of the one before

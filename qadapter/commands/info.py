@@ -1,0 +1,41 @@
+"""``qadapter info``: versions, devices, the base models at hand, and which kernels are taken."""
+
+from __future__ import annotations
+
+import os
+
+from rich.console import Console
+from rich.table import Table
+
+from qadapter.base import cache_dir
+from qadapter.commands.environment import devices, versions
+from qadapter_kernels import backends
+from qadapter_kernels.dispatch import ENVIRONMENT_VARIABLE
+
+
+def run() -> None:
+    """Print it all."""
+    console = Console()
+    console.print(_table("versions", ("package", "version"), [
+        (name, version or "not installed") for name, version in versions().items()
+    ]))
+    console.print(_table("devices", ("device", "what it is"), list(devices().items())))
+    console.print(_table("kernels", ("backend", "serves", "taken for", "why"), [
+        (b.name, ", ".join(b.devices) or "—", ", ".join(b.default_for) or "—", b.reason)
+        for b in backends()
+    ]))
+    if forced := os.environ.get(ENVIRONMENT_VARIABLE):
+        console.print(f"{ENVIRONMENT_VARIABLE}={forced} forces this backend", highlight=False)
+    folder = cache_dir() / "models"
+    models = sorted(path for path in folder.glob("[!.]*") if path.is_dir())
+    console.print(_table(f"base models in {folder}", ("model", "size"), [
+        (path.name, f"{sum(f.stat().st_size for f in path.rglob('*')) / 2**20:,.0f} MiB")
+        for path in models
+    ] or [("none yet", "—")]))
+
+
+def _table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
+    table = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    return table

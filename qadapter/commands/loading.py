@@ -1,0 +1,132 @@
+"""What several commands do first: find a model, read texts and prompts, keep libraries quiet."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import transformers
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qadapter import storage
+from qadapter.base import load_base, load_tokenizer, resolve_base
+from qadapter.commands.arguments import AdapterArguments
+from qadapter.errors import QAdapterError
+from qadapter.model import QAdapterModel
+
+
+def quiet_libraries() -> None:
+    """No progress bars and warnings of libraries between our own lines."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def say_base(name: str, console: Console) -> str:
+    """Resolve a base, say which was taken and why; returns the name that resolves the same."""
+    found = resolve_base(name, console.print)
+    console.print(f"base: {found.name} ({found.reason})", highlight=False, markup=False)
+    return found.name
+
+
+def load_model(
+    arguments: AdapterArguments, console: Console
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """An adapter on its base, at the strength asked for; or a plain causal LM; and the tokenizer.
+
+    Raises:
+        QAdapterError: nothing there, damaged, or an adapter and a base that don't match.
+    """
+    options: dict[str, Any] = {
+        "dtype": arguments.dtype, "revision": arguments.model_revision,
+        "trust_remote_code": arguments.trust_remote_code,
+    }
+    name = arguments.model_name_or_path
+    if not _is_adapter(name):
+        for option in ("base_model_name_or_path", "strength"):
+            if getattr(arguments, option) is not None:
+                raise QAdapterError(f"{option} is for adapters, and {name} is none "
+                                    f"({storage.CONFIG_NAME} is missing)")
+        base_name = say_base(name, console)
+        model: PreTrainedModel = load_base(base_name, **options).model
+    else:
+        base_name = arguments.base_model_name_or_path or storage.read(name).base.name
+        base_name = say_base(base_name, console)
+        model = QAdapterModel.from_pretrained(name, base_name, **options)
+        if arguments.strength is not None:
+            try:
+                model.set_policy(strength=arguments.strength)
+            except ValueError as error:
+                raise QAdapterError(str(error)) from error
+    tokenizer = load_tokenizer(
+        base_name, revision=arguments.model_revision,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    return model, tokenizer
+
+
+def _is_adapter(name: str) -> bool:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        # A folder with neither file is reported as an adapter that is not whole.
+        return (folder / storage.CONFIG_NAME).exists() or not (folder / "config.json").exists()
+    if name.count("/") != 1 or folder.is_absolute():
+        return False
+    try:
+        storage.read(name)
+    except QAdapterError:
+        return False
+    return True
+
+
+def read_texts(path: str) -> list[str]:
+    """Texts of a .txt (one a line) or .jsonl (key ``text``) file.
+
+    Raises:
+        QAdapterError: missing, empty, or a line that is not what it should be.
+    """
+    return [text for text in _read(path, "text") if isinstance(text, str)]
+
+
+def read_prompts(path: str) -> list[str | list[dict]]:
+    """Prompts of a .txt (one a line) or .jsonl (key ``prompt``: text or messages) file."""
+    return _read(path, "prompt", or_messages=True)
+
+
+def _read(path: str, key: str, or_messages: bool = False) -> list[Any]:
+    file = Path(path).expanduser()
+    if file.suffix not in (".txt", ".jsonl"):
+        raise QAdapterError(f"{path}: expected a .txt or .jsonl file")
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise QAdapterError(f"{path} can't be read: {error}") from error
+    if file.suffix == ".txt":
+        values: list[Any] = [line for line in lines if line.strip()]
+    else:
+        values = [_value(path, n, line, key, or_messages)
+                  for n, line in enumerate(lines, 1) if line.strip()]
+    if not values:
+        raise QAdapterError(f"{path} is empty")
+    return values
+
+
+def _value(path: str, number: int, line: str, key: str, or_messages: bool) -> Any:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise QAdapterError(f"{path}:{number} is not JSON: {error.msg}") from error
+    if not isinstance(row, dict) or key not in row:
+        seen = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise QAdapterError(f"{path}:{number} has no {key!r}, only {seen or 'nothing'}")
+    value = row[key]
+    messages = or_messages and isinstance(value, list) and value and all(
+        isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value
+    )
+    if not messages and not (isinstance(value, str) and value.strip()):
+        wanted = "text or messages" if or_messages else "text"
+        raise QAdapterError(f"{path}:{number}: {key!r} must be {wanted}")
+    return value

@@ -1,0 +1,188 @@
+"""What ``train`` ends with and ``eval`` consists of: all measures of one model."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datasets import Dataset
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qadapter.commands.arguments import MeasureArguments
+from qadapter.commands.loading import read_texts
+from qadapter.commands.progress import progress_bar
+from qadapter.evaluation import (
+    Answer,
+    PreferenceResult,
+    RetentionResult,
+    answer_statistics,
+    evaluate_preferences,
+    evaluate_retention,
+    generate_answers,
+)
+from qadapter.evaluation.report import (
+    Row,
+    Section,
+    answer_rows,
+    baseline_note,
+    comparison_markdown,
+    pictures_markdown,
+    plot_calibration,
+    preference_rows,
+    retention_rows,
+)
+from qadapter.model import QAdapterModel
+
+OWN_ANSWERS = "the base's own answers"
+SHOWN_ANSWERS = 3
+
+
+class Comparison(NamedTuple):
+    """Both models' answers to one prompt; ``customised`` is None for a plain model."""
+
+    prompt: str
+    base: Answer
+    customised: Answer | None
+
+
+class Measurements(NamedTuple):
+    preferences: PreferenceResult
+    retentions: dict[str, RetentionResult]
+    """By what the texts are; those the user named first."""
+    comparisons: list[Comparison]
+
+    @property
+    def rows(self) -> list[Row]:
+        rows = preference_rows(self.preferences)
+        for where, result in self.retentions.items():
+            rows += retention_rows(result, where)
+        if self.comparisons:
+            rows += answer_rows(*self._answer_statistics())
+        return rows
+
+    @property
+    def note(self) -> str:
+        return baseline_note(self.preferences)
+
+    def summary(self) -> dict[str, Any]:
+        """JSON types. The retention numbers at the top are those of ``retention_texts``."""
+        summary = self.preferences.as_dict()
+        if self.retentions:
+            first = next(iter(self.retentions))
+            summary |= self.retentions[first].as_dict() | {"retention_texts": first}
+            summary["retention"] = {name: r.as_dict() for name, r in self.retentions.items()}
+        if self.comparisons:
+            base, customised = self._answer_statistics()
+            summary["answers"] = {"base": base, "customised": customised}
+        return summary
+
+    def sections(self, report: Path) -> list[Section]:
+        """The numbers, the calibration's picture (drawn here) and some answers."""
+        sections = [Section("Base beside customised",
+                            comparison_markdown(self.rows, note=self.note))]
+        if self.preferences.calibration is not None:
+            picture = plot_calibration(
+                self.preferences.calibration, report.parent / "calibration.png"
+            )
+            sections.append(Section("Calibration", pictures_markdown([picture], report)))
+        if self.comparisons:
+            shown = "\n\n".join(_comparison_markdown(c) for c in self.comparisons[:SHOWN_ANSWERS])
+            sections.append(Section("Greedy answers to held-out prompts", shown))
+        return sections
+
+    def _answer_statistics(self) -> tuple[dict[str, float], dict[str, float] | None]:
+        base = answer_statistics([c.base for c in self.comparisons])
+        customised = [c.customised for c in self.comparisons if c.customised is not None]
+        return base, answer_statistics(customised) if customised else None
+
+
+def measure(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset,
+    arguments: MeasureArguments, console: Console, *, pairs: Dataset | None = None,
+) -> Measurements:
+    """Preferences on held-out pairs; retention on texts the user named and on the base's own
+    answers to held-out prompts; answers of both models.
+
+    Args:
+        dataset: tokenized pairs.
+        pairs: the same before tokenizing; its prompts are shown as they were written.
+    """
+    resampling = {
+        "num_resamples": arguments.bootstrap_resamples, "seed": arguments.measure_seed,
+        "batch_size": arguments.measure_batch_size,
+    }
+    texts = read_texts(arguments.retention_file) if arguments.retention_file else []
+    with progress_bar(console, "held-out pairs", "pairs") as progress:
+        preferences = evaluate_preferences(model, dataset, progress=progress, **resampling)
+    customised = isinstance(model, QAdapterModel)
+    comparisons, retentions = [], {}
+    if texts:
+        with progress_bar(console, "retention texts", "texts") as progress:
+            retentions[Path(arguments.retention_file).name] = evaluate_retention(
+                model, texts, tokenizer, progress=progress, **resampling
+            )
+    if arguments.answer_prompts:
+        prompt_ids, prompts = _choose_prompts(
+            dataset, arguments.answer_prompts, arguments.measure_seed
+        )
+        options = {
+            "max_new_tokens": arguments.answer_tokens, "batch_size": arguments.measure_batch_size,
+        }
+        with progress_bar(console, "the base's answers", "answers") as progress:
+            base = generate_answers(
+                model, tokenizer, prompts, strength=0.0 if customised else None,
+                progress=progress, **options,
+            )
+        answers: list[Answer | None] = [None] * len(prompts)
+        if customised:
+            with progress_bar(console, "the customised answers", "answers") as progress:
+                answers = generate_answers(
+                    model, tokenizer, prompts, progress=progress, **options
+                )
+        written = {} if pairs is None else _written_prompts(pairs)
+        shown = [
+            written.get(name) or tokenizer.decode(ids, skip_special_tokens=True)
+            for name, ids in zip(prompt_ids, prompts, strict=True)
+        ]
+        comparisons = [Comparison(*x) for x in zip(shown, base, answers, strict=True)]
+        retentions[OWN_ANSWERS] = evaluate_retention(
+            model, [p + a.token_ids for p, a in zip(prompts, base, strict=True)],
+            prompt_lengths=[len(p) for p in prompts], max_length=10**9, **resampling,
+        )
+    return Measurements(preferences, retentions, comparisons)
+
+
+def _choose_prompts(
+    dataset: Dataset, count: int, seed: int
+) -> tuple[list[str], list[list[int]]]:
+    """(prompt_id, token ids) of up to ``count`` different prompts."""
+    first_row = {name: i for i, name in reversed(list(enumerate(dataset["prompt_id"])))}
+    rows = sorted(first_row.values())
+    chosen = sorted(random.Random(seed).sample(rows, min(count, len(rows))))
+    picked = dataset.select(chosen)
+    return list(picked["prompt_id"]), [list(ids) for ids in picked["prompt_ids"]]
+
+
+def _written_prompts(pairs: Dataset) -> dict[str, str]:
+    """prompt_id → the prompt's text, or its last message's."""
+    if "prompt" not in pairs.column_names:
+        return {}
+    rows = zip(pairs["prompt_id"], pairs["prompt"], strict=True)
+    return {
+        name: prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        for name, prompt in rows
+        if prompt
+    }
+
+
+def _comparison_markdown(comparison: Comparison) -> str:
+    parts = [("Prompt", comparison.prompt), ("Base", comparison.base.text)]
+    if comparison.customised is not None:
+        parts.append(("Customised", comparison.customised.text))
+    return "\n\n".join(f"**{name}**\n\n{_quote(text)}" for name, text in parts)
+
+
+def _quote(text: str) -> str:
+    return "\n".join(f"> {line}".rstrip() for line in text.strip().splitlines()) or "> (nothing)"

@@ -1,0 +1,276 @@
+"""Dataclasses as command-line flags and YAML keys: declared once, named alike, checked alike.
+
+A value is looked for on the command line, then in the file that ``--config`` names, then in the
+dataclass. Text is converted by the field's type wherever it came from: to YAML, ``1e-4`` is text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.markup import escape
+
+from qadapter.errors import QAdapterError
+
+_METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT", None: "YAML"}
+_NONE = ("none", "null")
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Fields of one dataclass that the help shows under one heading.
+
+    Attributes:
+        arguments: the dataclass.
+        title: the heading.
+        fields: which of its fields, in this order; None: all that no earlier group has.
+        hidden: shown by ``--help_all`` only.
+    """
+
+    arguments: type
+    title: str
+    fields: Sequence[str] | None = None
+    hidden: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One field as a flag ``--name`` and a YAML key ``name``."""
+
+    name: str
+    arguments: type
+    kind: type | None
+    """int, float, str or bool; None: anything YAML can say."""
+    nullable: bool
+    default: Any
+    help: str
+    choices: tuple[str, ...]
+    title: str
+    hidden: bool
+
+    def convert(self, value: Any, source: str) -> Any:
+        """A value of the field's type.
+
+        Raises:
+            QAdapterError: not of that type, or none of the choices; names ``source``.
+        """
+        if self.nullable and (value is None or str(value).lower() in _NONE):
+            return None
+        converted = _convert(value, self.kind)
+        if converted is _FAILED:
+            raise QAdapterError(f"{source}: expected {_wanted(self)}, got {value!r}")
+        if self.choices and converted not in self.choices:
+            raise QAdapterError(
+                f"{source}: {value!r} is none of {', '.join(self.choices)}"
+                + nearest(str(value), self.choices)
+            )
+        return converted
+
+    def parameter(self, show_hidden: bool) -> inspect.Parameter:
+        """What typer takes; None where the flag is not given."""
+        if self.kind is bool:
+            flag, metavar, type_ = f"--{self.name}/--no_{self.name}", None, bool
+        else:
+            metavar = "|".join(self.choices) or _METAVARS[self.kind]
+            flag, type_ = f"--{self.name}", str
+        option = typer.Option(
+            flag, help=self._help_with_default(), metavar=metavar, rich_help_panel=self.title,
+            show_default=False, hidden=self.hidden and not show_hidden,
+        )
+        return inspect.Parameter(
+            self.name, inspect.Parameter.KEYWORD_ONLY, default=None,
+            annotation=Annotated[type_ | None, option],
+        )
+
+    def _help_with_default(self) -> str:
+        default = self.default.value if isinstance(self.default, enum.Enum) else self.default
+        if default is None or default == "":
+            return escape(self.help)
+        default = str(default).lower() if isinstance(default, bool) else str(default)
+        return f"{escape(self.help)} [dim]{escape(f'[default: {default}]')}[/dim]"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?``, or nothing."""
+    found = difflib.get_close_matches(name, list(known), 1, cutoff=0.5)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def options(
+    groups: Sequence[Group], *, defaults: Mapping[str, Any] | None = None,
+    helps: Mapping[str, str] | None = None, without: Sequence[str] = (),
+) -> dict[str, Option]:
+    """The options of a command, by name, in the order of the groups.
+
+    Args:
+        defaults, helps: what stands in for a field's own default or help in this command.
+        without: fields that have no meaning for it.
+    """
+    found: dict[str, Option] = {}
+    for group in groups:
+        hints = typing.get_type_hints(group.arguments)
+        fields = {f.name: f for f in dataclasses.fields(group.arguments) if f.init}
+        for name in fields if group.fields is None else group.fields:
+            if name in found or name in without:
+                continue
+            field = fields[name]
+            kind, nullable = _kind(hints[name])
+            default = field.default
+            if default is dataclasses.MISSING:
+                factory = field.default_factory
+                default = None if factory is dataclasses.MISSING else factory()
+            found[name] = Option(
+                name, group.arguments, kind, nullable, (defaults or {}).get(name, default),
+                " ".join((helps or {}).get(name, field.metadata.get("help", "")).split()),
+                tuple(map(str, field.metadata.get("choices", ()))), group.title, group.hidden,
+            )
+    return found
+
+
+def read_config(path: str | Path, known: Mapping[str, Option]) -> dict[str, Any]:
+    """Values of a YAML file.
+
+    Raises:
+        QAdapterError: missing, not YAML (with its line), not a mapping, an unknown key (with the
+            nearest known one), a value of the wrong type.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise QAdapterError(f"{path} can't be read: {error}") from error
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise QAdapterError(f"{where} is not YAML: {getattr(error, 'problem', error)}") from error
+    if not isinstance(values, dict):
+        raise QAdapterError(f"{path} holds a {type(values).__name__}; it must map names to values")
+    for name in values:
+        if name not in known:
+            raise QAdapterError(f"{path}: unknown key {name!r}" + nearest(str(name), known))
+    return {name: known[name].convert(value, f"{path}: {name}") for name, value in values.items()}
+
+
+def build(
+    arguments: Sequence[type], known: Mapping[str, Option], values: Mapping[str, Any]
+) -> list[Any]:
+    """One instance of each dataclass from the values given and the command's defaults.
+
+    Raises:
+        QAdapterError: a dataclass refuses its values.
+    """
+    built = []
+    for cls in arguments:
+        mine = {o.name: values.get(o.name, o.default) for o in known.values() if o.arguments is cls}
+        try:
+            built.append(cls(**mine))
+        except (ValueError, TypeError, ImportError, OSError) as error:
+            raise QAdapterError(str(error)) from error
+    return built
+
+
+def command(
+    name: str, help_text: str, groups: Sequence[Group], run: Callable[..., None], *,
+    defaults: Mapping[str, Any] | None = None, helps: Mapping[str, str] | None = None,
+    without: Sequence[str] = (), note: str | None = None, show_hidden: bool = False,
+) -> typer.Typer:
+    """A typer app of one command, whose flags are the groups' fields and ``--config``.
+
+    Args:
+        run: called with one instance of each dataclass, in the groups' order, and ``given``: the
+            set of names that were set by a flag or in the file.
+        note: a line under the help.
+        show_hidden: put the hidden groups' flags into the help.
+    """
+    known = options(groups, defaults=defaults, helps=helps, without=without)
+    classes = list(dict.fromkeys(group.arguments for group in groups))
+
+    def callback(**flags: Any) -> None:
+        config = flags.pop("config", None)
+        values = read_config(config, known) if config is not None else {}
+        values |= {
+            key: known[key].convert(value, f"--{key}")
+            for key, value in flags.items()
+            if value is not None
+        }
+        run(*build(classes, known, values), given=set(values))
+
+    config = typer.Option(
+        "--config", metavar="FILE", help="YAML file of these options by name; flags win over it."
+    )
+    parameters = [
+        inspect.Parameter(
+            "config", inspect.Parameter.KEYWORD_ONLY, default=None,
+            annotation=Annotated[str | None, config],
+        ),
+        *(option.parameter(show_hidden) for option in known.values()),
+    ]
+    callback.__signature__ = inspect.Signature(parameters)
+    callback.__annotations__ = {p.name: p.annotation for p in parameters}
+    app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+    app.command(
+        name, help=help_text, epilog=note,
+        # --learning-rate is --learning_rate.
+        context_settings={"token_normalize_func": lambda token: token.replace("-", "_")},
+    )(callback)
+    return app
+
+
+# --- types ------------------------------------------------------------------------------------
+
+_FAILED = object()
+
+
+def _kind(hint: Any) -> tuple[type | None, bool]:
+    """(int, float, str, bool or None for anything; whether None is a value)."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    members = set(typing.get_args(hint)) if union else {hint}
+    nullable = type(None) in members
+    members -= {type(None)}
+    # An enum or a literal beside str is only a nicer spelling of the same text.
+    members -= {m for m in members if isinstance(m, type) and issubclass(m, enum.Enum)}
+    if members == {int, float}:
+        members = {float}
+    kind = members.pop() if len(members) == 1 else None
+    return (kind if kind in (int, float, str, bool) else None), nullable
+
+
+def _convert(value: Any, kind: type | None) -> Any:
+    """``value`` as ``kind``, or ``_FAILED``."""
+    if kind is None:
+        return _from_yaml(value) if isinstance(value, str) else value
+    if kind is bool:
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        return value if isinstance(value, bool) else _FAILED
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return _FAILED
+    if kind is int and isinstance(value, float):
+        return int(value) if value.is_integer() else _FAILED
+    try:
+        return kind(value)
+    except ValueError:
+        return _FAILED
+
+
+def _from_yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _wanted(option: Option) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return names[option.kind] + (" or none" if option.nullable else "")

@@ -1,0 +1,234 @@
+"""``qadapter train``: customise a base to preference pairs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from pathlib import Path
+
+import typer
+from datasets import Dataset
+from rich.console import Console
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from qadapter.base import load_tokenizer
+from qadapter.commands import arguments as args
+from qadapter.commands.environment import devices, peak_rss_bytes, versions
+from qadapter.commands.folders import RUN_FILES, check_output_dir, remove_files
+from qadapter.commands.loading import quiet_libraries, say_base
+from qadapter.commands.measuring import Measurements, measure
+from qadapter.commands.options import Group, command
+from qadapter.commands.progress import TrainingProgress
+from qadapter.data import load_preferences, split_by_prompt
+from qadapter.errors import QAdapterError
+from qadapter.evaluation import (
+    comparison_table,
+    plot_training_curves,
+    write_metrics_jsonl,
+    write_report,
+)
+from qadapter.evaluation.report import Section, pictures_markdown, write_json
+from qadapter.model import QAdapterModel
+from qadapter.training import QAdapterConfig, QAdapterTrainer
+
+_DATA = (
+    "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split",
+    "test_dataset_name", "test_fraction", "columns", "domain", "rejected_domains", "max_rows",
+)
+_PREPARATION = ("max_length", "truncation_mode", "on_bad_row")
+_OBJECTIVE = (
+    "adapter_form", "adapter_rank", "alpha_0", "alpha_tilde", "gamma", "chi2_coef",
+    "parametrization", "bootstrap", "length_normalization", "mask_alignment",
+)
+_TRAINING = (
+    "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "eval_strategy",
+    "eval_steps", "logging_steps", "save_strategy", "save_steps", "save_total_limit",
+    "resume_from_checkpoint", "seed",
+)
+_MEMORY = ("cache_features", "feature_cache_dir", "feature_batch_tokens", "feature_shard_mb",
+           "workspace_mb", "pad_to_multiple_of", "dataset_num_proc", "model_init_kwargs",
+           "trust_remote_code")
+GROUPS = (
+    Group(args.ModelArguments, "Model"),
+    Group(args.ScriptArguments, "Data", _DATA),
+    Group(QAdapterConfig, "Data", _PREPARATION),
+    Group(QAdapterConfig, "Output", ("output_dir",)),
+    Group(args.ScriptArguments, "Output", ("overwrite_output_dir",)),
+    Group(QAdapterConfig, "Adapter and objective", _OBJECTIVE),
+    Group(QAdapterConfig, "Training", _TRAINING),
+    Group(args.MeasureArguments, "Evaluation after training"),
+    Group(QAdapterConfig, "Memory and loading", _MEMORY),
+    Group(QAdapterConfig, "Options of transformers.TrainingArguments", hidden=True),
+)
+# The command decides these itself; they would be accepted and ignored.
+WITHOUT = ("do_train", "do_eval", "do_predict", "local_rank", "parallelism_config")
+DEFAULTS = {"eval_strategy": "steps", "eval_steps": 0.1}
+HELPS = {
+    "output_dir": "Folder for the adapter, checkpoints, numbers, pictures and report.",
+    "resume_from_checkpoint": "A checkpoint's folder, or true for the last one in output_dir.",
+    "max_steps": "Training steps; above 0 it overrides num_train_epochs.",
+    "eval_strategy": "When to evaluate on the held-out pairs: no, steps or epoch.",
+    "eval_steps": "Steps between two evaluations: a count, or a share of all steps below 1.",
+    "save_strategy": "When to save checkpoints: no, steps, epoch or best.",
+    "save_steps": "Steps between two checkpoints: a count, or a share of all steps below 1.",
+}
+NOTE = (
+    "All options of transformers.TrainingArguments are taken too: qadapter train --help_all. "
+    "Several processes: accelerate launch -m qadapter.cli train ..."
+)
+
+
+def app(show_hidden: bool = False) -> typer.Typer:
+    return command(
+        "train",
+        "Customise a base model to preference pairs, and evaluate it on held-out prompts.",
+        GROUPS, run, defaults=DEFAULTS, helps=HELPS, without=WITHOUT, note=NOTE,
+        show_hidden=show_hidden,
+    )
+
+
+def run(
+    model_args: args.ModelArguments, script: args.ScriptArguments, config: QAdapterConfig,
+    measures: args.MeasureArguments, given: set[str],
+) -> None:
+    """Train, evaluate, write the run's folder."""
+    start = time.monotonic()
+    console = Console()
+    for name in ("dataset_name", "output_dir"):
+        if name not in given:
+            raise QAdapterError(f"train needs --{name}")
+    resume: str | bool | None = config.resume_from_checkpoint
+    resume = True if str(resume).lower() == "true" else resume
+    folder = check_output_dir(
+        config.output_dir, RUN_FILES, bool(resume) or script.overwrite_output_dir,
+        "choose another, continue it with --resume_from_checkpoint true, or replace it with "
+        "--overwrite_output_dir",
+    )
+    quiet_libraries()
+    train_pairs, test_pairs = _load_pairs(script, config.seed, console)
+    if test_pairs is None:
+        if "eval_strategy" in given and config.eval_strategy != "no":
+            raise QAdapterError("eval_strategy needs held-out pairs: set test_fraction above 0")
+        config.eval_strategy = "no"
+    base_name = say_base(model_args.model_name_or_path, console)
+    tokenizer = load_tokenizer(
+        base_name, revision=model_args.model_revision, trust_remote_code=config.trust_remote_code
+    )
+    loading = {
+        "dtype": model_args.dtype, "revision": model_args.model_revision,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    model = QAdapterModel.from_base(
+        base_name, config.adapter_config(), config.objective_config(),
+        **loading | (config.model_init_kwargs or {}),
+    )
+    trainer = QAdapterTrainer(
+        model, config, train_dataset=train_pairs, eval_dataset=test_pairs,
+        processing_class=tokenizer,
+    )
+    main_process = trainer.is_world_process_zero()
+    if main_process:
+        for name, report in trainer.reports.items():
+            console.print(f"{'held-out' if name == 'eval' else 'training'} pairs:")
+            console.print(report.table())
+        if script.overwrite_output_dir and not resume:
+            remove_files(folder, RUN_FILES)
+    # The tokenized pairs: training puts their features in place of them.
+    test_dataset = trainer.eval_dataset
+    _train(trainer, resume, folder, console)
+    if not main_process:
+        return
+    if config.save_strategy == "no":
+        trainer.save_model()
+    measured = (
+        None if test_dataset is None
+        else measure(model, tokenizer, test_dataset, measures, console, pairs=test_pairs)
+    )
+    _write(trainer, measured, folder, time.monotonic() - start)
+    if measured is not None:
+        console.print(comparison_table(measured.rows, title="held-out pairs", note=measured.note))
+    console.print(
+        f"wrote {folder} in {time.monotonic() - start:.0f} s, peak memory "
+        f"{peak_rss_bytes() / 2**30:.2f} GiB", highlight=False,
+    )
+
+
+def _load_pairs(
+    script: args.ScriptArguments, seed: int, console: Console
+) -> tuple[Dataset, Dataset | None]:
+    """(training pairs, held-out pairs or None); no prompt is in both."""
+    if script.test_dataset_name is None and script.dataset_test_split is None:
+        pairs = load_preferences(
+            script.dataset_name, split=script.dataset_train_split, **script.load_kwargs()
+        )
+        if script.test_fraction == 0:
+            return pairs, None
+        return split_by_prompt(pairs, float(script.test_fraction), seed)
+    train = load_preferences(
+        script.dataset_name, split=script.dataset_train_split, **script.load_kwargs()
+    )
+    test = load_preferences(
+        script.test_dataset_name or script.dataset_name,
+        split=script.dataset_test_split or "train", **script.load_kwargs(),
+    )
+    held_out = set(test["prompt_id"])
+    kept = [i for i, prompt in enumerate(train["prompt_id"]) if prompt not in held_out]
+    if not kept:
+        raise QAdapterError("every training prompt is also held out: nothing is left to train on")
+    if len(kept) < len(train):
+        console.print(
+            f"left out of training: {len(train) - len(kept):,} pairs whose prompt is held out",
+            highlight=False,
+        )
+        train = train.select(kept)
+    return train, test
+
+
+def _train(
+    trainer: QAdapterTrainer, resume: str | bool | None, folder: Path, console: Console
+) -> None:
+    progress = TrainingProgress(console)
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    if trainer.is_world_process_zero():
+        trainer.add_callback(progress)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except BaseException:
+        # What was logged before training broke off is worth keeping; the error is worth more.
+        with contextlib.suppress(OSError):
+            write_metrics_jsonl(folder / "metrics.jsonl", trainer.state.log_history)
+        raise
+    finally:
+        progress.stop()
+
+
+def _write(
+    trainer: QAdapterTrainer, measured: Measurements | None, folder: Path, seconds: float
+) -> None:
+    history, model = trainer.state.log_history, trainer.model
+    write_metrics_jsonl(folder / "metrics.jsonl", history)
+    setup = {
+        "base": model.base_identity.name,
+        "adapter": dataclasses.asdict(model.adapter_config),
+        "objective": dataclasses.asdict(model.objective),
+    }
+    write_json(folder / "summary.json", {
+        **setup, **(measured.summary() if measured else {}),
+        "data": {name: report.as_dict() for name, report in trainer.reports.items()},
+        "steps": trainer.state.global_step, "seconds": seconds,
+        "peak_rss_bytes": peak_rss_bytes(), "seed": trainer.args.seed,
+        "versions": versions(), "devices": devices(),
+    })
+    report = folder / "report.md"
+    curves = plot_training_curves(history, folder)
+    described = [f"- {key}: {value}" for key, value in setup.items()]
+    described += [f"- {name} pairs: {r.summary()}" for name, r in trainer.reports.items()]
+    described.append(f"- {trainer.state.global_step:,} steps, {seconds:.0f} s in all")
+    write_report(report, f"{folder.resolve().name}: a customised model", [
+        Section("What was done", "\n".join(described)),
+        *(measured.sections(report) if measured else []),
+        Section("Training", pictures_markdown(curves, report)),
+    ])
