@@ -1,0 +1,19 @@
+// What the Python side asks before it uses the library.
+#include "device.cuh"
+
+namespace {
+__global__ void probe() {}
+}
+
+// The name of an error the other functions returned.
+QADAPTER_EXPORT const char* qadapter_cuda_error_name(int error) {
+  return cudaGetErrorName(static_cast<cudaError_t>(error));
+}
+
+// 0 if this library holds code for the current device and the driver can run it.
+QADAPTER_EXPORT int qadapter_cuda_probe() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, probe);
+  cudaGetLastError();  // not to be found by someone else
+  return error;
+}

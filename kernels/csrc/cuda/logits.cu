@@ -1,0 +1,248 @@
+// The logits level: soft value and residual Q from two [N, V] tensors of logits, the gradient, and
+// the customised policy's log-probabilities for decoding. Bandwidth-bound: the forward pass reads
+// each row once, the backward pass reads it once more and writes the gradient.
+#include "block.cuh"
+
+namespace qadapter {
+namespace {
+
+struct Rows {
+  const int64_t* actions;
+  long long count;
+  int columns;
+};
+
+template <class T> struct TwoStreams {
+  Matrix<const T> a, b;
+  Coefficients coef;
+};
+
+// Reads pairs of two rows; b's elements are zeros where nothing wants them.
+template <class T> struct PairReader {
+  const T *a, *b;
+  bool read_a, read_b;
+
+  template <int WIDTH> QADAPTER_DEVICE Pair<T, WIDTH> operator()(Width<WIDTH>, int column) const {
+    Pair<T, WIDTH> x = {};
+    if (read_a) x.a = load<WIDTH>(a + column);
+    if (read_b) x.b = load<WIDTH>(b + column);
+    return x;
+  }
+  QADAPTER_DEVICE Split split(int columns) const {
+    const int head = columns_to_boundary(read_a ? a : b);
+    return split_row<T>(columns, head,
+                        !(read_a && read_b) || head == columns_to_boundary(b));
+  }
+};
+
+constexpr int FORWARD_THREADS = 512;
+
+struct ForwardOutputs {
+  float *q, *value, *base_logprob, *base_lse, *policy_lse, *stats;
+};
+
+template <class T, class State>
+__global__ void __launch_bounds__(FORWARD_THREADS, 2)
+logits_forward(TwoStreams<T> in, Rows rows, const float* given_base_lse, ForwardOutputs out) {
+  constexpr bool COMPARE = std::is_same<State, ComparedStreams>::value;
+  const long long row = block_x();
+  const int64_t action = rows.actions[row];
+  if (action == MASKED_ROW) {
+    if (thread() == 0) {
+      out.q[row] = out.value[row] = out.base_logprob[row] = 0.0f;
+      out.base_lse[row] = out.policy_lse[row] = 0.0f;
+      if (COMPARE) out.stats[row] = out.stats[rows.count + row] = out.stats[2 * rows.count + row] = 0;
+    }
+    return;
+  }
+  const Coefficients& coef = in.coef;
+  const bool sum_base = COMPARE || given_base_lse == nullptr;
+  const PairReader<T> read = {in.a.row(row), in.b.row(row), coef.policy_a != 0,
+                              coef.policy_b != 0 || sum_base};
+  State state;
+  for_columns<T, State::UNROLL>(block_team(), read.split(rows.columns), read,
+                                [&](auto width, int, const auto& x) {
+                                  float a[width], b[width], u[width];
+                                  to_float(x.a, a);
+                                  to_float(x.b, b);
+                                  coef.policy(a, b, u);
+                                  state.add(u, b, sum_base);
+                                });
+  state = block_reduce(state, shared<State>());
+  if (thread() != 0) return;
+
+  const float policy_lse = state.u.lse();
+  const float base_lse = given_base_lse ? given_base_lse[row] : state.b.lse();
+  float q = 0.0f, base_logprob = 0.0f;
+  if (action >= 0) {
+    // An id outside the vocabulary reads nothing and is loud: NaN.
+    const bool inside = action < rows.columns;
+    const float b = inside ? static_cast<float>(read.b[action]) : NAN;
+    const float a = inside ? static_cast<float>(read.a[action]) : NAN;
+    q = inside ? weighted(coef.adapter, coef.adapter != 0 ? a : 0.0f,
+                          coef.base, coef.base != 0 ? b : 0.0f)
+               : NAN;
+    // b - max first: log π keeps its digits under a large common offset.
+    base_logprob = b == -INF        ? -INF
+                   : given_base_lse ? b - base_lse
+                                    : b - finite(state.b.max) - logf(state.b.sum);
+  }
+  out.q[row] = q;
+  out.value[row] = coef.value(policy_lse, base_lse);
+  out.base_logprob[row] = base_logprob;
+  out.base_lse[row] = base_lse;
+  out.policy_lse[row] = policy_lse;
+  write_statistics(state, out.stats, rows.count, row);
+}
+
+constexpr int BACKWARD_THREADS = 256;
+constexpr int BACKWARD_UNROLL = 2;
+
+// ∂a = c_a·(g·onehot + v·π̃), elementwise; `out` may be `a`: an element is read by the thread that
+// writes it. Blocks of a row are on grid.y.
+template <class T>
+__global__ void __launch_bounds__(BACKWARD_THREADS)
+logits_backward(TwoStreams<T> in, Rows rows, const float* policy_lse, const float* grad_q,
+                const float* grad_v, Matrix<T> out_NV) {
+  const long long row = block_x();
+  const int64_t action = rows.actions[row];
+  const Coefficients& coef = in.coef;
+  const bool is_masked = action == MASKED_ROW;
+  const float lse = is_masked ? -INF : policy_lse[row];
+  const bool is_zero = lse == -INF;  // masked, or no support left
+  const PairReader<T> read = {in.a.row(row), in.b.row(row), coef.policy_a != 0 && !is_zero,
+                              coef.policy_b != 0 && !is_zero};
+  T* out = out_NV.row(row);
+  const float at_action = is_zero || action < 0 ? 0.0f : coef.adapter * grad_q[row];
+  const float everywhere = is_zero ? 0.0f : coef.adapter * grad_v[row];
+
+  const int head = columns_to_boundary(out);
+  const bool together = (!read.read_a || columns_to_boundary(read.a) == head) &&
+                        (!read.read_b || columns_to_boundary(read.b) == head);
+  const Team team = {block_y() * threads() + thread(), blocks_y() * threads()};
+  for_columns<T, BACKWARD_UNROLL>(
+      team, split_row<T>(rows.columns, head, together), read,
+      [&](auto width, int column, const auto& x) {
+        float a[width], b[width], u[width], grad[width];
+        to_float(x.a, a);
+        to_float(x.b, b);
+        coef.policy(a, b, u);
+#pragma unroll
+        for (int e = 0; e < width; ++e) {
+          const float p = exp_fast(u[e] - (is_zero ? 0.0f : lse));
+          const float onehot = column + e == action ? at_action : 0.0f;
+          grad[e] = is_zero || u[e] == -INF ? 0.0f : everywhere * p + onehot;
+        }
+        store_as(out + column, grad);
+      });
+}
+
+// log π̃, or with strength w a row, log-softmax(w·log π̃ + (1-w)·log π). For decoding: few rows, read
+// two or three times, from L2 but for the first.
+template <class T>
+__global__ void __launch_bounds__(FORWARD_THREADS, 1)
+combine_logits(TwoStreams<T> in, int columns, const float* strength_N, Matrix<float> out_NV) {
+  const long long row = block_x();
+  const Coefficients& coef = in.coef;
+  const bool is_mixed = strength_N != nullptr;
+  const float w = is_mixed ? strength_N[row] : 1.0f;
+  const PairReader<T> read = {in.a.row(row), in.b.row(row), coef.policy_a != 0,
+                              coef.policy_b != 0 || is_mixed};
+  const Split split = read.split(columns);
+  Streams state;
+  for_columns<T, 2>(block_team(), split, read, [&](auto width, int, const auto& x) {
+    float a[width], b[width], u[width];
+    to_float(x.a, a);
+    to_float(x.b, b);
+    coef.policy(a, b, u);
+    state.add(u, b, is_mixed);
+  });
+  state = block_reduce(state, shared<Streams>());
+  const float log_sum_u = logf(state.u.sum), log_sum_b = logf(state.b.sum);
+
+  auto log_probability = [&](float u, float b) {
+    const float logp = u == -INF ? -INF : u - finite(state.u.max) - log_sum_u;
+    const float logpi = b == -INF ? -INF : b - finite(state.b.max) - log_sum_b;
+    if (!is_mixed || w == 1) return logp;
+    return w == 0 ? logpi : weighted(w, logp, 1 - w, logpi);
+  };
+  auto for_mixture = [&](auto use) {
+    for_columns<T, 2>(block_team(), split, read, [&](auto width, int column, const auto& x) {
+      float a[width], b[width], u[width];
+      to_float(x.a, a);
+      to_float(x.b, b);
+      coef.policy(a, b, u);
+#pragma unroll
+      for (int e = 0; e < width; ++e) u[e] = log_probability(u[e], b[e]);
+      use(width, column, u);
+    });
+  };
+  float norm = 0.0f;
+  if (is_mixed) {
+    MaxSum mixture;
+    for_mixture([&](auto, int, const auto& x) { mixture.add(x); });
+    sync();  // the first result has been read by all
+    mixture = block_reduce(mixture, shared<MaxSum>());
+    norm = finite(mixture.lse());
+  }
+  float* out = out_NV.row(row);
+  for_mixture([&](auto, int column, auto& x) {
+    for (float& logp : x) logp -= norm;
+    store_floats(out + column, x);
+  });
+}
+
+}  // namespace
+}  // namespace qadapter
+
+using namespace qadapter;
+
+QADAPTER_EXPORT int qadapter_cuda_logits_forward(
+    const void* a, long long a_stride, int dtype, const void* b, long long b_stride, int,
+    const int64_t* actions, const float* base_lse, const double* coef, long long rows, int columns,
+    float* q, float* value, float* base_logprob, float* base_lse_out, float* policy_lse,
+    float* stats, cudaStream_t stream) {
+  return with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const TwoStreams<T> in = {
+        {static_cast<const T*>(a), a_stride}, {static_cast<const T*>(b), b_stride}, Coefficients(coef)};
+    auto run = [&](auto state) {
+      using State = decltype(state);
+      return launch(logits_forward<T, State>,
+                    {rows, 1, FORWARD_THREADS, int(MAX_WARPS * sizeof(State)), 0}, stream, in,
+                    Rows{actions, rows, columns}, base_lse,
+                    ForwardOutputs{q, value, base_logprob, base_lse_out, policy_lse, stats});
+    };
+    return stats ? run(ComparedStreams()) : run(Streams());
+  });
+}
+
+QADAPTER_EXPORT int qadapter_cuda_logits_backward(
+    const void* a, long long a_stride, int dtype, const void* b, long long b_stride, int,
+    const int64_t* actions, const float* policy_lse, const float* grad_q, const float* grad_v,
+    const double* coef, long long rows, int columns, void* out, long long out_stride, int,
+    cudaStream_t stream) {
+  return with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const TwoStreams<T> in = {
+        {static_cast<const T*>(a), a_stride}, {static_cast<const T*>(b), b_stride}, Coefficients(coef)};
+    const int tile = BACKWARD_THREADS * BACKWARD_UNROLL * VECTOR<T>;
+    const int blocks = columns / tile + 1;
+    return launch(logits_backward<T>, {rows, blocks < 65535 ? blocks : 65535, BACKWARD_THREADS, 0, 0},
+                  stream, in, Rows{actions, rows, columns}, policy_lse, grad_q, grad_v,
+                  Matrix<T>{static_cast<T*>(out), out_stride});
+  });
+}
+
+QADAPTER_EXPORT int qadapter_cuda_combine_logits(
+    const void* a, long long a_stride, int dtype, const void* b, long long b_stride, int,
+    const double* coef, const float* strength, long long rows, int columns, float* out,
+    cudaStream_t stream) {
+  return with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const TwoStreams<T> in = {
+        {static_cast<const T*>(a), a_stride}, {static_cast<const T*>(b), b_stride}, Coefficients(coef)};
+    return launch(combine_logits<T>, {rows, 1, FORWARD_THREADS, int(MAX_WARPS * sizeof(Streams)), 0},
+                  stream, in, columns, strength, Matrix<float>{out, columns});
+  });
+}
