@@ -32,6 +32,7 @@ from qadapter.model import QAdapterModel
 from qadapter.training.features import FeatureSet, Shard, compute_shard, progress_bar, token_counts
 
 FORMAT_VERSION = 1
+MIB = 1 << 20
 INDEX_NAME = "index.json"
 _SAMPLES = 256
 """Elements of each of the base's tensors that enter its identity."""
@@ -150,7 +151,7 @@ def _spans(dataset: Dataset, model: QAdapterModel, shard_mb: int) -> Iterator[tu
     """Runs of pairs whose features take about ``shard_mb``."""
     row_bytes = model.head.weight.shape[1] * model.base.dtype.itemsize
     sizes = np.cumsum(token_counts(dataset, prompts=False) * row_bytes)
-    start, limit = 0, shard_mb << 20
+    start, limit = 0, shard_mb * MIB
     while start < len(dataset):
         before = sizes[start - 1] if start else 0
         end = max(start + 1, int(np.searchsorted(sizes, before + limit, side="right")))

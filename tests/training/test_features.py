@@ -1,0 +1,227 @@
+"""Cached features are the base's own, and a cache that isn't right is never used."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny import build_model, build_pairs, build_tokenizer
+from torch.testing import assert_close
+
+from qadapter import ObjectiveConfig, QAdapterError
+from qadapter.data import PreferenceCollator, tokenize_preferences
+from qadapter.objective import find_actions
+from qadapter.training import feature_store, features
+from qadapter.training.feature_store import load_or_compute
+from qadapter.training.features import FeatureCollator, compute_features
+
+LIMIT = 64
+
+
+@pytest.fixture
+def tokenized(tokenizer):
+    return tokenize_preferences(build_pairs(13), tokenizer, max_length=LIMIT).dataset
+
+
+@pytest.fixture
+def open_cache(tmp_path, tokenizer, tokenized, monkeypatch):
+    """Opens the cache with shards of some three pairs; counts the shards that were computed."""
+    computed = []
+    compute = features.compute_shard
+
+    def counting(model, dataset, *arguments):
+        computed.append(len(dataset))
+        return compute(model, dataset, *arguments)
+
+    monkeypatch.setattr(feature_store, "compute_shard", counting)
+    monkeypatch.setattr(feature_store, "MIB", 2048)
+
+    def open_(model=None, dataset=None, **changes):
+        computed.clear()
+        settings = {"max_length": LIMIT, "cache_dir": tmp_path / "cache", "shard_mb": 1}
+        result = load_or_compute(
+            model or build_model(), tokenized if dataset is None else dataset, tokenizer,
+            **{**settings, **changes}, show_progress=False,
+        )
+        return result, list(computed)
+
+    return open_
+
+
+def copied(cached):
+    """In memory: what follows may write into the mapped files."""
+    shards = [type(s)(*(x.clone() for x in s)) for s in cached.shards]
+    return type(cached)(shards)
+
+
+def assert_same(ours, theirs, same=torch.equal):
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one.row, one.num_actions, one.lengths) == (other.row, *other[5:])
+        for name in ("hidden", "base_logsumexp", "tokens", "states"):
+            assert same(getattr(one, name), getattr(other, name)), name
+
+
+@pytest.mark.parametrize("alignment", ["action", "state"])
+@pytest.mark.parametrize("multiple", [None, 8])
+def test_a_batch_holds_what_the_padded_batch_scores(tokenized, alignment, multiple):
+    """States, actions, hidden states and lse(b) against the model run on the padded batch; the
+    batch mixes lengths, so that state alignment scores padding in all rows but the longest."""
+    model = build_model(objective=ObjectiveConfig(mask_alignment=alignment))
+    dataset = tokenized.add_column(
+        "chosen_mask", [[i % 3 != 1 for i in range(len(x))] for x in tokenized["chosen_ids"]]
+    ).add_column("rejected_mask", [[True] * len(x) for x in tokenized["rejected_ids"]])
+    cached = compute_features(model, dataset, batch_tokens=40, show_progress=False)
+    chosen = [3, 0, 7, 12]
+    ragged = FeatureCollator(multiple)([cached[i] for i in chosen])
+    padded = PreferenceCollator(0, multiple)([dataset[i] for i in chosen])
+    actions = find_actions(padded["input_ids"], padded["completion_mask"], alignment)
+    hidden = model.base_hidden(padded["input_ids"], padded["attention_mask"])
+    hidden = hidden[actions.sequence_N, actions.state_N]
+    assert torch.equal(ragged["tokens"], actions.token_N)
+    assert torch.equal(ragged["offsets"], actions.offsets_S1)
+    assert torch.equal(ragged["rows"], padded["rows"])
+    assert ragged["padded_length"] == padded["input_ids"].shape[1]
+    assert ragged["num_tokens"] == padded["attention_mask"].sum()
+    # The output at a padding position depends on what stands before it alone, but batches of
+    # different shapes round differently.
+    assert_close(ragged["hidden"], hidden, rtol=1e-4, atol=1e-5)
+    lse = model.head(hidden).logsumexp(-1)
+    assert_close(ragged["base_logsumexp"], lse, rtol=1e-5, atol=1e-5)
+
+
+def test_a_softcapped_head_is_cached_too(tokenized):
+    model = build_model()
+    plain = compute_features(model, tokenized, show_progress=False)
+    model.head = type(model.head)(model.head.weight, softcap=3.0)
+    capped = compute_features(model, tokenized, show_progress=False)
+    assert torch.equal(plain[2].hidden, capped[2].hidden)
+    logits = torch.tanh(plain[2].hidden @ model.head.weight.T / 3.0) * 3.0
+    assert_close(capped[2].base_logsumexp, logits.logsumexp(-1))
+
+
+def test_equal_sequences_run_once(tokenized, monkeypatch):
+    repeated = Dataset.from_list([tokenized[0]] * 5 + [tokenized[1]])
+    model, lines = build_model(), []
+    run = type(model).base_hidden
+    monkeypatch.setattr(
+        type(model), "base_hidden", lambda self, ids: lines.append(len(ids)) or run(self, ids)
+    )
+    cached = compute_features(model, repeated, show_progress=False)
+    assert sum(lines) == 4
+    assert torch.equal(cached[0].hidden, cached[4].hidden)
+
+
+def test_the_disk_gives_back_what_was_computed(open_cache, tokenized):
+    first, computed = open_cache()
+    assert len(computed) > 2 and sum(computed) == 13
+    # Other batches, other roundings.
+    in_memory = compute_features(build_model(), tokenized, show_progress=False)
+    assert_same(first, in_memory, lambda x, y: torch.allclose(x, y, rtol=1e-4, atol=1e-5))
+    again, computed = open_cache()
+    assert computed == []
+    assert_same(again, first)
+    assert again.num_actions == first.num_actions and again.nbytes == first.nbytes
+
+
+def test_everything_features_depend_on_is_in_the_key(open_cache, tokenized):
+    """A cache made for something else is not taken: all shards are computed again."""
+    open_cache()
+    merged = build_model()  # what merging an adapter into the trunk would do
+    merged.base.model.layers[1].self_attn.q_proj.weight.data += 1e-3
+    for changes in (
+        {"model": build_model(seed=1)},
+        {"model": build_model(dtype=torch.bfloat16)},
+        {"model": build_model(objective=ObjectiveConfig(mask_alignment="state"))},
+        {"model": merged},
+        {"dataset": tokenized.select(range(12, -1, -1))},
+        {"max_length": LIMIT + 1},
+    ):
+        assert sum(open_cache(**changes)[1]) == 13, changes
+    # The objective's other fields and the adapter leave the features as they are.
+    assert open_cache(model=build_model(objective=ObjectiveConfig(gamma=0.5)))[1] == []
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "lose", "no index", "bad index", "other index"])
+def test_what_is_damaged_is_computed_again_and_alone(open_cache, tmp_path, damage):
+    first, computed = open_cache()
+    first, total = copied(first), len(computed)
+    (folder,) = (tmp_path / "cache").iterdir()
+    shard, index = sorted(folder.glob("*.safetensors"))[1], folder / "index.json"
+    if damage == "flip":
+        content = bytearray(shard.read_bytes())
+        content[-3] ^= 1
+        shard.write_bytes(content)
+    elif damage == "cut":
+        shard.write_bytes(shard.read_bytes()[:-10])
+    elif damage == "lose":
+        shard.unlink()
+    elif damage == "no index":
+        index.unlink()
+    elif damage == "bad index":
+        index.write_text("{")
+    else:
+        index.write_text(json.dumps({**json.loads(index.read_text()), "fingerprint": "x"}))
+    again, computed = open_cache()
+    assert len(computed) == (total if "index" in damage else 1)
+    assert_same(again, first)
+    assert open_cache()[1] == []
+
+
+def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(tmp_path, open_cache):
+    """SIGKILL while the second shard is being written, by a process of its own."""
+    script = (
+        "import os, signal, sys; sys.path.insert(0, sys.argv[1])\n"
+        "import test_features as t\n"
+        "from pathlib import Path\n"
+        "store, save, calls = t.feature_store, t.feature_store.save_file, []\n"
+        "store.MIB = 2048\n"
+        "def killed(tensors, path):\n"
+        "    save(tensors, path); calls.append(path)\n"
+        "    if len(calls) == 2:\n"
+        "        path.write_bytes(path.read_bytes()[:100]); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "store.save_file = killed\n"
+        "tokenizer = t.build_tokenizer()\n"
+        "data = t.tokenize_preferences(t.build_pairs(13), tokenizer, max_length=t.LIMIT).dataset\n"
+        "t.load_or_compute(t.build_model(), data, tokenizer, max_length=t.LIMIT, shard_mb=1,\n"
+        "                  cache_dir=Path(sys.argv[2]))\n"
+    )
+    here = os.path.dirname(__file__)
+    process = subprocess.run(
+        [sys.executable, "-c", script, here, str(tmp_path / "cache")], capture_output=True,
+        text=True, check=False, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert len(list(folder.glob("*.safetensors"))) == 1
+    again, computed = open_cache()
+    assert sum(computed) < 13 and len(again) == 13  # the first shard was whole and is kept
+    assert_same(again, open_cache(cache_dir=tmp_path / "elsewhere")[0])
+
+
+def test_a_full_disk_is_one_clear_line(open_cache, tmp_path, monkeypatch):
+    def full(tensors, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(feature_store, "save_file", full)
+    with pytest.raises(QAdapterError, match=r"No space left on device.*feature_cache_dir"):
+        open_cache()
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_items_are_pairs(tokenized):
+    cached = compute_features(build_model(), tokenized, show_progress=False)
+    pair = cached[-1]
+    assert pair.row == 12 and len(cached) == 13
+    assert sum(pair.num_actions) == len(pair.tokens) == len(pair.hidden)
+    answers = tokenized[12]["chosen_ids"] + tokenized[12]["rejected_ids"]
+    assert pair.tokens.tolist() == answers
+    with pytest.raises(IndexError):
+        cached[13]
+    assert build_tokenizer().eos_token_id in answers
