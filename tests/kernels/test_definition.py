@@ -133,3 +133,11 @@ def test_nothing_flows_to_the_base():
     out = reference.soft_value(a, b, case.actions, COEFFICIENTS["policy_dial"])
     grads = torch.autograd.grad(out.value.sum() + out.q_action.sum(), (a, b), allow_unused=True)
     assert grads[0] is not None and grads[1] is None
+
+
+def test_logsumexp_of_an_empty_row_has_a_zero_gradient():
+    x = torch.tensor([[-INF, -INF], [0.0, -INF]], dtype=torch.float64, requires_grad=True)
+    lse = reference.logsumexp(x)
+    assert lse.tolist() == [-INF, 0.0]
+    (grad,) = torch.autograd.grad(lse.sum(), x)
+    assert grad.tolist() == [[0.0, 0.0], [1.0, 0.0]]
