@@ -49,7 +49,10 @@ def _hand_over(module: str, ctx: typer.Context) -> None:
         arguments = ["--help"]
     build = importlib.import_module(f"qadapter.commands.{module}").app
     command = typer.main.get_command(build(show_hidden=bool(show_all)))
-    command.main(args=arguments, prog_name=f"qadapter {ctx.command.name}", standalone_mode=False)
+    name = f"qadapter {ctx.command.name}"
+    result = command.main(args=arguments, prog_name=name, standalone_mode=False)
+    if isinstance(result, int):  # typer returns the code of an Exit, as of an interrupt
+        raise typer.Exit(result)
 
 
 @app.command(context_settings=_PASS_ON)
@@ -94,10 +97,10 @@ def _run(arguments: list[str], debug: bool) -> int:
     try:
         command = typer.main.get_command(app)
         result = command.main(args=arguments, prog_name="qadapter", standalone_mode=False)
-        return result if isinstance(result, int) else 0
-    except (KeyboardInterrupt, typer.Abort):
-        print("error: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        code = result if isinstance(result, int) else 0
+        if code == INTERRUPTED:
+            print("error: interrupted", file=sys.stderr)
+        return code
     except (QAdapterError, typer.TyperException, OSError) as error:
         if debug:
             traceback.print_exc()

@@ -46,6 +46,8 @@ def run(
     """Answer, in one of three ways."""
     # Answers go to stdout, all else to stderr, so that answers can be piped.
     console = Console(stderr=True)
+    if options.prompt is not None and not options.prompt.strip():
+        raise QAdapterError("the prompt is empty")
     if options.prompt is not None and options.prompts_file is not None:
         raise QAdapterError("give either prompt or prompts_file, not both")
     if options.output_file is not None:

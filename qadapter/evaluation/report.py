@@ -115,13 +115,14 @@ def baseline_note(result: PreferenceResult) -> str:
 def retention_rows(result: RetentionResult, where: str = "texts") -> list[Row]:
     """Divergences and perplexities on texts called ``where``; divergences stand in the customised
     model's column."""
-    return [
+    rows = [
         Row(f"KL(base‖customised), {where}", None, result.kl_per_token, 4),
         Row(f"KL(customised‖base), {where}", None,
             result.kl_policy_base_per_token, 4),
         Row(f"same top token, {where}", None, result.top1_agreement),
         Row(f"perplexity, {where}", result.perplexity_base, result.perplexity, 2),
     ]
+    return [row for row in rows if not row.base is row.customised is None]
 
 
 def answer_rows(base: Mapping[str, float], customised: Mapping[str, float] | None) -> list[Row]:

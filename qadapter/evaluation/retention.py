@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.bootstrap import ClusterBootstrap, Estimate
 from qadapter.evaluation.scoring import Scorer, evaluating
+from qadapter.model import QAdapterModel
 
 
 @dataclass(frozen=True)
@@ -33,18 +34,19 @@ class TextScores:
 
 @dataclass(frozen=True)
 class RetentionResult:
-    """What ``evaluate_retention`` found; estimates carry intervals clustered by text."""
+    """What ``evaluate_retention`` found; estimates carry intervals clustered by text. A plain model
+    has a perplexity, as a base, and the rest is None."""
 
     num_texts: int
     num_tokens: int
-    kl_per_token: Estimate
+    kl_per_token: Estimate | None
     """KL(π‖π̃), nats a token: base against customised."""
-    kl_policy_base_per_token: Estimate
+    kl_policy_base_per_token: Estimate | None
     """KL(π̃‖π), nats a token, at the same states."""
-    top1_agreement: Estimate
+    top1_agreement: Estimate | None
     """Share of states at which both have the same most likely token."""
-    perplexity: Estimate
-    """Of the customised policy (of the model itself, for a plain one)."""
+    perplexity: Estimate | None
+    """Of the customised policy."""
     perplexity_base: Estimate
     texts: TextScores
 
@@ -70,7 +72,7 @@ def evaluate_retention(
     An untrained adapter gives KL 0 and the base's own perplexity, to the last digit.
 
     Args:
-        model: a ``QAdapterModel``; for a plain causal LM all divergences are 0.
+        model: a ``QAdapterModel``, or a plain causal LM.
         texts: strings (with the tokenizer's special tokens put in), or token ids.
         tokenizer: needed for strings.
         prompt_lengths: tokens at the start of each text that are read but not scored; default 0.
@@ -100,13 +102,14 @@ def evaluate_retention(
     def per_token(sums: np.ndarray) -> Estimate:
         return bootstrap.mean(sums / scored.tokens, scored.tokens)
 
+    customised = isinstance(model, QAdapterModel)
     return RetentionResult(
         num_texts=len(sequences),
         num_tokens=int(scored.tokens.sum()),
-        kl_per_token=per_token(scored.kl_base_policy),
-        kl_policy_base_per_token=per_token(scored.kl_policy_base),
-        top1_agreement=per_token(scored.same_top1),
-        perplexity=per_token(-scored.policy_logp).map(math.exp),
+        kl_per_token=per_token(scored.kl_base_policy) if customised else None,
+        kl_policy_base_per_token=per_token(scored.kl_policy_base) if customised else None,
+        top1_agreement=per_token(scored.same_top1) if customised else None,
+        perplexity=per_token(-scored.policy_logp).map(math.exp) if customised else None,
         perplexity_base=per_token(-scored.base_logp).map(math.exp),
         texts=scored,
     )

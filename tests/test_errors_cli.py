@@ -1,0 +1,282 @@
+"""Bad input ends in one clear line and exit code 2; what was written stays."""
+
+import errno
+import json
+import shutil
+
+import pytest
+from tiny_models import preference_rows, save_tiny, write_jsonl
+
+from qadapter.cli import main
+from qadapter.evaluation import report
+from qadapter.training import QAdapterTrainer
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("errors")
+    save_tiny(folder / "model")
+    save_tiny(folder / "other", seed=1)
+    write_jsonl(folder / "pairs.jsonl", preference_rows(12))
+    with pytest.raises(SystemExit) as end:
+        main([*train(folder), "--output_dir", str(folder / "run")])
+    assert end.value.code == 0
+    return folder
+
+
+def train(folder, *more):
+    """Arguments of a short training; the last of two equal flags counts."""
+    return [str(a) for a in (
+        "train", "--model_name_or_path", folder / "model", "--dataset_name",
+        folder / "pairs.jsonl", "--max_steps", 2, "--adapter_rank", 2, "--answer_prompts", 0,
+        "--bootstrap_resamples", 5, "--test_fraction", 0.3, *more,
+    )]
+
+
+@pytest.fixture
+def fails(capfd):
+    """Runs a command that must fail; returns its one line."""
+
+    def run(*arguments, code=2) -> str:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main([str(a) for a in arguments])
+        assert end.value.code == code
+        error = capfd.readouterr().err
+        assert "Traceback" not in error
+        lines = [line for line in error.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and error.endswith(lines[0] + "\n")
+        return lines[0]
+
+    return run
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# --- data ---------------------------------------------------------------------------------------
+
+
+def test_file_missing(place, tmp_path, fails):
+    line = fails(*train(place, "--dataset_name", tmp_path / "no.jsonl", "--output_dir", tmp_path))
+    assert "no.jsonl" in line
+
+
+def test_not_json_names_the_line(place, tmp_path, fails):
+    file = write_jsonl(tmp_path / "bad.jsonl", preference_rows(2))
+    file.write_text(file.read_text() + '{"prompt": "What", \n')
+    line = fails(*train(place, "--dataset_name", file, "--output_dir", tmp_path / "run"))
+    assert "bad.jsonl:3 is not JSON" in line
+
+
+def test_missing_column_says_what_was_seen_and_what_is_needed(place, tmp_path, fails):
+    file = write_jsonl(tmp_path / "bad.jsonl", [{"question": "What?", "good": "a", "bad": "b"}])
+    line = fails(*train(place, "--dataset_name", file, "--output_dir", tmp_path / "run"))
+    assert "question, good, bad" in line and "chosen + rejected" in line
+
+
+def one_row(**changes):
+    return [preference_rows(1)[0] | changes]
+
+
+@pytest.mark.parametrize("rows, reason", [
+    (one_row(chosen=[{"role": "assistant", "content": ""}]), "an answer is empty"),
+    (one_row(rejected=preference_rows(1)[0]["chosen"]), "the two answers are the same"),
+    ([{"chosen": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "a"}],
+       "rejected": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "b"}]}],
+     "do not share one prompt"),
+])
+def test_nothing_left_says_why_with_the_rows(place, tmp_path, fails, rows, reason):
+    file = write_jsonl(tmp_path / "bad.jsonl", rows)
+    flags = ("--dataset_name", file, "--test_fraction", 0, "--output_dir", tmp_path / "run")
+    line = fails(*train(place, *flags))
+    assert "no preference pair can be used" in line and reason in line and "row 0" in line
+
+
+def test_the_first_bad_row_raises_where_asked(place, tmp_path, fails):
+    rows = preference_rows(12)
+    rows[7]["rejected"] = rows[7]["chosen"]
+    file = write_jsonl(tmp_path / "bad.jsonl", rows)
+    flags = ("--dataset_name", file, "--on_bad_row", "raise", "--output_dir", tmp_path / "run")
+    assert "row 7" in fails(*train(place, *flags))
+
+
+@pytest.mark.parametrize("name, text, message", [
+    ("t.csv", "a", "expected a .txt or .jsonl file"), ("t.txt", "\n", "is empty"),
+    ("t.jsonl", '{"text": "a"}\nno', "t.jsonl:2 is not JSON"),
+    ("t.jsonl", '{"body": "a"}', "t.jsonl:1 has no 'text', only body"),
+    ("t.jsonl", '{"text": 3}', "'text' must be text"), (None, None, "can't be read"),
+])
+def test_bad_retention_file(place, tmp_path, fails, name, text, message):
+    if name:
+        (tmp_path / name).write_text(text)
+    line = fails("eval", "--model_name_or_path", place / "model", "--dataset_name",
+                 place / "pairs.jsonl", "--retention_file", tmp_path / (name or "no.txt"))
+    assert message in line
+
+
+# --- options ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments, parts", [
+    (["--lerning_rate", "1"], ["--lerning_rate", "--learning_rate"]),
+    (["--learning_rate", "fast"], ["--learning_rate", "a number", "'fast'"]),
+    (["--max_steps", "1.5"], ["--max_steps", "a whole number"]),
+    (["--adapter_form", "liner"], ["--adapter_form", "linear, mlp", "did you mean 'linear'"]),
+    (["--alpha_tilde", "0"], ["alpha_tilde must be positive"]),
+    (["--torch_compile"], ["torch_compile=True can't be honoured"]),
+    (["--eval_strategy", "sometimes"], ["sometimes"]),
+    (["--columns", "chosen"], ["columns must read"]),
+    (["--test_fraction", "2"], ["held-out size 2.0"]),
+])
+def test_bad_options(place, tmp_path, fails, arguments, parts):
+    line = fails(*train(place, *arguments, "--output_dir", tmp_path / "run"))
+    assert all(part in line for part in parts), line
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+
+
+@pytest.mark.parametrize("text, message", [
+    ("lerning_rate: 1", "unknown key 'lerning_rate'; did you mean 'learning_rate'?"),
+    ("seed: one", "seed: expected a whole number, got 'one'"),
+    ("seed: [1]", "seed: expected a whole number, got [1]"),
+    ("a: b: c", "bad.yaml:1 is not YAML"), ("- seed", "holds a list"),
+])
+def test_bad_config_files(place, tmp_path, fails, text, message):
+    (tmp_path / "bad.yaml").write_text(text)
+    assert message in fails("train", "--config", tmp_path / "bad.yaml")
+
+
+def test_unknown_commands_and_what_a_command_cannot_do_without(place, tmp_path, fails):
+    assert "No such command 'trian'" in fails("trian")
+    assert "train needs --dataset_name" in fails("train")
+    assert "train needs --output_dir" in fails("train", "--dataset_name", "x")
+    assert "eval needs --model_name_or_path" in fails("eval", "--dataset_name", "x")
+    model = ("--model_name_or_path", place / "model")
+    assert "not both" in fails("generate", *model, "--prompt", "a", "--prompts_file", "b")
+    assert "--do_sample" in fails("generate", *model, "--prompt", "a", "--temperature", 2)
+    assert "top_p" in fails("generate", *model, "--prompt", "a", "--do_sample", "--top_p", 2)
+    assert "strength" in fails("generate", *model, "--prompt", "a", "--strength", 0.5)
+    assert "prompt is empty" in fails("generate", *model, "--prompt", " ")
+    (tmp_path / "out.jsonl").write_text("mine")
+    (tmp_path / "in.txt").write_text("a\n")
+    assert "exists" in fails("generate", *model, "--prompts_file", tmp_path / "in.txt",
+                             "--output_file", tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_text() == "mine"
+
+
+# --- models and adapters ------------------------------------------------------------------------
+
+
+def test_unknown_model(place, tmp_path, fails):
+    wanted = tmp_path / "nowhere"
+    flags = ("--model_name_or_path", wanted, "--output_dir", tmp_path / "run")
+    assert f"{wanted}: no such folder" in fails(*train(place, *flags))
+    assert "nowhere" in fails("generate", "--model_name_or_path", wanted, "--prompt", "a")
+
+
+def test_adapter_and_base_that_do_not_match_are_both_named(place, fails):
+    line = fails("eval", "--model_name_or_path", place / "run", "--base_model_name_or_path",
+                 place / "other", "--dataset_name", place / "pairs.jsonl")
+    assert f"trained on {place / 'model'}" in line and f"is {place / 'other'}" in line
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda f: f.write_bytes(f.read_bytes()[:-50]), "damaged or not a safetensors file"),
+    (lambda f: f.write_bytes(b"\0" * 200), "damaged or not a safetensors file"),
+    (lambda f: f.unlink(), "adapter_model.safetensors is missing"),
+    (lambda f: (f.parent / "qadapter_config.json").write_text("{"), "not a Q-Adapter config"),
+    (lambda f: (f.parent / "qadapter_config.json").unlink(), "qadapter_config.json is missing"),
+])
+def test_damaged_adapters(place, tmp_path, fails, damage, message):
+    shutil.copytree(place / "run", tmp_path / "run")
+    damage(tmp_path / "run/adapter_model.safetensors")
+    line = fails("generate", "--model_name_or_path", tmp_path / "run", "--prompt", "a")
+    assert message in line and str(tmp_path) in line
+
+
+def test_damaged_base(place, tmp_path, fails):
+    shutil.copytree(place / "model", tmp_path / "model")
+    weights = tmp_path / "model/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    line = fails(*train(place, "--model_name_or_path", tmp_path / "model", "--output_dir",
+                        tmp_path / "run"))
+    assert str(tmp_path / "model") in line and "can't be loaded" in line
+
+
+# --- folders, disks, interrupts -------------------------------------------------------------------
+
+
+def test_a_folder_that_holds_another_run_is_left_alone(place, tmp_path, fails):
+    before = contents(place / "run")
+    line = fails(*train(place, "--output_dir", place / "run"))
+    assert "holds another run" in line and "--overwrite_output_dir" in line
+    assert contents(place / "run") == before
+    (tmp_path / "file").write_text("mine")
+    assert "is a file" in fails(*train(place, "--output_dir", tmp_path / "file"))
+    (tmp_path / "eval.json").write_text("{}")
+    assert "holds another run (eval.json)" in fails(
+        "eval", "--model_name_or_path", place / "run", "--dataset_name", place / "pairs.jsonl",
+        "--output_dir", tmp_path,
+    )
+
+
+def test_overwriting_waits_until_the_new_run_can_start(place, tmp_path, fails):
+    shutil.copytree(place / "run", tmp_path / "run")
+    before = contents(tmp_path / "run")
+    fails(*train(place, "--output_dir", tmp_path / "run", "--overwrite_output_dir",
+                 "--model_name_or_path", tmp_path / "nowhere"))
+    assert contents(tmp_path / "run") == before
+
+
+def no_space(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device", "/somewhere")
+
+
+def test_no_space_for_a_checkpoint_keeps_the_earlier_ones(place, tmp_path, fails, monkeypatch):
+    from qadapter import storage
+
+    saved, save_file = [], storage.save_file
+
+    def save_once(weights, path, metadata=None):
+        saved.append(path)
+        return no_space() if len(saved) > 1 else save_file(weights, path, metadata=metadata)
+
+    monkeypatch.setattr(storage, "save_file", save_once)
+    line = fails(*train(place, "--save_steps", 1, "--output_dir", tmp_path))
+    assert "No space left on device" in line and "checkpoint-2" in line
+    assert (tmp_path / "checkpoint-1/adapter_model.safetensors").is_file()
+    assert not (tmp_path / "checkpoint-2").exists()
+    # What was logged until then is there.
+    assert (tmp_path / "metrics.jsonl").is_file()
+
+
+def test_no_space_for_the_summary_keeps_the_adapter(place, tmp_path, fails, monkeypatch):
+    monkeypatch.setattr(report.os, "replace", no_space)
+    # The adapter's own files are replaced into place by the same call: only the report's fails.
+    from qadapter import storage
+    monkeypatch.setattr(storage, "os", type("os", (), {"replace": staticmethod(shutil.move)}))
+    line = fails(*train(place, "--output_dir", tmp_path))
+    assert line == "error: /somewhere: No space left on device"
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "summary.json").exists()
+    assert not list(tmp_path.glob(".writing-*"))
+
+
+def test_interrupted(place, tmp_path, fails, monkeypatch):
+    def interrupt(self, *args, **kwargs):
+        self.state.log_history.append({"step": 1, "loss": 0.7})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(QAdapterTrainer, "train", interrupt)
+    line = fails(*train(place, "--output_dir", tmp_path), code=130)
+    assert line == "error: interrupted"
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 0.7}
+
+
+def test_debug_shows_the_traceback_before_the_line(place, tmp_path, capfd):
+    with pytest.raises(SystemExit) as end:
+        main(["--debug", *train(place, "--output_dir", place / "run")])
+    error = capfd.readouterr().err
+    assert end.value.code == 2
+    assert "Traceback" in error and error.splitlines()[-1].startswith("error: output_dir")
