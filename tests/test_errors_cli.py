@@ -257,10 +257,19 @@ def test_no_space_for_the_summary_keeps_the_adapter(place, tmp_path, fails, monk
     from qadapter import storage
     monkeypatch.setattr(storage, "os", type("os", (), {"replace": staticmethod(shutil.move)}))
     line = fails(*train(place, "--output_dir", tmp_path))
-    assert line == "error: /somewhere: No space left on device"
+    assert line.startswith(f"error: {tmp_path}: no space left on the device; what was written")
     assert (tmp_path / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "summary.json").exists()
     assert not list(tmp_path.glob(".writing-*"))
+
+
+def test_no_space_for_the_tokenizer_which_rust_tells_as_text(place, tmp_path, fails, monkeypatch):
+    def fail(self, *args, **kwargs):
+        raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr(QAdapterTrainer, "save_model", fail)
+    line = fails(*train(place, "--output_dir", tmp_path))
+    assert f"{tmp_path}: no space left" in line
 
 
 def test_interrupted(place, tmp_path, fails, monkeypatch):

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import typer
 from rich.console import Console
 
 from qadapter.commands import arguments as args
 from qadapter.commands.environment import devices, versions
-from qadapter.commands.folders import EVALUATION_FILES, check_output_dir, remove_files
+from qadapter.commands.folders import (
+    EVALUATION_FILES,
+    check_output_dir,
+    remove_files,
+    telling_full_disk,
+)
 from qadapter.commands.loading import load_model, quiet_libraries
-from qadapter.commands.measuring import measure
+from qadapter.commands.measuring import Measurements, measure
 from qadapter.commands.options import Group, command
-from qadapter.data import load_preferences, tokenize_preferences
+from qadapter.data import PreparationReport, load_preferences, tokenize_preferences
 from qadapter.errors import QAdapterError
 from qadapter.evaluation import PreferenceResult, comparison_table, write_report
 from qadapter.evaluation.report import write_json, write_text
@@ -66,7 +72,16 @@ def run(
                                    note=measured.note))
     if folder is None:
         return
-    remove_files(folder, EVALUATION_FILES)
+    with telling_full_disk(folder):
+        remove_files(folder, EVALUATION_FILES)
+        _write(folder, model_args, data, measured, report)
+    console.print(f"wrote {folder}", highlight=False)
+
+
+def _write(
+    folder: Path, model_args: args.AdapterArguments, data: args.EvalDataArguments,
+    measured: Measurements, report: PreparationReport,
+) -> None:
     write_json(folder / "eval.json", {
         "model": model_args.model_name_or_path, "strength": model_args.strength,
         "dataset": data.dataset_name, **measured.summary(), "data": report.as_dict(),
@@ -76,7 +91,6 @@ def run(
     report_path = folder / "report.md"
     title = f"{model_args.model_name_or_path} on {data.dataset_name}"
     write_report(report_path, title, measured.sections(report_path))
-    console.print(f"wrote {folder}", highlight=False)
 
 
 def _pairs_jsonl(result: PreferenceResult) -> str:

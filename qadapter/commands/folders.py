@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from qadapter import storage
@@ -39,6 +41,26 @@ def check_output_dir(
     except OSError as error:
         raise QAdapterError(f"output_dir {folder} can't be made: {error.strerror}") from error
     return folder
+
+
+@contextlib.contextmanager
+def telling_full_disk(where: str | Path) -> Iterator[None]:
+    """Turns "no space left", however a library puts it, into an error that names the place."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, QAdapterError) or not _means_full(error):
+            raise
+        raise QAdapterError(
+            f"{where}: no space left on the device; what was written before is kept"
+        ) from error
+
+
+def _means_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # Libraries written in Rust (tokenizers, safetensors) have only a text for it.
+    return f"os error {errno.ENOSPC}" in str(error)
 
 
 def remove_files(folder: Path, files: Sequence[str]) -> None:

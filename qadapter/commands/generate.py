@@ -12,6 +12,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from qadapter.commands import arguments as args
+from qadapter.commands.folders import telling_full_disk
 from qadapter.commands.loading import load_model, quiet_libraries, read_prompts
 from qadapter.commands.options import Group, command
 from qadapter.commands.progress import progress_bar
@@ -132,7 +133,8 @@ def _answer_file(
     if options.output_file is None:
         sys.stdout.write(text)
     else:
-        write_text(options.output_file, text)
+        with telling_full_disk(options.output_file):
+            write_text(options.output_file, text)
         console.print(f"wrote {len(lines):,} answers to {options.output_file}", highlight=False)
 
 

@@ -15,7 +15,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from qadapter.base import load_tokenizer
 from qadapter.commands import arguments as args
 from qadapter.commands.environment import devices, peak_rss_bytes, versions
-from qadapter.commands.folders import RUN_FILES, check_output_dir, remove_files
+from qadapter.commands.folders import RUN_FILES, check_output_dir, remove_files, telling_full_disk
 from qadapter.commands.loading import quiet_libraries, say_base
 from qadapter.commands.measuring import Measurements, measure
 from qadapter.commands.options import Group, command
@@ -137,16 +137,18 @@ def run(
             remove_files(folder, RUN_FILES)
     # The tokenized pairs: training puts their features in place of them.
     test_dataset = trainer.eval_dataset
-    _train(trainer, resume, folder, console)
-    if not main_process:
-        return
-    if config.save_strategy == "no":
-        trainer.save_model()
+    with telling_full_disk(folder):
+        _train(trainer, resume, folder, console)
+        if not main_process:
+            return
+        if config.save_strategy == "no":
+            trainer.save_model()
     measured = (
         None if test_dataset is None
         else measure(model, tokenizer, test_dataset, measures, console, pairs=test_pairs)
     )
-    _write(trainer, measured, folder, time.monotonic() - start)
+    with telling_full_disk(folder):
+        _write(trainer, measured, folder, time.monotonic() - start)
     if measured is not None:
         console.print(comparison_table(measured.rows, title="held-out pairs", note=measured.note))
     console.print(
