@@ -11,7 +11,7 @@ in all, D hidden.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from qadapter.model import QAdapterModel
+from qadapter.training.packing import Group, Packing, hidden_states, packed_attention
 from qadapter_kernels import linear_logsumexp
 
 _SIDES = ("chosen", "rejected")
@@ -151,7 +152,7 @@ def compute_features(
     Args:
         model: its base, head and ``objective.mask_alignment`` are what counts.
         dataset: from ``qadapter.data.tokenize_preferences``.
-        batch_tokens: most tokens in one batch of the trunk, padding included.
+        batch_tokens: most tokens in one batch of the trunk.
         pad_token_id: as the collator's; it is an action under ``mask_alignment="state"`` only.
     """
     with progress_bar(int(token_counts(dataset).sum()), show_progress) as bar:
@@ -188,28 +189,24 @@ def compute_shard(
     base_logsumexp = torch.empty(total)
     tokens = torch.from_numpy(np.concatenate([sequence.tokens for sequence in sequences]))
     states = torch.from_numpy(np.concatenate([sequence.states for sequence in sequences]))
-    # Several pairs of one prompt often share an answer: each distinct sequence runs once.
-    uses: dict[bytes, list[int]] = {}
-    for number, sequence in enumerate(sequences):
-        uses.setdefault(sequence.ids.tobytes(), []).append(number)
-    groups = sorted(uses.values(), key=lambda group: len(sequences[group[0]].ids), reverse=True)
-    for batch in _batches(groups, [len(sequences[group[0]].ids) for group in groups], batch_tokens):
-        ids = [sequences[group[0]].ids for group in batch]
-        # Padding on the right comes after everything that is used, and attention is causal: no mask
-        # is needed, and without one attention takes its fastest path.
-        input_ids = torch.nn.utils.rnn.pad_sequence(
-            [torch.from_numpy(x).long() for x in ids], batch_first=True
-        )
-        output = model.base_hidden(input_ids.to(head.weight.device))
-        members = [(line, number) for line, group in enumerate(batch) for number in group]
-        line_M = torch.tensor([line for line, _ in members])
-        number_M = torch.tensor([number for _, number in members])
-        lines_N = line_M.repeat_interleave(counts[number_M])
-        targets_N = torch.cat([torch.arange(offsets[n], offsets[n + 1]) for n in number_M])
-        rows_ND = output[lines_N, states[targets_N].long()]
-        hidden[targets_N] = rows_ND.to("cpu")
-        base_logsumexp[targets_N] = _logsumexp(model, rows_ND, tokens[targets_N]).to("cpu")
-        bar.update(sum(len(sequences[number].ids) for _, number in members))
+    longest = max(len(sequence.ids) for sequence in sequences)
+    with packed_attention(model.base, longest) as packed:
+        for groups, members in _batches(sequences, batch_tokens, share_prompts=packed):
+            packing = Packing.of(groups)
+            lines_N = torch.cat(
+                [
+                    packing.lines_ST[line, sequences[number].states]
+                    for line, numbers in enumerate(members) for number in numbers
+                ]
+            )
+            numbers = [number for numbers in members for number in numbers]
+            targets_N = torch.cat([torch.arange(offsets[n], offsets[n + 1]) for n in numbers])
+            device = head.weight.device
+            output_PD = hidden_states(model.base, packing.to(device), packed)
+            rows_ND = output_PD[lines_N.to(device)]
+            hidden[targets_N] = rows_ND.to("cpu")
+            base_logsumexp[targets_N] = _logsumexp(model, rows_ND, tokens[targets_N]).to("cpu")
+            bar.update(sum(len(sequences[number].ids) for number in numbers))
     return Shard(
         hidden, base_logsumexp, tokens, states, offsets,
         torch.tensor([len(sequence.ids) for sequence in sequences], dtype=torch.int32),
@@ -219,6 +216,7 @@ def compute_shard(
 
 class _Sequence(NamedTuple):
     ids: np.ndarray
+    prompt_length: int
     tokens: np.ndarray
     states: np.ndarray
 
@@ -226,27 +224,50 @@ class _Sequence(NamedTuple):
 def _sequences(dataset: Dataset, mask_alignment: str, pad_token_id: int) -> list[_Sequence]:
     sequences = []
     for example in dataset:
+        prompt_length = len(example["prompt_ids"])
         for side in _SIDES:
             answer, mask = example[f"{side}_ids"], example.get(f"{side}_mask")
             ids = np.array([*example["prompt_ids"], *answer, pad_token_id], dtype=np.int32)
-            positions = len(example["prompt_ids"]) + (
+            positions = prompt_length + (
                 np.arange(len(answer)) if mask is None else np.flatnonzero(mask)
             )
             states = positions - 1 if mask_alignment == "action" else positions
             states = states[states >= 0].astype(np.int32)
-            sequences.append(_Sequence(ids[:-1], ids[states + 1], states))
+            sequences.append(_Sequence(ids[:-1], prompt_length, ids[states + 1], states))
     return sequences
 
 
 def _batches(
-    groups: Sequence[Any], lengths: Sequence[int], batch_tokens: int
-) -> Iterable[Sequence[Any]]:
-    """Runs of groups, longest first, whose padded size stays within ``batch_tokens``."""
+    sequences: Sequence[_Sequence], batch_tokens: int, share_prompts: bool
+) -> Iterator[tuple[list[Group], list[list[int]]]]:
+    """Groups of sequences, longest first, and for each of a batch's lines the sequences it is.
+
+    Several pairs of one prompt often share an answer: each distinct sequence is one line.
+    """
+    uses: dict[bytes, dict[bytes, list[int]]] = {}
+    for number, sequence in enumerate(sequences):
+        split = sequence.prompt_length if share_prompts else len(sequence.ids)
+        endings = uses.setdefault(sequence.ids[:split].tobytes(), {})
+        endings.setdefault(sequence.ids[split:].tobytes(), []).append(number)
+    members = [list(endings.values()) for endings in uses.values()]
+    groups = []
+    for lines in members:
+        firsts = [sequences[numbers[0]] for numbers in lines]
+        split = firsts[0].prompt_length if share_prompts else len(firsts[0].ids)
+        prefix = torch.from_numpy(firsts[0].ids[:split]).long()
+        groups.append(Group(prefix, [torch.from_numpy(s.ids[split:]).long() for s in firsts]))
+    order = sorted(range(len(groups)), key=lambda i: groups[i].longest, reverse=True)
     start = 0
-    while start < len(groups):
-        size = max(1, batch_tokens // max(1, lengths[start]))
-        yield groups[start : start + size]
-        start += size
+    while start < len(order):
+        length, lines, end = groups[order[start]].longest, 0, start
+        while end < len(order):
+            lines += len(members[order[end]])
+            if end > start and lines * length > batch_tokens:
+                break
+            end += 1
+        batch = order[start:end]
+        yield [groups[i] for i in batch], [numbers for i in batch for numbers in members[i]]
+        start = end
 
 
 def _logsumexp(model: QAdapterModel, hidden_ND: Tensor, tokens_N: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from qadapter.objective import find_actions
 from qadapter.training import feature_store, features
 from qadapter.training.feature_store import load_or_compute
 from qadapter.training.features import FeatureCollator, compute_features
+from qadapter.training.packing import packed_attention
 
 LIMIT = 64
 
@@ -106,16 +107,54 @@ def test_a_softcapped_head_is_cached_too(tokenized):
     assert_close(capped[2].base_logsumexp, logits.logsumexp(-1))
 
 
-def test_equal_sequences_run_once(tokenized, monkeypatch):
-    repeated = Dataset.from_list([tokenized[0]] * 5 + [tokenized[1]])
-    model, lines = build_model(), []
-    run = type(model).base_hidden
-    monkeypatch.setattr(
-        type(model), "base_hidden", lambda self, ids: lines.append(len(ids)) or run(self, ids)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_shared_prompts_and_equal_answers_run_once(tokenized, attention):
+    """Tokens that pass the trunk: packed where attention is sdpa, padded elsewhere."""
+    first, second = tokenized[0], tokenized[1]
+    other = {**first, "rejected_ids": second["rejected_ids"]}
+    model, passed = build_model(), []
+    model.base.set_attn_implementation(attention)
+    body = model.base.model
+    body.register_forward_pre_hook(
+        lambda module, args, kwargs: passed.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
-    cached = compute_features(model, repeated, show_progress=False)
-    assert sum(lines) == 4
-    assert torch.equal(cached[0].hidden, cached[4].hidden)
+    dataset = Dataset.from_list([first, first, other])
+    cached = compute_features(model, dataset, show_progress=False)
+    prompt, *answers = (
+        len(x) for x in (
+            first["prompt_ids"], first["chosen_ids"], first["rejected_ids"], second["rejected_ids"]
+        )
+    )
+    expected = prompt + sum(answers) if attention == "sdpa" else 3 * (prompt + max(answers))
+    assert passed[-1] == expected
+    assert model.base.config._attn_implementation == attention
+    for index, pair in enumerate((first, first, other)):
+        for side, piece in (("chosen", slice(0, cached[index].num_actions[0])),
+                            ("rejected", slice(cached[index].num_actions[0], None))):
+            ids = torch.tensor([pair["prompt_ids"] + pair[f"{side}_ids"]])
+            hidden = model.base_hidden(ids)[0, prompt - 1 : -1]
+            assert_close(cached[index].hidden[piece], hidden, rtol=1e-4, atol=1e-5)
+
+
+def test_a_base_that_cannot_be_packed_is_padded(tokenized):
+    """A sliding window below the longest sequence; tokens that mix outside attention."""
+    expected = compute_features(build_model(), tokenized, show_progress=False)
+
+    def packs(model, longest=16):
+        with packed_attention(model.base, longest) as packed:
+            return packed
+
+    model = build_model()
+    assert packs(model)
+    model.base.config.sliding_window = 8
+    assert not packs(model)
+    model = build_model()
+    shift = lambda module, args, output: output + 0.1 * output.roll(1, dims=1)  # noqa: E731
+    handle = model.base.model.layers[0].register_forward_hook(shift)
+    assert not packs(model)
+    handle.remove()
+    again = compute_features(model, tokenized, show_progress=False)
+    assert_same(again, expected)
 
 
 def test_the_disk_gives_back_what_was_computed(open_cache, tokenized):

@@ -1,0 +1,146 @@
+"""The trunk over many sequences at once: no padding, and a shared prompt runs once.
+
+Everything in a transformer but attention works on one token at a time, so the tokens of a batch
+are laid out in one row and attention alone sees sequences again. It runs where the base uses
+transformers' sdpa attention and a probe shows that the result is the base's own; else sequences are
+padded as usual.
+
+Shapes: N packed tokens, S sequences of at most T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from qadapter.head import trunk
+
+_NAME = "qadapter_packed"
+_PROBE_TOKENS = 48
+_LIMITS = ("sliding_window", "attention_chunk_size")
+
+
+class Group(NamedTuple):
+    """Sequences that begin alike; token ids, int64."""
+
+    prefix: Tensor
+    endings: list[Tensor]
+
+    @property
+    def longest(self) -> int:
+        return len(self.prefix) + max(map(len, self.endings))
+
+
+class Packing(NamedTuple):
+    """Where the tokens of S sequences lie in one row of N."""
+
+    ids_N: Tensor
+    positions_N: Tensor
+    lines_ST: Tensor
+    """Packed index of each sequence's tokens; anything behind its end (attention is causal)."""
+    places_N: Tensor
+    """For each packed token, one index into the flattened [S·T] that holds it."""
+
+    @classmethod
+    def of(cls, groups: Sequence[Group]) -> Packing:
+        pieces, positions, lines, start = [], [], [], 0
+        for prefix, endings in groups:
+            head = torch.arange(start, start + len(prefix))
+            start += len(prefix)
+            pieces.append(prefix)
+            positions.append(torch.arange(len(prefix)))
+            for ending in endings:
+                pieces.append(ending)
+                positions.append(torch.arange(len(prefix), len(prefix) + len(ending)))
+                lines.append(torch.cat([head, torch.arange(start, start + len(ending))]))
+                start += len(ending)
+        lines_ST = nn.utils.rnn.pad_sequence(lines, batch_first=True)
+        places = torch.empty(start, dtype=torch.int64)
+        for number, line in enumerate(lines):
+            places[line] = number * lines_ST.shape[1] + torch.arange(len(line))
+        return cls(torch.cat(pieces), torch.cat(positions), lines_ST, places)
+
+    def to(self, device: torch.device) -> Packing:
+        return Packing(*(x.to(device) for x in self))
+
+
+def hidden_states(base: PreTrainedModel, packing: Packing, packed: bool) -> Tensor:
+    """The base's last hidden states of all packed tokens [N, D].
+
+    Args:
+        packed: run them in one row, inside ``packed_attention``; else as a padded batch.
+    """
+    if packed:
+        outputs = trunk(base)(
+            input_ids=packing.ids_N[None], position_ids=packing.positions_N[None],
+            use_cache=False, packing=packing,
+        )
+        return outputs.last_hidden_state[0]
+    # Padding on the right comes after everything that is used: without a mask attention takes its
+    # fastest path.
+    outputs = trunk(base)(input_ids=packing.ids_N[packing.lines_ST], use_cache=False)
+    return outputs.last_hidden_state.flatten(0, 1)[packing.places_N]
+
+
+@contextmanager
+def packed_attention(base: PreTrainedModel, longest: int) -> Iterator[bool]:
+    """Lets the base attend within packed sequences; yields whether it can.
+
+    Args:
+        longest: tokens of the longest sequence; a window of attention below it rules packing out.
+    """
+    config = base.config
+    limits = [getattr(config, name, None) for name in _LIMITS]
+    plain = config._attn_implementation == "sdpa" and config.get_text_config() is config
+    if not plain or any(limit is not None and limit < longest for limit in limits):
+        yield False
+        return
+    base.set_attn_implementation(_NAME)
+    try:
+        works = _probe(base)
+        if not works:
+            base.set_attn_implementation("sdpa")
+        yield works
+    finally:
+        base.set_attn_implementation("sdpa")
+
+
+def _probe(base: PreTrainedModel) -> bool:
+    """Whether packed and padded runs agree: not where tokens also mix outside attention (state
+    space models) or where positions are not taken from ``position_ids``."""
+    ids = torch.arange(_PROBE_TOKENS) * 7 % (base.config.vocab_size - 1) + 1
+    prefix, middle, ending = ids.tensor_split([16, 40])
+    packing = Packing.of([Group(prefix, [middle, ending]), Group(ending, [middle])])
+    packing = packing.to(base.get_input_embeddings().weight.device)
+    try:
+        ours = hidden_states(base, packing, packed=True).float()
+    except TypeError:  # the model does not hand its keyword arguments on
+        return False
+    base.set_attn_implementation("sdpa")
+    theirs = hidden_states(base, packing, packed=False).float()
+    base.set_attn_implementation(_NAME)
+    # Roundings of a deep 16-bit model reach a few times its precision; a wrong attention is off
+    # by the size of the states themselves.
+    tolerance = max(16 * torch.finfo(base.dtype).eps, 1e-3)
+    return bool((ours - theirs).norm() <= tolerance * theirs.norm())
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    packing: Packing | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """sdpa over the packed sequences; [1, heads, N, d] in, [1, N, heads, d] out."""
+    if packing is None:
+        raise TypeError("packed attention needs its packing")
+    streams = (x[0].transpose(0, 1)[packing.lines_ST].transpose(1, 2) for x in (query, key, value))
+    outputs, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, *streams, None, **kwargs)
+    return outputs.flatten(0, 1)[packing.places_N][None], None
+
+
+AttentionInterface.register(_NAME, _attention)
