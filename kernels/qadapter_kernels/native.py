@@ -92,8 +92,8 @@ def _load(name: str) -> ctypes.CDLL | str:
     if not path.exists():
         return missing_reason(name)
     try:
-        # torch was imported first, so the OpenMP runtime it bundles, whose soname is the same,
-        # serves this library too: one pool of threads, not two.
+        # torch was imported first, so the OpenMP runtime it bundles serves this library too where
+        # its soname is libgomp.so.1, as in the CPU wheels: one pool of threads, not two.
         lib = ctypes.CDLL(str(path))
         for function, (result, arguments) in SIGNATURES[name].items():
             getattr(lib, function).restype = result
