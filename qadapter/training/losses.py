@@ -94,7 +94,9 @@ def batch_loss(
         counts_B = offsets.diff().view(2, -1).sum(0)
         columns = torch.column_stack(
             [
-                counts_B, -F.logsigmoid(margins_B), rewards_B2, margins_B > 0, margins_B, logps_B2,
+                counts_B, -F.logsigmoid(margins_B), rewards_B2,
+                (margins_B.sign() + 1) / 2,  # a tie is half right: an untrained adapter is at 0.5
+                margins_B, logps_B2,
                 summed[:, 1:].unflatten(0, (2, -1)).sum(0),
             ]
         ).float()
