@@ -4,8 +4,8 @@ The launches are the library's own: each public function is called with tensors 
 shape on the CPU while its launches are recorded instead of run, and what was recorded is compiled
 ahead of time for each target. So this compiles what users run, with the same specialization.
 
-    python benchmarks/triton_resources.py                       # every target; writes RESOURCES.json
-    python benchmarks/triton_resources.py --targets cuda:90 --output -   # print only
+    python benchmarks/triton_resources.py                               # all; writes the table
+    python benchmarks/triton_resources.py --targets cuda:90 --output -  # prints one
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -39,8 +40,9 @@ TARGETS = {
     "cuda:100": GPUTarget("cuda", 100, 32),
     "hip:gfx942": GPUTarget("hip", "gfx942", 64),
 }
-TABLE = Path(launch.__file__).with_name("RESOURCES.json")
+TABLE = Path(__file__).parent / "results" / "triton_resources.json"
 VOCABULARY = 128_256  # Llama 3
+ODD_VOCABULARY = 50_257  # GPT-2: rows start anywhere, and 16-byte loads are out
 MANY, FEW = 512, 2  # rows: one program each, and split
 
 POLICY = Coefficients(alpha_0=0.3, alpha_tilde=1.0, adapter_coef=1.0, base_coef=-0.3)
@@ -54,25 +56,32 @@ class Launch(NamedTuple):
     constants: dict
 
 
-def _logits(rows: int, dtype: torch.dtype) -> torch.Tensor:
+def _logits(rows: int, dtype: torch.dtype, odd: bool = False) -> torch.Tensor:
     """Never written, so never committed to memory."""
-    return torch.empty((rows, VOCABULARY), dtype=dtype)
+    return torch.empty((rows, ODD_VOCABULARY if odd else VOCABULARY), dtype=dtype)
 
 
-def _soft_value(rows: int, dtype: torch.dtype, coef: Coefficients, cached: bool, statistics: bool):
+def _soft_value(
+    rows: int, dtype: torch.dtype, coef: Coefficients, cached: bool, statistics: bool,
+    odd: bool = False,
+) -> None:
     actions, lse = torch.empty(rows, dtype=torch.int64), torch.empty(rows) if cached else None
-    a, b = _logits(rows, dtype), _logits(rows, dtype)
+    a, b = _logits(rows, dtype, odd), _logits(rows, dtype, odd)
     backend.logits_forward(a, b, actions, coef, lse, statistics)
 
 
-def _soft_value_backward(dtype: torch.dtype, coef: Coefficients) -> None:
-    a, row = _logits(MANY, dtype), torch.empty(MANY)
-    actions = torch.empty(MANY, dtype=torch.int64)
-    backend.logits_backward(a, _logits(MANY, dtype), actions, row, row, row, coef, a)
+def _soft_value_backward(dtype: torch.dtype, coef: Coefficients, odd: bool = False) -> None:
+    a, b, row = _logits(MANY, dtype, odd), _logits(MANY, dtype, odd), torch.empty(MANY)
+    backend.logits_backward(
+        a, b, torch.empty(MANY, dtype=torch.int64), row, row, row, coef, a
+    )
 
 
-def _rows(z_dtype: torch.dtype, p_dtype: torch.dtype, base: bool, exact: bool, statistics: bool):
-    z = _logits(MANY, z_dtype)
+def _rows(
+    z_dtype: torch.dtype, p_dtype: torch.dtype, base: bool, exact: bool, statistics: bool,
+    odd: bool = False,
+) -> None:
+    z = _logits(MANY, z_dtype, odd)
     backend.rows_forward(
         z, torch.empty_like(z) if base else None, torch.empty(MANY, dtype=torch.int64), 1.0, None,
         1.0, None, True, p_dtype, statistics, torch.empty(2, MANY) if exact else None,
@@ -95,15 +104,16 @@ def _combine(strength: bool) -> None:
     backend.combine_logits(a, b, GENERAL, torch.empty(FEW) if strength else None)
 
 
-def _sample(dtype: torch.dtype) -> None:
-    backend.sample(_logits(FEW, dtype), 0.7, 50, 0.9, 0.05, 1, 2)
+def _sample(dtype: torch.dtype, odd: bool = False) -> None:
+    backend.sample(_logits(FEW, dtype, odd), 0.7, 50, 0.9, 0.05, 1, 2)
 
 
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 CASES: dict[str, Callable[[], None]] = {
     "soft_value forward, bf16": lambda: _soft_value(MANY, _BF16, POLICY, False, False),
     "soft_value forward, bf16, lse cached": lambda: _soft_value(MANY, _BF16, POLICY, True, False),
-    "soft_value forward, bf16, two streams": lambda: _soft_value(MANY, _BF16, GENERAL, False, False),
+    "soft_value forward, bf16, two streams":
+        lambda: _soft_value(MANY, _BF16, GENERAL, False, False),
     "soft_value forward, bf16, statistics": lambda: _soft_value(MANY, _BF16, GENERAL, False, True),
     "soft_value forward, fp16": lambda: _soft_value(MANY, _FP16, GENERAL, False, False),
     "soft_value forward, fp32": lambda: _soft_value(MANY, _FP32, GENERAL, False, False),
@@ -127,6 +137,17 @@ CASES: dict[str, Callable[[], None]] = {
     "combine_logits, strength": lambda: _combine(True),
     "sample, fp32": lambda: _sample(_FP32),
     "sample, bf16": lambda: _sample(_BF16),
+    "odd vocabulary: soft_value forward, bf16, two streams":
+        lambda: _soft_value(MANY, _BF16, GENERAL, False, False, odd=True),
+    "odd vocabulary: soft_value forward, bf16, statistics":
+        lambda: _soft_value(MANY, _BF16, GENERAL, False, True, odd=True),
+    "odd vocabulary: soft_value backward, bf16, two streams":
+        lambda: _soft_value_backward(_BF16, GENERAL, odd=True),
+    "odd vocabulary: rows, fp32 to bf16, base, statistics":
+        lambda: _rows(_FP32, _BF16, True, False, True, odd=True),
+    "odd vocabulary: rows, bf16, exact action, base, statistics":
+        lambda: _rows(_BF16, _BF16, True, True, True, odd=True),
+    "odd vocabulary: sample, bf16": lambda: _sample(_BF16, odd=True),
 }
 
 
@@ -146,7 +167,8 @@ def source(recorded: Launch) -> ASTSource:
     """What Triton's own launcher would compile for these arguments: pointer types, None and 1 as
     constants, divisibility by 16, except where a kernel asks not to be specialized."""
     signature, constants, attributes = {}, dict(recorded.constants), {}
-    for index, (parameter, value) in enumerate(zip(recorded.kernel.params, recorded.args)):
+    arguments = zip(recorded.kernel.params, recorded.args, strict=False)  # constants come after
+    for index, (parameter, value) in enumerate(arguments):
         name, specialize = parameter.name, not parameter.do_not_specialize
         aligned = False
         if value is None or (isinstance(value, int) and value == 1 and specialize):
@@ -168,7 +190,8 @@ def source(recorded: Launch) -> ASTSource:
 
 
 def compile_for(recorded: Launch, target: GPUTarget) -> dict[str, int]:
-    """Compile one launch; registers a thread, shared memory in bytes, spills in bytes or registers."""
+    """Compile one launch: registers a thread, shared memory in bytes, spills (bytes a thread on
+    NVIDIA, registers on AMD)."""
     log = io.StringIO()
     options = {"num_warps": launch.legal_warps(recorded.warps, target.warp_size)}
     with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope(), \
@@ -189,18 +212,22 @@ def compile_for(recorded: Launch, target: GPUTarget) -> dict[str, int]:
     return row
 
 
+def kernel_name(kernel: triton.JITFunction) -> str:
+    return f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__.strip('_')}"
+
+
 def resources(targets: dict[str, GPUTarget], only: str = "") -> Iterator[dict]:
     for name, case in CASES.items():
         if not re.search(only, name):
             continue
         for recorded in record(case):
             for target_name, target in targets.items():
-                yield {"case": name, "kernel": recorded.kernel.__name__.strip("_"),
+                yield {"case": name, "kernel": kernel_name(recorded.kernel),
                        "target": target_name, **compile_for(recorded, target)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--only", default="", help="regular expression on the cases' names")
     parser.add_argument("--output", default=str(TABLE), help="a file, or - for standard output")
@@ -209,9 +236,13 @@ def main() -> None:
     for row in resources({name: TARGETS[name] for name in args.targets}, args.only):
         rows.append(row)
         print(*row.values(), file=sys.stderr)
+    head = {"triton": triton.__version__, "date": str(date.today()), "vocabulary": VOCABULARY}
     lines = ",\n".join(json.dumps(row) for row in rows)
-    text = f'{{"triton": "{triton.__version__}", "vocabulary": {VOCABULARY}, "rows": [\n{lines}\n]}}\n'
-    sys.stdout.write(text) if args.output == "-" else Path(args.output).write_text(text)
+    text = f'{json.dumps(head)[:-1]}, "rows": [\n{lines}\n]}}\n'
+    if args.output == "-":
+        print(text)
+    else:
+        Path(args.output).write_text(text)
 
 
 if __name__ == "__main__":

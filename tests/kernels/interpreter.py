@@ -40,8 +40,8 @@ quiet = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interp
 
 
 def prepare(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For an autouse fixture: tiles so small that a vocabulary the interpreter can bear has several,
-    the last one ragged, and that few rows are split; and bfloat16 that rounds like hardware."""
+    """For an autouse fixture: tiles so small that a vocabulary the interpreter can bear has several
+    and rows get split, and a bfloat16 that rounds as hardware does."""
     if not INTERPRETED:
         return
     import triton.language as tl

@@ -1,4 +1,4 @@
-"""The logits level in Triton: the hostile list of ``test_ops`` by name, and what only Triton has."""
+"""The logits level in Triton: the hostile list of ``test_ops`` by name, and Triton's own."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from cases import (
     definition,
     error,
     logits_case,
+    ours,
     same_bits,
 )
 from hypothesis import HealthCheck, given, settings
@@ -42,8 +43,9 @@ def backend():
     return "triton"
 
 
-# The day-one list (design §6), as every backend has to pass it. Determinism and more than 65,535
-# rows would take the interpreter minutes as they stand there: they have their own form below.
+# The day-one list (design §6), as every backend has to pass it. Strides, padding, far offsets,
+# determinism and more than 65,535 rows have a form of their own below: there are two arrangements
+# of lanes to go through, and the interpreter bears fewer rows.
 test_equals_the_definition = test_ops.test_equals_the_definition
 test_odd_vocabularies = test_ops.test_odd_vocabularies
 test_statistics = test_ops.test_statistics
@@ -53,12 +55,9 @@ test_rows_of_minus_infinity = test_ops.test_rows_of_minus_infinity
 test_base_rows_of_minus_infinity = test_ops.test_base_rows_of_minus_infinity
 test_alpha_0_zero_with_infinite_base = test_ops.test_alpha_0_zero_with_infinite_base
 test_statistics_with_disjoint_support = test_ops.test_statistics_with_disjoint_support
-test_row_strides = test_ops.test_row_strides_and_columns_that_are_not_contiguous
-test_padded_weights = test_ops.test_padded_weights
 test_missing_upstream_gradients = test_ops.test_missing_upstream_gradients
 test_upstream_gradients_of_every_kind = test_ops.test_upstream_gradients_of_every_kind
 test_no_rows = test_ops.test_no_rows
-test_offsets_beyond_2_31_elements = test_ops.test_offsets_beyond_2_31_elements
 test_float16_does_not_overflow = test_ops.test_float16_does_not_overflow
 test_last_column_as_action = test_ops.test_last_column_as_action
 test_actions_of_any_integer_dtype = test_ops.test_actions_of_any_integer_dtype
@@ -92,24 +91,59 @@ def rows_of(case: Case, rows: slice) -> Case:
 
 
 @pytest.mark.parametrize("statistics", [False, True])
-@pytest.mark.parametrize("name", ["policy", "policy_dial"])
-def test_split_rows_equal_whole_ones(monkeypatch, name, statistics):
+@pytest.mark.parametrize("vocab", [2603, 2608])
+def test_split_rows_equal_whole_ones(monkeypatch, vocab, statistics):
     """Few rows are split over programs and combined; the sums only change their order."""
-    case = logits_case(rows=3, vocab=2603, dtype=torch.bfloat16, coef=COEFFICIENTS[name])
+    case = logits_case(3, vocab, torch.bfloat16, coef=COEFFICIENTS["policy_dial"])
     a, b, actions = on_device(*case[:3])
 
     def forward():
         return backend_module.logits_forward(a, b, actions, case.coef, None, statistics)
 
-    split = launch.split_rows(3, 2603, launch.TILES["soft_value_forward"], a.device)
-    parts = forward()
     if interpreter.INTERPRETED:
+        split = launch.split_rows(3, vocab, launch.TILES["soft_value_forward"], a.device)
         assert split == launch.Split(6, 1)
+    parts = forward()
     monkeypatch.setattr(launch, "split_rows", lambda *_: launch.Split(1, 4096))
-    whole = forward()
-    assert all(torch.equal(x, y) for x, y in zip((parts[0],), (whole[0],), strict=True))
-    for x, y in zip(parts[1:], whole[1:], strict=True):
-        assert (x - y).abs().sum() <= 16 * FLOAT32_EPS * 30 * max(1, x.numel())
+    for x, y in zip(parts, forward(), strict=True):
+        assert ((x - y).abs() <= 16 * FLOAT32_EPS * 30).all()
+
+
+@pytest.mark.parametrize("vocab", [530, 528])
+def test_row_strides(backend, vocab):
+    """Slices of a batch, every third row, one row for all: same bits as their copies (in one and
+    the other arrangement of lanes: 528 columns are aligned, 530 are not)."""
+    wide = torch.randn(4, 6, vocab)
+    for view in (wide[:, 2], wide.flatten(0, 1)[::6], torch.randn(vocab).expand(4, vocab)):
+        case = logits_case(rows=4, vocab=vocab, coef=COEFFICIENTS["policy_dial"])
+        strided = case._replace(adapter_logits=view, base_logits=view)
+        copied = case._replace(adapter_logits=view.contiguous(), base_logits=view.contiguous())
+        assert same_bits(ours(strided, backend), ours(copied, backend))
+
+
+def test_padded_weights(backend):
+    """The logits of a padded head, cut to the vocabulary: the tail is never counted."""
+    case = logits_case(rows=4, vocab=601, dtype=torch.bfloat16)
+    padded = torch.full((4, 640), 1e4, dtype=torch.bfloat16)
+    padded[:, :601] = case.adapter_logits
+    check_logits(ours(case._replace(adapter_logits=padded[:, :601]), backend), case)
+
+
+@pytest.mark.parametrize("vocab", [520, 528])
+def test_offsets_beyond_2_31_elements(vocab):
+    """Two rows 2³¹ + 16 elements apart. The memory between them is never touched."""
+    stride = 2**31 + 16
+    far = torch.empty(stride + vocab, dtype=torch.bfloat16, device=DEVICE)
+    far = far.as_strided((2, vocab), (stride, 1))
+    case = logits_case(rows=2, vocab=vocab, dtype=torch.bfloat16)
+    near, b, actions, grad_q, grad_v = on_device(*case[:5])
+    far.copy_(near)
+    outputs = []
+    for a in (near, far):
+        out = backend_module.logits_forward(a, b, actions, case.coef, None, False)
+        backend_module.logits_backward(a, b, actions, out[4], grad_q, grad_v, case.coef, a)
+        outputs.append((*out, a))
+    assert same_bits(*outputs)
 
 
 def test_deterministic_to_the_bit():

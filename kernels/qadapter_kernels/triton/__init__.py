@@ -33,9 +33,9 @@ def unavailable_reason(device_type: str) -> str | None:
     if device_type == "cuda":
         return None if torch.cuda.is_available() else "PyTorch sees no CUDA or ROCm GPU"
     if device_type == "cpu":
-        # Triton reads the variable while it decorates kernels, so this is about the process.
-        interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
-        return None if interpreted else "Triton runs on a CPU only in its interpreter (TRITON_INTERPRET=1)"
+        if os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y"):
+            return None
+        return "Triton serves a CPU only in its interpreter, for tests (TRITON_INTERPRET=1)"
     return f"Triton has no {device_type} backend here"
 
 

@@ -41,7 +41,8 @@ def _mixed_logits(
 def _logsumexp_kernel(
     a_ptr, b_ptr, strength_ptr, partials_ptr, a_stride, b_stride, num_columns,
     num_rows, splits, tiles_each, scale_a, scale_b,
-    POLICY_A: tl.constexpr, POLICY_B: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    POLICY_A: tl.constexpr, POLICY_B: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr,
 ):
     """(peak, total) of one program's part of a row, into partials [2, N, S]."""
     TILE: tl.constexpr = LANES * VEC
@@ -54,7 +55,7 @@ def _logsumexp_kernel(
         strength = tl.load(strength_ptr + row)
     peak, total = tl.full((LANES,), float("-inf"), tl.float32), tl.zeros((LANES,), tl.float32)
     for start in range(begin, end, TILE):
-        columns = start + tile_columns(LANES, VEC)
+        columns = start + tile_columns(LANES, VEC, ALIGNED)
         logits = _mixed_logits(
             a_ptr + row * a_stride, b_ptr + row * b_stride, columns, columns < end, strength,
             scale_a, scale_b, POLICY_A, POLICY_B, strength_ptr is not None,
@@ -104,7 +105,7 @@ def combine_logits(
     out_NV = a_NV.new_empty((num_rows, num_columns), dtype=torch.float32)
     if not out_NV.numel():
         return out_NV
-    tile, vec = launch.TILES["combine"], launch.vector(a_NV, b_NV)
+    tile = launch.TILES["combine"]
     split = launch.split_rows(num_rows, num_columns, tile, a_NV.device)
     tiles = triton.cdiv(num_columns, tile.columns)
     partials = out_NV.new_empty((2, num_rows, split.programs))
@@ -115,7 +116,7 @@ def combine_logits(
     launch.launch(
         _logsumexp_kernel, (num_rows * split.programs,), a_NV, b_NV, strength_N, partials,
         *strides, *split, *scales, **streams,
-        LANES=tile.columns // vec, VEC=vec, warps=tile.warps,
+        **launch.lanes(tile, a_NV, b_NV), warps=tile.warps,
     )
     launch.launch(
         _log_softmax_kernel, (num_rows * tiles,), a_NV, b_NV, strength_N, partials, out_NV,

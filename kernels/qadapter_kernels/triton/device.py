@@ -1,11 +1,12 @@
 """Device functions the kernels share: online log-sum-exp and the statistics that ride on it.
 
-Legend: L lanes, K adjacent columns of one lane; a tile of a row is [L, K].
+Legend: L lanes, K columns of one lane; a tile of a row is [L, K].
 
-Every lane keeps a running (peak, total) of its own columns, total = Σ exp(x − peak). K columns
-are one 16-byte load of one thread, so a fold is arithmetic inside a thread: one rescale for K
-columns, no shuffle and no barrier in the loop, and warps are free to run ahead of each other while
-others wait for memory. Lanes meet once, at the end of the row, in a fixed order.
+Every lane keeps a running (peak, total) of its own columns, total = Σ exp(x − peak). The K columns
+of a lane are in one thread, one 16-byte load where rows are aligned, so a fold is arithmetic inside
+a thread: one rescale for K columns, no shuffle and no barrier in the loop, and warps are free to
+run ahead of each other while others wait for memory. Lanes meet once, at the end of the row, in a
+fixed order.
 """
 
 from __future__ import annotations
@@ -20,9 +21,15 @@ SMALLEST_DECAY = tl.constexpr(1e-37)
 
 
 @triton.jit
-def tile_columns(LANES: tl.constexpr, VEC: tl.constexpr):
-    """Columns of a tile, int32 [L, K]."""
-    return tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+def tile_columns(LANES: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr):
+    """Columns of a tile, int32 [L, K]. A lane's K columns are adjacent where one 16-byte load can
+    take them. Where rows start anywhere, loads are single elements, and neighbouring lanes take
+    neighbouring columns: coalesced again, and a lane still folds K columns by itself."""
+    if ALIGNED:
+        columns = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    else:
+        columns = tl.arange(0, LANES)[:, None] + tl.arange(0, VEC)[None, :] * LANES
+    return columns
 
 
 @triton.jit

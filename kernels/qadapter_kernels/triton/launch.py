@@ -24,10 +24,11 @@ class Tile(NamedTuple):
     """Of 32 threads; ``legal_warps`` translates for devices whose warps are wider."""
 
 
-# Streaming kernels keep ~16 KB of each stream in flight per program and several programs a
-# multiprocessor: 8 warps of <= 64 registers leave room for four. The row kernel and the sampler
-# walk a row more than once and want its later passes to hit L2: 32 warps are a whole
-# multiprocessor, so one row is in flight on each (132 × 256 KB of bf16 fit in 50 MB).
+# Streaming kernels keep 8 KB of each 16-bit stream in flight a program, and 8 warps of at most 64
+# registers leave room for four programs a multiprocessor. The row kernel and the sampler walk a row
+# more than once and want the later passes to hit L2: with 32 warps a row at most two rows are in
+# flight on a multiprocessor (264 × 256 KB of bf16 against 50 MB: with 8 warps it would be eight).
+# Reasoned, not tuned: no GPU has run these yet (registers: benchmarks/results).
 TILES = {
     "soft_value_forward": Tile(4096, 8),
     "soft_value_backward": Tile(4096, 8),
@@ -64,9 +65,16 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def vector(*tensors: Tensor | None) -> int:
-    """Columns one thread takes at a time: 16 bytes of the widest of the tensors it reads."""
-    return VECTOR_BYTES // max(x.element_size() for x in tensors if x is not None)
+def lanes(tile: Tile, *rows_NV: Tensor | None) -> dict[str, int | bool]:
+    """The constants of ``device.tile_columns``: a lane takes 16 bytes of the widest of the tensors
+    that are read. Aligned is what Triton can prove for the loads to be one instruction: addresses,
+    strides and the number of columns (it ends the masks) all divisible by 16."""
+    tensors = [x for x in rows_NV if x is not None]
+    vec = VECTOR_BYTES // max(x.element_size() for x in tensors)
+    aligned = all(
+        x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.shape[1] % 16 == 0 for x in tensors
+    )
+    return dict(LANES=tile.columns // vec, VEC=vec, ALIGNED=aligned)
 
 
 class Split(NamedTuple):
@@ -93,7 +101,7 @@ def split_rows(num_rows: int, num_columns: int, tile: Tile, device: torch.device
 def check_rows(name: str, x_NV: Tensor) -> None:
     """Kernels walk columns one by one; rows may be anywhere."""
     if x_NV.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"{name}: Triton kernels take float32, bfloat16 or float16, not {x_NV.dtype}")
+        raise TypeError(f"{name}: want float32, bfloat16 or float16, not {x_NV.dtype}")
     if x_NV.ndim != 2 or (x_NV.shape[1] > 1 and x_NV.stride(1) != 1):
         raise ValueError(f"{name}: want [rows, columns] with adjacent columns, "
                          f"got shape {tuple(x_NV.shape)}, strides {x_NV.stride()}")

@@ -1,9 +1,9 @@
 """The row kernel of the hidden level: from a product's logits to lse(u), lse(b) and P′.
 
 Row by row: one pass over z (and the base's z) for the log-sum-exps and the statistics, then one
-over z that leaves P′ = softmax(u) − onehot(action) where z stood. The second pass reads what the
-first has just pulled through L2, so 32 warps work on one row: a multiprocessor then has one row
-in flight, and all rows in flight fit in L2 (in float32 about, in 16-bit types with room).
+over z that leaves P′ = softmax(u) − onehot(action) where z stood. The second pass wants to find in
+L2 what the first has pulled through it, so 32 warps work on one row: the fewer rows are in flight,
+the more of each is still there. Pass one asks L2 to keep z, pass two lets go of it.
 Shapes: R rows of a chunk, V columns.
 """
 
@@ -47,7 +47,7 @@ def _rows_kernel(
     z_ptr, residual_ptr, zb_ptr, actions_ptr, bias_ptr, base_bias_ptr, exact_ptr,
     policy_lse_ptr, base_lse_ptr, stats_ptr,
     z_stride, residual_stride, zb_stride, num_columns, num_rows, scale, base_scale,
-    NARROWING: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    NARROWING: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr,
 ):
     """One program a row. Absent tensors are None: no base stream, no P′, no statistics."""
     TILE: tl.constexpr = LANES * VEC
@@ -57,7 +57,7 @@ def _rows_kernel(
     keep = action != MASKED_ROW
     end = tl.where(keep, num_columns, 0)  # nothing of a masked row is read
     z_row = z_ptr + row * z_stride
-    tile = tile_columns(LANES, VEC)
+    tile = tile_columns(LANES, VEC, ALIGNED)
     if exact_ptr is not None:
         exact_u = tl.load(exact_ptr + row)
         exact_b = tl.load(exact_ptr + num_rows + row)
@@ -158,8 +158,9 @@ def rows_forward(
     elif statistics:
         raise ValueError("statistics compare two streams: zb is missing")
     narrowing = residual_dtype != z_RV.dtype
-    if write_residual and narrowing and (z_RV.dtype, residual_dtype.itemsize) != (torch.float32, 2):
-        raise ValueError(f"a {residual_dtype} residual can't stand in the memory of {z_RV.dtype} logits")
+    fits = z_RV.dtype == torch.float32 and residual_dtype.itemsize == 2
+    if write_residual and narrowing and not fits:
+        raise ValueError(f"a {residual_dtype} residual can't stand in a {z_RV.dtype} z's memory")
     num_rows, num_columns = z_RV.shape
     policy_lse_R = z_RV.new_empty(num_rows, dtype=torch.float32)
     base_lse_R = policy_lse_R.new_empty(0 if zb_RV is None else num_rows)
@@ -167,7 +168,6 @@ def rows_forward(
     if num_rows:
         residual_RV = z_RV.view(residual_dtype) if write_residual else None
         tile = launch.TILES["rows"]
-        vec = launch.vector(z_RV, zb_RV)
         launch.launch(
             _rows_kernel, (num_rows,), z_RV, residual_RV, zb_RV, actions_R.contiguous(),
             offset_bias_V, base_bias_V,
@@ -175,7 +175,7 @@ def rows_forward(
             policy_lse_R, None if zb_RV is None else base_lse_R, stats if statistics else None,
             z_RV.stride(0), residual_RV.stride(0) if write_residual else 0,
             0 if zb_RV is None else zb_RV.stride(0), num_columns, num_rows, scale, base_scale,
-            NARROWING=write_residual and narrowing, LANES=tile.columns // vec, VEC=vec,
+            NARROWING=write_residual and narrowing, **launch.lanes(tile, z_RV, zb_RV),
             warps=tile.warps,
         )
     return policy_lse_R, base_lse_R, stats

@@ -31,13 +31,13 @@ def _ordered(x):
     """An int32 that orders like x: the bits of a negative number count backwards, so flip them.
     16-bit types give 16-bit integers, and half as many steps to search. −0 counts as 0, and NaN
     as −inf: it is never drawn."""
-    x = tl.where(x == 0, 0.0, x).to(x.dtype)
-    x = tl.where(x != x, float("-inf"), x).to(x.dtype)
+    wide = x.to(tl.float32)
+    wide = tl.where(wide == 0, 0.0, tl.where(wide != wide, float("-inf"), wide))
     if x.dtype == tl.float32:
-        bits = x.to(tl.int32, bitcast=True)
+        bits = wide.to(tl.int32, bitcast=True)
         key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     else:
-        bits = x.to(tl.int16, bitcast=True).to(tl.int32)
+        bits = wide.to(x.dtype).to(tl.int16, bitcast=True).to(tl.int32)
         key = bits ^ ((bits >> 31) & 0x7FFF)
     return key
 
@@ -54,7 +54,7 @@ def _weights(x, key, peak, per_temperature, BY_MASS: tl.constexpr):
 @triton.jit
 def _threshold(
     row_ptr, num_columns, low, high, limit, peak, per_temperature,
-    BY_MASS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    BY_MASS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr,
 ):
     """The smallest key in (low, high] with less than ``limit`` strictly above it.
 
@@ -62,7 +62,7 @@ def _threshold(
     keys and leaves a quarter of the interval: with every pass bound by arithmetic, two bits a pass
     cost less than one bit twice. It ends early once one column is left in the interval.
     """
-    tile = tile_columns(LANES, VEC)
+    tile = tile_columns(LANES, VEC, ALIGNED)
     columns_low, columns_high = num_columns.to(tl.int32), tl.zeros((), tl.int32)
     while (high - low > 1) & (columns_low - columns_high > 1):
         span = high - low
@@ -93,15 +93,16 @@ def _threshold(
         number_1, number_2 = tl.sum(count_1, axis=0), tl.sum(count_2, axis=0)
         number_3 = tl.sum(count_3, axis=0)
         # The new interval lies between the last try that is not below and the first that is.
-        columns_low = tl.where(
-            below_1, columns_low, tl.where(below_2, number_1, tl.where(below_3, number_2, number_3))
-        )
-        columns_high = tl.where(
-            below_1, number_1, tl.where(below_2, number_2, tl.where(below_3, number_3, columns_high))
-        )
-        low_next = tl.where(below_1, low, tl.where(below_2, try_1, tl.where(below_3, try_2, try_3)))
-        high = tl.where(below_1, try_1, tl.where(below_2, try_2, tl.where(below_3, try_3, high)))
-        low = low_next
+        if below_1:
+            high, columns_high = try_1, number_1
+        elif below_2:
+            low, columns_low = try_1, number_1
+            high, columns_high = try_2, number_2
+        elif below_3:
+            low, columns_low = try_2, number_2
+            high, columns_high = try_3, number_3
+        else:
+            low, columns_low = try_3, number_3
     return low + 1
 
 
@@ -123,11 +124,11 @@ def _sample_kernel(
     logits_ptr, tokens_ptr, stride, num_columns, per_temperature, top_k, top_p, top_p_depth,
     log_min_p, seed_low, seed_high, offset_low, offset_high,
     TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
-    LANES: tl.constexpr, VEC: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride
-    tile = tile_columns(LANES, VEC)
+    tile = tile_columns(LANES, VEC, ALIGNED)
 
     lane_peak = tl.full((LANES,), float("-inf"), tl.float32)
     for start in range(0, num_columns, LANES * VEC):
@@ -148,7 +149,7 @@ def _sample_kernel(
         low = tl.where(top_k <= LANES, least, lowest) - 1
         floor = _threshold(
             row_ptr, num_columns, low, highest, top_k.to(tl.float32), reference, per_temperature,
-            False, LANES, VEC,
+            False, LANES, VEC, ALIGNED,
         )
     if TOP_P:
         kept = tl.zeros((LANES,), tl.float32)
@@ -162,7 +163,7 @@ def _sample_kernel(
         deep = _ordered((reference - top_p_depth).to(dtype)).to(tl.int64)
         floor = _threshold(
             row_ptr, num_columns, tl.maximum(floor, deep) - 1, highest,
-            top_p * tl.sum(kept, axis=0), reference, per_temperature, True, LANES, VEC,
+            top_p * tl.sum(kept, axis=0), reference, per_temperature, True, LANES, VEC, ALIGNED,
         )
 
     best = tl.full((LANES,), float("-inf"), tl.float32)
@@ -210,22 +211,22 @@ def sample(
     """
     launch.check_rows("logits", logits_NV)
     if not temperature > 0:
-        raise ValueError(f"temperature must be > 0, got {temperature} (greedy decoding is an argmax)")
+        raise ValueError(f"temperature must be > 0, got {temperature} (greedy is an argmax)")
     if top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1:
         raise ValueError(f"want top_k >= 0, 0 < top_p <= 1, 0 <= min_p <= 1; "
                          f"got {top_k}, {top_p}, {min_p}")
     num_rows, num_columns = logits_NV.shape
     tokens_N = torch.empty(num_rows, dtype=torch.int64, device=logits_NV.device)
     if num_rows:
-        tile, vec = launch.TILES["sample"], launch.vector(logits_NV)
-        use_top_k, use_top_p = 0 < top_k < num_columns, top_p < 1
+        tile = launch.TILES["sample"]
+        use_top_k, use_top_p = 0 < top_k < num_columns, top_p < 1 < num_columns
         depth = temperature * (math.log(num_columns / (1 - top_p)) + 1) if use_top_p else 0.0
         launch.launch(
             _sample_kernel, (num_rows,), logits_NV, tokens_N, logits_NV.stride(0), num_columns,
             1 / temperature, top_k, float(top_p), depth, math.log(min_p) if min_p else 0.0,
             *_words(uniform_seed), *_words(offset),
             TOP_K=use_top_k, TOP_P=use_top_p, MIN_P=min_p > 0,
-            LANES=tile.columns // vec, VEC=vec, warps=tile.warps,
+            **launch.lanes(tile, logits_NV), warps=tile.warps,
         )
     return tokens_N
 

@@ -4,7 +4,9 @@ Forward reads each logit once and writes a few numbers a row; backward recompute
 4V and 6V bytes a row in 16-bit types (reading a and b, then also writing ∂a), which is all there
 is to move, so both are as fast as memory is.
 
-u = (c_a·a + (c_b + α₀)·b)/α̃,   V = α̃·lse(u) − α₀·lse(b),   ∂a = c_a·(g·onehot(action) + v·softmax(u)).
+    u = (c_a·a + (c_b + α₀)·b)/α̃    π̃ = softmax(u)    V = α̃·lse(u) − α₀·lse(b)
+    ∂a = c_a·(g·onehot(action) + v·π̃)
+
 Shapes: N rows, V columns; rows are split over S programs where there are few.
 """
 
@@ -79,7 +81,7 @@ def _forward_kernel(
     scale_a, scale_b, alpha_0, alpha_tilde, adapter_coef, base_coef,
     POLICY_A: tl.constexpr, POLICY_B: tl.constexpr, FOLD_BASE: tl.constexpr,
     ALPHA_0: tl.constexpr, ADAPTER_COEF: tl.constexpr, BASE_COEF: tl.constexpr,
-    LANES: tl.constexpr, VEC: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr,
 ):
     """One program a row, or (with ``partials_ptr``) one of ``splits`` programs a row.
 
@@ -98,7 +100,7 @@ def _forward_kernel(
     begin = part * tiles_each * TILE
     end = tl.minimum(begin + tiles_each * TILE, num_columns)
     end = tl.where(action == MASKED_ROW, begin, end)  # nothing of a masked row is read
-    tile = tile_columns(LANES, VEC)
+    tile = tile_columns(LANES, VEC, ALIGNED)
 
     peak_u = tl.full((LANES,), float("-inf"), tl.float32)
     peak_b = tl.full((LANES,), float("-inf"), tl.float32)
@@ -241,7 +243,6 @@ def logits_forward(
     if num_rows:
         tile = launch.TILES["soft_value_forward"]
         split = launch.split_rows(num_rows, num_columns, tile, a_NV.device)
-        vec = launch.vector(a_NV, b_NV)
         partials = None
         if split.programs > 1:
             fields = 7 if statistics else 4
@@ -262,7 +263,7 @@ def logits_forward(
             coef.adapter_coef / coef.alpha_tilde, coef.base_weight / coef.alpha_tilde, *scalars,
             POLICY_A=coef.adapter_coef != 0, POLICY_B=coef.base_weight != 0,
             FOLD_BASE=base_lse_N is None or statistics, **zeros,
-            LANES=tile.columns // vec, VEC=vec, warps=tile.warps,
+            **launch.lanes(tile, a_NV, b_NV), warps=tile.warps,
         )
         if partials is not None:
             launch.launch(
