@@ -99,6 +99,11 @@ def test_length_alone_wins_the_plain_accuracy_and_half_of_the_controlled_one():
     result = evaluate_preferences(tiny_llama(), dataset, num_resamples=10)
     assert result.shorter_wins.value == 0.75 and result.longer_wins.value == 0.25
     assert result.share_chosen_longer == 0.25
+    wins = result.pairs.margin("base_logp") > 0
+    longer = result.pairs.chosen_tokens > result.pairs.rejected_tokens
+    expected = (wins[longer].mean() + wins[~longer].mean()) / 2
+    assert wins[longer].mean() != wins[~longer].mean()
+    assert result.preference_accuracy_base_length_controlled.value == expected
     bootstrap = ClusterBootstrap(range(12), num_resamples=10)
     shorter_wins = np.array([0.0] * 3 + [1.0] * 9)
     longer = shorter_wins == 0
