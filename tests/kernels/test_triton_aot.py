@@ -63,8 +63,8 @@ def check_resources(rows: list[dict]) -> None:
         if row["target"].startswith("cuda"):
             assert row["registers"] * row["threads"] <= 65_536, row  # else it can't be launched
             assert row["shared"] <= 48 << 10, row
-        if "soft_value" in row["case"] and "statistics" not in row["case"]:
-            assert row["registers"] <= 64, row  # launch.TILES counts on it
+        if row["case"].startswith("soft_value") and "statistics" not in row["case"]:
+            assert row["registers"] <= 64, row  # four programs fit, as launch.TILES wants it
 
 
 def test_every_kernel_compiles_for_every_target_without_spills(compiled):
