@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -21,7 +22,7 @@ _CHOICES = {
 }
 _AT_LEAST_ONE = (
     "feature_batch_tokens", "feature_shard_mb", "workspace_mb", "pad_to_multiple_of",
-    "dataset_num_proc",
+    "dataset_num_proc", "retention_states",
 )
 _UNSUPPORTED = {
     "label_smoothing_factor": (0.0, "preferences have no labels to smooth"),
@@ -132,6 +133,18 @@ class QAdapterConfig(TrainingArguments):
         choices=["action", "state"],
     )
 
+    # --- retention (ours, not the paper's) ---
+    retention_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of KL(base||customised), in nats a token, at states of unrelated text: "
+            "less drift where the preferences have no say. Needs retention texts; try 10."
+        },
+    )
+    retention_states: int = field(
+        default=128, metadata={"help": "States of the retention texts drawn at every step."}
+    )
+
     # --- data ---
     max_length: int | None = field(
         default=1024, metadata={"help": "Most tokens of prompt and answer; none for no limit."}
@@ -172,7 +185,7 @@ class QAdapterConfig(TrainingArguments):
         metadata={"help": "Folder of cached features on disk; default: in qadapter's own cache."},
     )
     feature_batch_tokens: int = field(
-        default=2048, metadata={"help": "Tokens in a batch of the pass that computes features."}
+        default=4096, metadata={"help": "Tokens in a batch of the pass that computes features."}
     )
     feature_shard_mb: int = field(
         default=256, metadata={"help": "Size of one file of cached features, in MiB."}
@@ -203,6 +216,10 @@ class QAdapterConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise QAdapterError(f"{name} must be at least 1, got {value}")
+        if not (math.isfinite(self.retention_coef) and self.retention_coef >= 0):
+            raise QAdapterError(
+                f"retention_coef must be finite and not negative, got {self.retention_coef}"
+            )
         if isinstance(self.model_init_kwargs, str):
             raise QAdapterError(
                 f"model_init_kwargs must be a JSON object, got {self.model_init_kwargs!r}"

@@ -34,6 +34,7 @@ from qadapter.training.features import (
     compute_features,
 )
 from qadapter.training.losses import Totals, averages, batch_loss, count
+from qadapter.training.retention import RetentionStates, as_texts
 
 CHECKPOINT_STATE = "trainer_state.json"
 """Written last by transformers: a checkpoint without it was interrupted."""
@@ -62,6 +63,8 @@ class QAdapterTrainer(Trainer):
             and rejected, and ``label_ids`` [P], the preferred one's index (0).
         quantization_config: for loading a base given by name.
         callbacks, optimizers: as in transformers.
+        retention_dataset: unrelated texts for ``retention_coef``: a dataset with a ``text`` column
+            or strings.
 
     Attributes:
         reports: name of a split → ``PreparationReport``, what was kept and dropped.
@@ -86,6 +89,7 @@ class QAdapterTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
         quantization_config: Any = None,
         peft_config: Any = None,
+        retention_dataset: Any = None,
     ) -> None:
         args = QAdapterConfig() if args is None else args
         if not isinstance(args, QAdapterConfig):
@@ -100,6 +104,13 @@ class QAdapterTrainer(Trainer):
             args._n_gpu = 1
         if data_collator is not None and args.cache_features != "none":
             raise QAdapterError('a data_collator is for tokens: it needs cache_features="none"')
+        if (args.retention_coef > 0) != (retention_dataset is not None):
+            raise QAdapterError("retention_coef and retention_dataset need each other")
+        if retention_dataset is not None and not isinstance(model.adapter, HeadAdapter):
+            raise QAdapterError("retention_coef is for head adapters: their trunk runs once")
+        self._retention_texts = None if retention_dataset is None else as_texts(retention_dataset)
+        self._retention_states: RetentionStates | None = None
+        self._retention_losses: list[Tensor] = []
         self.reports: dict[str, PreparationReport] = {}
         self._tokenizer_args = {"trust_remote_code": args.trust_remote_code}
         self.model, self.args, self.processing_class = model, args, processing_class
@@ -233,7 +244,21 @@ class QAdapterTrainer(Trainer):
         self._step_losses.append((inputs["rows"], output.columns))
         # Gradients and logged losses are averaged over processes, shares must be summed.
         loss = output.loss * self.accelerator.num_processes
+        if self.args.retention_coef > 0 and self.accelerator.sync_gradients:
+            loss = loss + self.args.retention_coef * self._retention_loss()
         return (loss, output) if return_outputs else loss
+
+    def _retention_loss(self) -> Tensor:
+        """Once an optimizer step, at states that depend on the seed and the step alone."""
+        if self._retention_states is None:
+            self._retention_states = RetentionStates(
+                self.model, self.processing_class, self._retention_texts,
+                max_length=self.args.max_length,
+            )
+        seed = self.args.seed + self.state.global_step
+        loss = self._retention_states.loss(self.model, self.args.retention_states, seed)
+        self._retention_losses.append(loss.detach())
+        return loss
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Totals | None = None
@@ -334,6 +359,9 @@ class QAdapterTrainer(Trainer):
         if "loss" in logs and self._train_sums is not None:
             logs.update(averages(self.accelerator.reduce(self._train_sums, "sum")))
             logs["num_tokens"] = self.state.num_input_tokens_seen
+            if self.args.retention_coef > 0:
+                logs["retention_kl"] = torch.stack(self._retention_losses).mean().item()
+                self._retention_losses.clear()
             self._train_sums = None
         super().log(logs, start_time)
 
@@ -355,6 +383,7 @@ class QAdapterTrainer(Trainer):
             resume_from_checkpoint = self._find_checkpoint(resume_from_checkpoint)
         self._train_sums, self._gradients_checked = None, False
         self._step_losses.clear()
+        self._retention_losses.clear()
         result = super().train(resume_from_checkpoint or None, **kwargs)
         if self.args.save_strategy != "no":
             self.save_model()
