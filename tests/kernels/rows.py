@@ -41,14 +41,15 @@ def guarded(x_RV: Tensor, stride: int | None = None, offset: int = 0) -> Tensor:
     after an aligned address. Reading outside poisons results; ``guards_hold`` sees writes."""
     rows, columns = x_RV.shape
     stride = columns if stride is None else stride
-    buffer = torch.full((offset + rows * stride + 64,), torch.nan, dtype=x_RV.dtype)
+    size = (offset + rows * stride + 64,)
+    buffer = torch.full(size, torch.nan, dtype=x_RV.dtype, device=x_RV.device)
     view = buffer.as_strided((rows, columns), (stride, 1), offset)
     return view.copy_(x_RV)
 
 
 def guards_hold(view_RV: Tensor) -> bool:
     rows, columns = view_RV.shape
-    storage = torch.empty(0, dtype=view_RV.dtype).set_(view_RV.untyped_storage())
+    storage = view_RV.new_empty(0).set_(view_RV.untyped_storage())
     outside = torch.ones_like(storage, dtype=torch.bool)
     outside.as_strided((rows, columns), view_RV.stride(), view_RV.storage_offset()).fill_(False)
     return bool(storage[outside].isnan().all())
@@ -57,17 +58,17 @@ def guards_hold(view_RV: Tensor) -> bool:
 def row_case(
     rows: int = 6, vocab: int = 130, dtype: torch.dtype = torch.float32, base: bool = True,
     bias: bool = False, exact: bool = False, stride: int | None = None, offset: int = 0,
-    base_offset: int | None = None, seed: int = 0,
+    base_offset: int | None = None, seed: int = 0, device: str = "cpu",
 ) -> RowCase:
     """The first row's action is the last column, the second row has none, the third is masked out
     (and holds NaN), the fourth is sure of its action."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator).to(device)
 
     z, zb = 4 * normal(rows, vocab), 4 * normal(rows, vocab)
-    actions = torch.randint(vocab, (rows,), generator=generator)
+    actions = torch.randint(vocab, (rows,), generator=generator).to(device)
     actions[:1], actions[1:2], actions[2:3] = vocab - 1, -1, -2
     z[2:3], zb[2:3] = torch.nan, torch.nan
     if rows > 3:
@@ -79,7 +80,8 @@ def row_case(
     return RowCase(
         z, zb if base else None, actions, 0.7, normal(vocab) if bias else None, 1.3,
         normal(vocab) if bias else None,
-        unrounded * torch.tensor([[0.7], [1.3]]) + 0.01 * normal(2, rows) if exact else None,
+        unrounded * unrounded.new_tensor([[0.7], [1.3]]) + 0.01 * normal(2, rows)
+        if exact else None,
     )
 
 
@@ -88,7 +90,7 @@ def definition(case: RowCase, dtype: torch.dtype = torch.float64) -> RowResult:
     rows, vocab = case.z.shape
     base_rows = rows if case.zb is not None else 0
     shapes = ((rows,), (base_rows,), (3, rows), (rows, vocab))
-    out = [torch.zeros(shape, dtype=dtype) for shape in shapes]
+    out = [torch.zeros(shape, dtype=dtype, device=case.z.device) for shape in shapes]
     for i, action in enumerate(case.actions.tolist()):
         if action == -2:
             continue

@@ -208,12 +208,12 @@ def cluster_launches_in(clusters: bool) -> int:
 @pytest.mark.parametrize(
     "vocab, dtype",
     [(128_256, torch.bfloat16), (128_256, torch.float32), (50_264, torch.float16),
-     (128_300, torch.float32)],
+     (128_300, torch.float32), (300_000, torch.float32)],
 )
 @pytest.mark.parametrize("order", [0, 1, 3])
 def test_rows_of_a_large_vocabulary_over_a_cluster(vocab, dtype, order):
-    """257 KB over four blocks, 513 KB over eight, and slices of unequal length, whatever order
-    their threads run in."""
+    """257 KB over four blocks, 513 KB over eight, slices of unequal length, 1.2 MB over eight with
+    one block a multiprocessor; whatever order their threads run in."""
     case = row_case(rows=4, vocab=vocab, dtype=dtype, base=order == 1, exact=True)
     exact, eager = rows_definition(case), rows_definition(case, torch.float32)
     before = cluster_launches_in(True)
@@ -222,6 +222,15 @@ def test_rows_of_a_large_vocabulary_over_a_cluster(vocab, dtype, order):
         check(run(cuda_backend, case, residual_dtype, order == 1), exact, eager)
     assert cluster_launches() == before + 1
     assert dtype == torch.float32 or guards_hold(case.z)
+
+
+def test_rows_too_long_for_a_cluster():
+    case = row_case(rows=1, vocab=600_000, base=False)
+    exact, eager = rows_definition(case), rows_definition(case, torch.float32)
+    before = cluster_launches_in(True)
+    with emulated(128, clusters=True):
+        check(run(cuda_backend, case, torch.float32, False), exact, eager)
+    assert cluster_launches() == before
 
 
 @pytest.mark.parametrize("dtypes", [*HALVES, (torch.bfloat16, torch.bfloat16)],

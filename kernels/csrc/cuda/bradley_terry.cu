@@ -31,39 +31,36 @@ struct Sums {
 // max(x, 0) + log(1 + e^-|x|) = -log σ(-x), without overflow.
 QADAPTER_DEVICE float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
 
-QADAPTER_DEVICE Sums sequence_sums(const float* q, const float* value, const Sequences& sequences,
-                                   const Objective& objective, long long sequence, float* rewards) {
-  const int64_t start = sequences.offsets[sequence], end = sequences.offsets[sequence + 1];
-  Sums sums;
-  for (int64_t k = start + thread(); k < end; k += threads()) {
-    const int64_t state = k + objective.bootstrap_next;
-    // γ = 0 reads no value: 0·inf would be NaN.
-    const float following = objective.gamma != 0 && state < end ? value[state] : 0.0f;
-    const float r = objective.gamma != 0 ? q[k] - objective.gamma * following : q[k];
-    rewards[k] = r;
-    sums.rewards += r;
-    sums.squares += r * r;
-  }
-  sums = block_reduce(sums, shared<Sums>());
-  sync();  // the scratch is free again
-  return sums;
-}
-
 // One block a pair. Its two terms of the loss go to terms_2B, for a second kernel to add up in a
 // fixed order: no atomics, the same bits in every run.
 __global__ void __launch_bounds__(PAIR_THREADS)
 pair_rewards(const float* q, const float* value, Sequences sequences, long long pairs,
              Objective objective, float* sequence_rewards, float* token_rewards, float* terms_2B) {
-  const long long chosen = block_x(), rejected = pairs + chosen;
-  const Sums c = sequence_sums(q, value, sequences, objective, chosen, token_rewards);
-  const Sums r = sequence_sums(q, value, sequences, objective, rejected, token_rewards);
+  float margin = 0.0f, squares = 0.0f;
+#pragma unroll 1
+  for (int is_rejected = 0; is_rejected < 2; ++is_rejected) {
+    const long long sequence = block_x() + is_rejected * pairs;
+    const int64_t start = sequences.offsets[sequence], end = sequences.offsets[sequence + 1];
+    Sums sums;
+    for (int64_t k = start + thread(); k < end; k += threads()) {
+      const int64_t state = k + objective.bootstrap_next;
+      float r = q[k];
+      // γ = 0 reads no value: 0·inf would be NaN.
+      if (objective.gamma != 0 && state < end) r -= objective.gamma * value[state];
+      token_rewards[k] = r;
+      sums.rewards += r;
+      sums.squares += r * r;
+    }
+    sums = block_reduce(sums, shared<Sums>());
+    sync();  // the scratch is free again
+    const float reward = sums.rewards / sequences.divisors[sequence];
+    if (thread() == 0) sequence_rewards[sequence] = reward;
+    margin += is_rejected ? -reward : reward;
+    squares += sums.squares;
+  }
   if (thread() != 0) return;
-  const float reward_c = c.rewards / sequences.divisors[chosen];
-  const float reward_r = r.rewards / sequences.divisors[rejected];
-  sequence_rewards[chosen] = reward_c;
-  sequence_rewards[rejected] = reward_r;
-  terms_2B[chosen] = softplus(reward_r - reward_c);
-  terms_2B[rejected] = c.squares + r.squares;
+  terms_2B[block_x()] = softplus(-margin);
+  terms_2B[pairs + block_x()] = squares;
 }
 
 __global__ void __launch_bounds__(PAIR_THREADS)

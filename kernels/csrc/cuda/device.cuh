@@ -15,8 +15,9 @@
 #include <cooperative_groups.h>
 #endif
 
-// Thread-block clusters and bulk copies, which device code has from compute capability 9.0 on.
-#if !defined(__CUDACC__) || __CUDA_ARCH__ >= 900
+// Thread-block clusters and bulk copies are compiled for compute capability 9.x and 10.x, whose
+// blocks also have the shared memory that makes them worthwhile.
+#if !defined(__CUDACC__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1100)
 #define QADAPTER_HAS_CLUSTERS 1
 #endif
 

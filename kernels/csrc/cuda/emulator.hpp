@@ -5,7 +5,8 @@
 // chooses: what relies on another warp's progress without a barrier reads the wrong thing. Shared
 // memory starts as NaN, and a copy into it lands only when somebody waits for it. What a launch
 // reports as an error: misaligned accesses, writes past shared memory, barriers that don't pair up.
-// What this can't show: the GPU's memory model, its approximate exp, speed.
+// What only a GPU can show: its memory model, the inline PTX of device.cuh (copies, their barriers,
+// the approximate exp), launch attributes, the choice of a version by device, speed.
 #pragma once
 
 #include <ucontext.h>

@@ -1,9 +1,11 @@
 // What the Python side asks before it uses the library.
-#include "device.cuh"
+#include <cuda_runtime.h>
+
+#define QADAPTER_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
 __global__ void probe() {}
-}
+}  // namespace
 
 // The name of an error the other functions returned.
 QADAPTER_EXPORT const char* qadapter_cuda_error_name(int error) {
