@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 TAGS = ("qadapter", "q-adapter", "preference-optimization")
 _VERSIONS = ("qadapter", "transformers", "torch", "datasets")
 _ARGUMENTS = (
-    "learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps",
+    "learning_rate", "num_train_epochs", "max_steps",
     "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "seed",
 )
 _SKIPPED = ("runtime", "per_second", "preparation_time", "epoch", "step")
@@ -53,7 +53,7 @@ def write(
             }
         ),
         "## Training",
-        _table({key: str(getattr(trainer.args, key)) for key in _ARGUMENTS}),
+        _table({key: getattr(trainer.args, key) for key in _ARGUMENTS}),
         *_metrics(trainer.state.log_history),
         "## Versions",
         _table({package: importlib.metadata.version(package) for package in _VERSIONS}),
@@ -62,16 +62,21 @@ def write(
 
 
 def _metrics(history: list[dict[str, float]]) -> list[str]:
-    """The last entry of training and of evaluation."""
+    """The last entry of training and of each evaluation set."""
+    last: dict[str, dict[str, float]] = {}
+    for entry in history:
+        # transformers puts the loss of the run or of the evaluation set first.
+        key = next((name for name in entry if name.endswith("loss")), "")
+        if key == "loss" or key.startswith("eval_"):
+            last[key] = entry
     sections = []
-    for title, key in (("Training metrics", "loss"), ("Evaluation metrics", "eval_loss")):
-        last = next((entry for entry in reversed(history) if key in entry), None)
-        if last is not None:
-            numbers = {
-                name: f"{value:.6g}" for name, value in last.items()
-                if not any(part in name for part in _SKIPPED)
-            }
-            sections += [f"## {title} (step {last['step']})", _table(numbers)]
+    for key, entry in last.items():
+        numbers = {
+            name: f"{value:.6g}" for name, value in entry.items()
+            if not any(part in name for part in _SKIPPED)
+        }
+        title = "Training" if key == "loss" else f"Evaluation ({key.removesuffix('_loss')})"
+        sections += [f"## {title} metrics, step {entry['step']}", _table(numbers)]
     return sections
 
 

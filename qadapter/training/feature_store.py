@@ -41,7 +41,7 @@ _SAMPLES = 256
 def load_or_compute(
     model: QAdapterModel, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *,
     max_length: int | None, cache_dir: str | Path | None = None, shard_mb: int = 256,
-    batch_tokens: int = 2048, pad_token_id: int = 0, show_progress: bool = True,
+    batch_tokens: int = 4096, pad_token_id: int = 0, show_progress: bool = True,
 ) -> FeatureSet:
     """Features of tokenized pairs, mapped from disk; what is not there is computed and stored.
 

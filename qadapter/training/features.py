@@ -144,7 +144,7 @@ class FeatureCollator:
 
 
 def compute_features(
-    model: QAdapterModel, dataset: Dataset, *, batch_tokens: int = 2048, pad_token_id: int = 0,
+    model: QAdapterModel, dataset: Dataset, *, batch_tokens: int = 4096, pad_token_id: int = 0,
     show_progress: bool = True,
 ) -> FeatureSet:
     """Run the base over tokenized pairs and keep the features in memory.
@@ -192,20 +192,19 @@ def compute_shard(
     longest = max(len(sequence.ids) for sequence in sequences)
     with packed_attention(model.base, longest) as packed:
         for groups, members in _batches(sequences, batch_tokens, share_prompts=packed):
-            packing = Packing.of(groups)
-            lines_N = torch.cat(
+            packing = Packing.of(groups, head.weight.device)
+            rows_N = torch.cat(
                 [
-                    packing.lines_ST[line, sequences[number].states]
-                    for line, numbers in enumerate(members) for number in numbers
+                    line[sequences[number].states]
+                    for line, numbers in zip(packing.lines, members, strict=True)
+                    for number in numbers
                 ]
             )
             numbers = [number for numbers in members for number in numbers]
             targets_N = torch.cat([torch.arange(offsets[n], offsets[n + 1]) for n in numbers])
-            device = head.weight.device
-            output_PD = hidden_states(model.base, packing.to(device), packed)
-            rows_ND = output_PD[lines_N.to(device)]
-            hidden[targets_N] = rows_ND.to("cpu")
-            base_logsumexp[targets_N] = _logsumexp(model, rows_ND, tokens[targets_N]).to("cpu")
+            hidden_ND = hidden_states(model.base, packing, packed)[rows_N.to(head.weight.device)]
+            hidden[targets_N] = hidden_ND.to("cpu")
+            base_logsumexp[targets_N] = _logsumexp(model, hidden_ND, tokens[targets_N]).to("cpu")
             bar.update(sum(len(sequences[number].ids) for number in numbers))
     return Shard(
         hidden, base_logsumexp, tokens, states, offsets,

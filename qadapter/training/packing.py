@@ -23,6 +23,8 @@ from qadapter.head import trunk
 
 _NAME = "qadapter_packed"
 _PROBE_TOKENS = 48
+_LIKE_LENGTH = 0.8
+"""Sequences attend together if they are at least this share of the longest one's length."""
 _LIMITS = ("sliding_window", "attention_chunk_size")
 
 
@@ -42,13 +44,16 @@ class Packing(NamedTuple):
 
     ids_N: Tensor
     positions_N: Tensor
-    lines_ST: Tensor
-    """Packed index of each sequence's tokens; anything behind its end (attention is causal)."""
+    lines: list[Tensor]
+    """Packed index of each sequence's tokens, S of [T]."""
+    blocks: list[Tensor]
+    """The same for sequences of like length, [S, T] each; what stands behind a sequence's end does
+    not matter (attention is causal)."""
     places_N: Tensor
-    """For each packed token, one index into the flattened [S·T] that holds it."""
+    """For each packed token, one index into the blocks, flattened and joined, that holds it."""
 
     @classmethod
-    def of(cls, groups: Sequence[Group]) -> Packing:
+    def of(cls, groups: Sequence[Group], device: torch.device) -> Packing:
         pieces, positions, lines, start = [], [], [], 0
         for prefix, endings in groups:
             head = torch.arange(start, start + len(prefix))
@@ -60,32 +65,53 @@ class Packing(NamedTuple):
                 positions.append(torch.arange(len(prefix), len(prefix) + len(ending)))
                 lines.append(torch.cat([head, torch.arange(start, start + len(ending))]))
                 start += len(ending)
-        lines_ST = nn.utils.rnn.pad_sequence(lines, batch_first=True)
-        places = torch.empty(start, dtype=torch.int64)
-        for number, line in enumerate(lines):
-            places[line] = number * lines_ST.shape[1] + torch.arange(len(line))
-        return cls(torch.cat(pieces), torch.cat(positions), lines_ST, places)
+        blocks, places, place = [], torch.empty(start, dtype=torch.int64), 0
+        for alike in _by_length(lines):
+            blocks.append(nn.utils.rnn.pad_sequence(alike, batch_first=True).to(device))
+            for line in alike:
+                places[line] = torch.arange(place, place + len(line))
+                place += blocks[-1].shape[1]
+        return cls(
+            torch.cat(pieces).to(device), torch.cat(positions).to(device), lines, blocks,
+            places.to(device),
+        )
 
-    def to(self, device: torch.device) -> Packing:
-        return Packing(*(x.to(device) for x in self))
+    def gather(self, outputs: list[Tensor]) -> Tensor:
+        """[N, ...] from one [S, T, ...] a block."""
+        return torch.cat([x.flatten(0, 1) for x in outputs])[self.places_N]
+
+
+def _by_length(lines: list[Tensor]) -> Iterator[list[Tensor]]:
+    alike: list[Tensor] = []
+    for line in sorted(lines, key=len, reverse=True):
+        if alike and len(line) < _LIKE_LENGTH * len(alike[0]):
+            yield alike
+            alike = []
+        alike.append(line)
+    yield alike
 
 
 def hidden_states(base: PreTrainedModel, packing: Packing, packed: bool) -> Tensor:
     """The base's last hidden states of all packed tokens [N, D].
 
     Args:
-        packed: run them in one row, inside ``packed_attention``; else as a padded batch.
+        packed: run them in one row, inside ``packed_attention``; else as padded batches.
     """
+    body = trunk(base)
     if packed:
-        outputs = trunk(base)(
+        outputs = body(
             input_ids=packing.ids_N[None], position_ids=packing.positions_N[None],
             use_cache=False, packing=packing,
         )
         return outputs.last_hidden_state[0]
     # Padding on the right comes after everything that is used: without a mask attention takes its
     # fastest path.
-    outputs = trunk(base)(input_ids=packing.ids_N[packing.lines_ST], use_cache=False)
-    return outputs.last_hidden_state.flatten(0, 1)[packing.places_N]
+    return packing.gather(
+        [
+            body(input_ids=packing.ids_N[block], use_cache=False).last_hidden_state
+            for block in packing.blocks
+        ]
+    )
 
 
 @contextmanager
@@ -116,8 +142,8 @@ def _probe(base: PreTrainedModel) -> bool:
     space models) or where positions are not taken from ``position_ids``."""
     ids = torch.arange(_PROBE_TOKENS) * 7 % (base.config.vocab_size - 1) + 1
     prefix, middle, ending = ids.tensor_split([16, 40])
-    packing = Packing.of([Group(prefix, [middle, ending]), Group(ending, [middle])])
-    packing = packing.to(base.get_input_embeddings().weight.device)
+    device = base.get_input_embeddings().weight.device
+    packing = Packing.of([Group(prefix, [middle, ending]), Group(ending, [middle])], device)
     try:
         ours = hidden_states(base, packing, packed=True).float()
     except TypeError:  # the model does not hand its keyword arguments on
@@ -138,9 +164,13 @@ def _attention(
     """sdpa over the packed sequences; [1, heads, N, d] in, [1, N, heads, d] out."""
     if packing is None:
         raise TypeError("packed attention needs its packing")
-    streams = (x[0].transpose(0, 1)[packing.lines_ST].transpose(1, 2) for x in (query, key, value))
-    outputs, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, *streams, None, **kwargs)
-    return outputs.flatten(0, 1)[packing.places_N][None], None
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    streams_NHd = [x[0].transpose(0, 1) for x in (query, key, value)]
+    outputs = []
+    for block_ST in packing.blocks:
+        streams = (x_NHd[block_ST].transpose(1, 2) for x_NHd in streams_NHd)
+        outputs.append(sdpa(module, *streams, None, **kwargs)[0])
+    return packing.gather(outputs)[None], None
 
 
 AttentionInterface.register(_NAME, _attention)

@@ -125,8 +125,11 @@ def test_shared_prompts_and_equal_answers_run_once(tokenized, attention):
             first["prompt_ids"], first["chosen_ids"], first["rejected_ids"], second["rejected_ids"]
         )
     )
-    expected = prompt + sum(answers) if attention == "sdpa" else 3 * (prompt + max(answers))
-    assert passed[-1] == expected
+    if attention == "sdpa":
+        assert passed[-1] == prompt + sum(answers)
+    else:
+        distinct = 3 * prompt + sum(answers)
+        assert distinct <= sum(passed) <= 3 * (prompt + max(answers))
     assert model.base.config._attn_implementation == attention
     for index, pair in enumerate((first, first, other)):
         for side, piece in (("chosen", slice(0, cached[index].num_actions[0])),
