@@ -6,6 +6,8 @@ for ties at top-p's threshold) and as frequencies.
 
 from __future__ import annotations
 
+import math
+
 import interpreter  # first: it decides how triton is imported
 import pytest
 import torch
@@ -16,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from interpreter import DEVICE, on_device
 
-from qadapter_kernels import torch_backend
+from qadapter_kernels import Coefficients, torch_backend
 from qadapter_kernels import triton as backend_module
 from qadapter_kernels.triton import launch, sampling
 
@@ -63,6 +65,13 @@ def test_combine_rows_without_support():
     case = logits_case(rows=3, vocab=600)
     case.adapter_logits[1] = -INF
     check_combined(case, None)
+
+
+def test_combine_streams_of_no_weight():
+    """Uniform over all columns, and over no padding."""
+    case = logits_case(rows=2, vocab=601, coef=Coefficients(0.5, 0.8, 0.0, -0.5))
+    out = backend_module.combine_logits(*on_device(*case[:2]), case.coef, None)
+    assert error(out.cpu(), torch.full((2, 601), -math.log(601))).max() < 1e-6
 
 
 def test_combine_large_common_offset():

@@ -100,12 +100,13 @@ def test_no_rows():
 
 
 def test_offsets_beyond_2_31_elements():
-    """Two rows 2³¹ + 16 elements apart, P′ written into both. Nothing between them is touched."""
-    stride = 2**31 + 16
-    far = torch.empty(stride + 64, dtype=torch.bfloat16).as_strided((2, 64), (stride, 1))
-    near = torch.randn(2, 64).bfloat16()
+    """Three rows 2³⁰ + 16 elements apart, P′ written into all: row and stride fit 32 bits, their
+    product does not. Nothing between the rows is touched."""
+    stride = 2**30 + 16
+    far = torch.empty(2 * stride + 64, dtype=torch.bfloat16).as_strided((3, 64), (stride, 1))
+    near = torch.randn(3, 64).bfloat16()
     far.copy_(near)
-    actions = torch.tensor([3, 63])
+    actions = torch.tensor([3, -1, 63])
     for z in (far, near):
         backend_module.rows_forward(
             z, None, actions, 1.0, None, 1.0, None, True, torch.bfloat16, False

@@ -131,11 +131,12 @@ def test_padded_weights(backend):
 
 @pytest.mark.parametrize("vocab", [520, 528])
 def test_offsets_beyond_2_31_elements(vocab):
-    """Two rows 2³¹ + 16 elements apart. The memory between them is never touched."""
-    stride = 2**31 + 16
-    far = torch.empty(stride + vocab, dtype=torch.bfloat16, device=DEVICE)
-    far = far.as_strided((2, vocab), (stride, 1))
-    case = logits_case(rows=2, vocab=vocab, dtype=torch.bfloat16)
+    """Three rows 2³⁰ + 16 elements apart: row and stride fit 32 bits and their product does not.
+    The memory between the rows is never touched."""
+    stride = 2**30 + 16
+    far = torch.empty(2 * stride + vocab, dtype=torch.bfloat16, device=DEVICE)
+    far = far.as_strided((3, vocab), (stride, 1))
+    case = logits_case(rows=3, vocab=vocab, dtype=torch.bfloat16)
     near, b, actions, grad_q, grad_v = on_device(*case[:5])
     far.copy_(near)
     outputs = []
