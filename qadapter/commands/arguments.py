@@ -98,6 +98,9 @@ class ScriptArguments(DataArguments):
     test_fraction: float = _field(
         0.1, "Share of the prompts held out where no test split is named; 0 holds out none."
     )
+    retention_dataset_name: str | None = _field(
+        None, "Unrelated texts for retention_coef: .txt (one a line) or .jsonl (key: text)."
+    )
     overwrite_output_dir: bool = _field(False, "Replace an earlier run in output_dir.")
 
 

@@ -16,7 +16,7 @@ from qadapter.base import load_tokenizer
 from qadapter.commands import arguments as args
 from qadapter.commands.environment import devices, peak_rss_bytes, versions
 from qadapter.commands.folders import RUN_FILES, check_output_dir, remove_files, telling_full_disk
-from qadapter.commands.loading import quiet_libraries, say_base
+from qadapter.commands.loading import quiet_libraries, read_texts, say_base
 from qadapter.commands.measuring import Measurements, measure
 from qadapter.commands.options import Group, command
 from qadapter.commands.progress import TrainingProgress
@@ -41,6 +41,7 @@ _OBJECTIVE = (
     "adapter_form", "adapter_rank", "alpha_0", "alpha_tilde", "gamma", "chi2_coef",
     "parametrization", "bootstrap", "length_normalization", "mask_alignment",
 )
+_RETENTION = ("retention_coef", "retention_states")
 _TRAINING = (
     "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size",
     "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "eval_strategy",
@@ -57,6 +58,8 @@ GROUPS = (
     Group(QAdapterConfig, "Output", ("output_dir",)),
     Group(args.ScriptArguments, "Output", ("overwrite_output_dir",)),
     Group(QAdapterConfig, "Adapter and objective", _OBJECTIVE),
+    Group(QAdapterConfig, "Retention (optional)", _RETENTION),
+    Group(args.ScriptArguments, "Retention (optional)", ("retention_dataset_name",)),
     Group(QAdapterConfig, "Training", _TRAINING),
     Group(args.MeasureArguments, "Evaluation after training"),
     Group(QAdapterConfig, "Memory and loading", _MEMORY),
@@ -107,6 +110,8 @@ def run(
         "--overwrite_output_dir",
     )
     quiet_libraries()
+    named = script.retention_dataset_name
+    retention_texts = None if named is None else read_texts(named)
     train_pairs, test_pairs = _load_pairs(script, config.seed, console)
     if test_pairs is None:
         if "eval_strategy" in given and config.eval_strategy != "no":
@@ -126,7 +131,7 @@ def run(
     )
     trainer = QAdapterTrainer(
         model, config, train_dataset=train_pairs, eval_dataset=test_pairs,
-        processing_class=tokenizer,
+        processing_class=tokenizer, retention_dataset=retention_texts,
     )
     main_process = trainer.is_world_process_zero()
     if main_process:

@@ -1,11 +1,10 @@
 """Assemble the built-in preferences: ``python -m qadapter.demo.build``.
 
 ``answers.jsonl`` holds prompts and preferred answers written for this project. The other answer is
-the base model's own sample, so that a pair is what a person customising this model would collect.
-Per prompt the base draws several answers; of those that end by themselves, the one nearest in
-length to the preferred answer is taken: length then tells chosen from rejected as little as it
-can. A prompt whose draws all run on is left out. The same seed on the same machine gives the same
-file.
+the base model's own sample, as it comes: a pair is what a person customising this model would
+really collect. A sample that has not ended by ``MAX_NEW_TOKENS`` is cut there and marked
+``rejected_cut``; it then has no end to learn from. The same seed on the same machine gives the
+same file.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ import json
 import random
 from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from rich.progress import track
 
 from qadapter.base import load_base, load_tokenizer
 
@@ -26,12 +25,11 @@ ANSWERS = DATA / "answers.jsonl"
 PREFERENCES = DATA / "preferences.jsonl"
 BASE = "smollm2@wheel"
 
-DRAWS = 4
 MAX_NEW_TOKENS = 160
-TEMPERATURE, TOP_P = 0.8, 0.95
-MIN_TOKENS = 8
-"""A draw shorter than this is no answer."""
-BATCH_PROMPTS = 48
+TEMPERATURE, TOP_K = 0.8, 50
+MIN_TOKENS = 4
+"""A sample shorter than this is no answer: its prompt is left out."""
+BATCH_PROMPTS = 96
 HELD_OUT = 0.2
 """Share of each kind's prompts that no training sees."""
 
@@ -41,44 +39,51 @@ def read_jsonl(path: Path) -> list[dict]:
         return [json.loads(line) for line in lines]
 
 
-def draw_answers(prompts: list[str], seed: int) -> list[list[list[int]]]:
-    """Token ids of the base's answers that ended, without the end token, by prompt."""
+class Sample(NamedTuple):
+    """An answer of the base's."""
+
+    text: str
+    tokens: int
+    cut: bool
+
+
+def sample_answers(prompts: list[str], seed: int) -> list[Sample]:
+    """One answer of the base's to each prompt."""
     base, tokenizer = load_base(BASE, say=print), load_tokenizer(BASE)
     tokenizer.padding_side = "left"
-    ended: list[list[list[int]]] = [[] for _ in prompts]
+    samples: dict[int, Sample] = {}
     by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     torch.manual_seed(seed)
-    for start in track(range(0, len(prompts), BATCH_PROMPTS), "drawing answers"):
+    for start in range(0, len(prompts), BATCH_PROMPTS):
+        print(f"sampling the base: {start} of {len(prompts)} prompts", flush=True)
         batch = by_length[start : start + BATCH_PROMPTS]
         inputs = tokenizer.apply_chat_template(
             [[{"role": "user", "content": prompts[i]}] for i in batch],
             add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt",
         )
         outputs = base.model.generate(
-            **inputs, max_new_tokens=MAX_NEW_TOKENS, num_return_sequences=DRAWS, do_sample=True,
-            temperature=TEMPERATURE, top_p=TOP_P, top_k=0,
+            **inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=True, temperature=TEMPERATURE,
+            top_k=TOP_K,
         )
-        for row, ids in enumerate(outputs[:, inputs["input_ids"].shape[1] :].tolist()):
-            if tokenizer.eos_token_id in ids:
-                ended[batch[row // DRAWS]].append(ids[: ids.index(tokenizer.eos_token_id)])
-    return ended
+        for index, ids in zip(
+            batch, outputs[:, inputs["input_ids"].shape[1] :].tolist(), strict=True
+        ):
+            cut = tokenizer.eos_token_id not in ids
+            ids = ids if cut else ids[: ids.index(tokenizer.eos_token_id)]
+            text = tokenizer.decode(ids).strip()
+            samples[index] = Sample(text, len(ids), cut)
+    return [samples[i] for i in range(len(prompts))]
 
 
 def assemble(seed: int) -> list[dict]:
     """Pairs with their split, in the order of ``answers.jsonl``."""
-    answers, tokenizer = read_jsonl(ANSWERS), load_tokenizer(BASE)
-    pairs = []
-    for answer, draws in zip(
-        answers, draw_answers([a["prompt"] for a in answers], seed), strict=True
-    ):
-        length = len(tokenizer(answer["chosen"], add_special_tokens=False)["input_ids"])
-        texts = [
-            (abs(len(ids) - length), tokenizer.decode(ids).strip())
-            for ids in draws
-            if len(ids) >= MIN_TOKENS
-        ]
-        if texts:
-            pairs.append({**answer, "rejected": min(texts)[1]})
+    answers = read_jsonl(ANSWERS)
+    samples = sample_answers([answer["prompt"] for answer in answers], seed)
+    pairs = [
+        {**answer, "rejected": sample.text, "rejected_cut": sample.cut}
+        for answer, sample in zip(answers, samples, strict=True)
+        if sample.tokens >= MIN_TOKENS and sample.text
+    ]
 
     by_kind = defaultdict(list)
     for pair in pairs:

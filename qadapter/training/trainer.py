@@ -105,7 +105,9 @@ class QAdapterTrainer(Trainer):
         if data_collator is not None and args.cache_features != "none":
             raise QAdapterError('a data_collator is for tokens: it needs cache_features="none"')
         if (args.retention_coef > 0) != (retention_dataset is not None):
-            raise QAdapterError("retention_coef and retention_dataset need each other")
+            raise QAdapterError(
+                "retention_coef and retention texts (retention_dataset) need each other"
+            )
         if retention_dataset is not None and not isinstance(model.adapter, HeadAdapter):
             raise QAdapterError("retention_coef is for head adapters: their trunk runs once")
         self._retention_texts = None if retention_dataset is None else as_texts(retention_dataset)

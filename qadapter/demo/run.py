@@ -1,0 +1,323 @@
+"""The whole job on the built-in preferences: train, measure, show, write."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datasets import Dataset
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from qadapter.adapters import AdapterConfig
+from qadapter.base import load_base, load_tokenizer
+from qadapter.commands.environment import devices, peak_rss_bytes, versions
+from qadapter.commands.folders import RUN_FILES, check_output_dir, remove_files, telling_full_disk
+from qadapter.commands.loading import quiet_libraries
+from qadapter.commands.progress import TrainingProgress, progress_bar
+from qadapter.data import tokenize_preferences
+from qadapter.demo.manner import DESCRIPTION, keeps_manner
+from qadapter.evaluation import (
+    Answer,
+    PreferenceResult,
+    RetentionResult,
+    answer_statistics,
+    comparison_table,
+    evaluate_preferences,
+    evaluate_retention,
+    generate_answers,
+    plot_training_curves,
+    write_metrics_jsonl,
+    write_report,
+)
+from qadapter.evaluation.report import (
+    Row,
+    Section,
+    answer_rows,
+    baseline_note,
+    comparison_markdown,
+    pictures_markdown,
+    preference_rows,
+    retention_rows,
+    write_json,
+)
+from qadapter.model import QAdapterModel
+from qadapter.objective import ObjectiveConfig
+from qadapter.training import QAdapterConfig, QAdapterTrainer
+
+DATA = Path(__file__).parent / "data"
+OBJECTIVE = ObjectiveConfig(alpha_0=0.3, alpha_tilde=0.3)
+ADAPTER = AdapterConfig(form="mlp", rank=128)
+RETENTION_GENRES = ("story", "reference", "dialogue", "instructions")
+"""Genres of unrelated text that the retention term sees; the others measure what was kept."""
+UNRELATED = "unrelated text"
+SHOWN = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How much of everything; ``fast`` exercises the same code in a fraction of the time."""
+
+    train_pairs: int | None = None
+    test_pairs: int | None = 108
+    epochs: float = 2.0
+    prompts: int = 48
+    answer_tokens: int = 160
+
+
+FULL = Size()
+FAST = Size(train_pairs=72, test_pairs=18, epochs=2.0, prompts=6, answer_tokens=48)
+
+
+class DemoPairs(NamedTuple):
+    train: list[dict[str, Any]]
+    test: list[dict[str, Any]]
+
+
+def load_pairs(size: Size = FULL) -> DemoPairs:
+    """The built-in pairs; prompts of ``test`` are in no pair of ``train``."""
+    pairs = _read_jsonl(DATA / "preferences.jsonl")
+    train = [pair for pair in pairs if pair["split"] == "train"]
+    test = [pair for pair in pairs if pair["split"] == "test"]
+    return DemoPairs(_spread(train, size.train_pairs), _spread(test, size.test_pairs))
+
+
+def load_unrelated() -> tuple[list[str], list[str]]:
+    """(texts for the retention term, texts to measure on); no genre is in both."""
+    passages = _read_jsonl(DATA / "unrelated.jsonl")
+    seen = [p["text"] for p in passages if p["genre"] in RETENTION_GENRES]
+    unseen = [p["text"] for p in passages if p["genre"] not in RETENTION_GENRES]
+    return seen, unseen
+
+
+def tokenize_pairs(pairs: list[dict[str, Any]], tokenizer: Any, max_length: int) -> Dataset:
+    """Tokenized pairs. A sample that was cut has no end of turn, and none is put there."""
+    dataset = tokenize_preferences(
+        [{name: pair[name] for name in ("prompt", "chosen", "rejected")} for pair in map(
+            _as_conversation, pairs)],
+        tokenizer, max_length=max_length,
+    ).dataset
+
+    def without_end(example: dict[str, Any]) -> dict[str, Any]:
+        cut = pairs[example["row"]]["rejected_cut"]
+        return {"rejected_ids": example["rejected_ids"][:-1] if cut else example["rejected_ids"]}
+
+    return dataset.map(without_end, desc=None)
+
+
+def run_demo(
+    output_dir: str | Path = "runs/demo", *, fast: bool = False,
+    model_name_or_path: str = "smollm2", seed: int = 0,
+) -> dict[str, Any]:
+    """Customise a small real chat model to the built-in preferences and show what it did.
+
+    Args:
+        output_dir: gets the adapter, ``summary.json``, ``metrics.jsonl``, pictures, ``report.md``.
+        fast: a fraction of the data; to see that everything works, not how well.
+        model_name_or_path: another base than SmolLM2-135M-Instruct. (The answers that count as
+            rejected stay that model's own.)
+
+    Returns:
+        What ``summary.json`` holds.
+    """
+    start = time.monotonic()
+    console, size = Console(), FAST if fast else FULL
+    folder = _demo_folder(output_dir)
+    quiet_libraries()
+
+    loaded = load_base(
+        model_name_or_path, say=lambda line: console.print(line, highlight=False)
+    )
+    console.print(f"base: {loaded.name} — {loaded.reason}", highlight=False)
+    started = time.monotonic()  # downloads and conversions are not the demo's own time
+    tokenizer = load_tokenizer(loaded.name)
+    model = QAdapterModel.from_base(loaded.model, ADAPTER, OBJECTIVE)
+    model.base_identity = dataclasses.replace(model.base_identity, name=loaded.name)
+
+    pairs, (retention_texts, unrelated) = load_pairs(size), load_unrelated()
+    console.print(
+        f"{len(pairs.train)} training pairs, {len(pairs.test)} held-out pairs, over "
+        f"{len({p['kind'] for p in pairs.train})} kinds of task; preferred: {DESCRIPTION}",
+        highlight=False,
+    )
+    arguments = _arguments(folder, size, seed)
+    train = tokenize_pairs(pairs.train, tokenizer, arguments.max_length)
+    test = tokenize_pairs(pairs.test, tokenizer, arguments.max_length)
+    trainer = QAdapterTrainer(
+        model, arguments, train_dataset=train, processing_class=tokenizer,
+        retention_dataset=retention_texts,
+    )
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    progress = TrainingProgress(console)
+    trainer.add_callback(progress)
+    with telling_full_disk(folder):
+        try:
+            trainer.train()
+        finally:
+            progress.stop()
+
+    with progress_bar(console, "held-out pairs", "pairs") as advance:
+        preferences = evaluate_preferences(model, test, progress=advance, seed=seed)
+    with progress_bar(console, UNRELATED, "texts") as advance:
+        retention = evaluate_retention(model, unrelated, tokenizer, progress=advance, seed=seed)
+    prompts = [pair["prompt"] for pair in _spread(pairs.test, size.prompts)]
+    answers = {}
+    for name, strength in (("base", 0.0), ("customised", 1.0)):
+        with progress_bar(console, f"{name}: greedy answers", "answers") as advance:
+            answers[name] = generate_answers(
+                model, tokenizer, prompts, strength=strength, batch_size=16,
+                max_new_tokens=size.answer_tokens, progress=advance,
+            )
+    rows = _rows(preferences, retention, answers["base"], answers["customised"])
+    console.print(
+        comparison_table(rows, title="base beside customised", note=baseline_note(preferences))
+    )
+    for prompt, before, after in _shown(prompts, answers):
+        console.print(_side_by_side(prompt, before, after))
+
+    summary = {
+        "run": "demo", "fast": fast, "base": loaded.name,
+        "adapter": dataclasses.asdict(ADAPTER), "objective": dataclasses.asdict(OBJECTIVE),
+        "retention_coef": arguments.retention_coef,
+        "train_pairs": len(train), "test_pairs": len(test),
+        **preferences.as_dict(), **retention.as_dict(),
+        "manner": DESCRIPTION,
+        "manner_share": _share(answers["customised"]), "manner_share_base": _share(answers["base"]),
+        "answers": {name: answer_statistics(a) for name, a in answers.items()},
+        "seconds": time.monotonic() - started,
+        "seconds_with_downloads": time.monotonic() - start,
+        "peak_rss_bytes": peak_rss_bytes(), "seed": seed,
+        "versions": versions(), "devices": devices(),
+    }
+    with telling_full_disk(folder):
+        history = trainer.state.log_history
+        write_metrics_jsonl(folder / "metrics.jsonl", history)
+        write_json(folder / "summary.json", summary)
+        curves = plot_training_curves(history, folder)
+        report = folder / "report.md"
+        write_report(report, "Demo: a customised SmolLM2", [
+            Section("What was done", _description(summary)),
+            Section("Base beside customised",
+                    comparison_markdown(rows, note=baseline_note(preferences))),
+            Section("Greedy answers to held-out prompts",
+                    "\n\n".join(_markdown(*x) for x in _shown(prompts, answers))),
+            Section("Training", pictures_markdown(curves, report)),
+        ])
+    console.print(
+        f"wrote {folder} in {summary['seconds']:.0f} s, peak memory "
+        f"{summary['peak_rss_bytes'] / 2**30:.2f} GiB; talk to it: "
+        f"qadapter generate {folder}", highlight=False,
+    )
+    return summary
+
+
+def _arguments(folder: Path, size: Size, seed: int) -> QAdapterConfig:
+    return QAdapterConfig(
+        output_dir=str(folder), seed=seed, learning_rate=3e-4, num_train_epochs=size.epochs,
+        per_device_train_batch_size=8, max_length=512, retention_coef=10.0, retention_states=128,
+        logging_steps=5, save_strategy="epoch", save_total_limit=1, **{
+            f"{name}": getattr(OBJECTIVE, name)
+            for name in (field.name for field in dataclasses.fields(OBJECTIVE))
+        },
+    )
+
+
+def _demo_folder(output_dir: str | Path) -> Path:
+    """An earlier demo in the folder is replaced; any other run is left alone."""
+    folder = Path(output_dir).expanduser()
+    summary = folder / "summary.json"
+    earlier = False
+    if summary.is_file():
+        try:
+            earlier = json.loads(summary.read_text(encoding="utf-8")).get("run") == "demo"
+        except ValueError:
+            earlier = False
+    folder = check_output_dir(folder, RUN_FILES, earlier, "choose another with --output_dir")
+    if earlier:
+        remove_files(folder, RUN_FILES)
+    return folder
+
+
+def _rows(
+    preferences: PreferenceResult, retention: RetentionResult, base: list[Answer],
+    customised: list[Answer],
+) -> list[Row]:
+    return [
+        *preference_rows(preferences),
+        *retention_rows(retention, UNRELATED),
+        Row(f"greedy answers that are {DESCRIPTION}", _share(base), _share(customised), 2),
+        *answer_rows(answer_statistics(base), answer_statistics(customised)),
+    ]
+
+
+def _share(answers: list[Answer]) -> float:
+    return sum(map(keeps_manner, answers)) / max(1, len(answers))
+
+
+def _shown(
+    prompts: list[str], answers: dict[str, list[Answer]]
+) -> list[tuple[str, str, str]]:
+    step = max(1, len(prompts) // SHOWN)
+    return [
+        (prompts[i], answers["base"][i].text, answers["customised"][i].text)
+        for i in range(0, len(prompts), step)
+    ][:SHOWN]
+
+
+def _side_by_side(prompt: str, before: str, after: str) -> Panel:
+    table = Table.grid(padding=(0, 2), expand=True)
+    table.add_column(ratio=1)
+    table.add_column(ratio=1)
+    table.add_row("[bold]base[/bold]", "[bold]customised[/bold]")
+    table.add_row(_plain(before), _plain(after))
+    return Panel(table, title=prompt, title_align="left")
+
+
+def _plain(text: str):
+    from rich.text import Text
+
+    return Text(text)
+
+
+def _markdown(prompt: str, before: str, after: str) -> str:
+    def quote(text: str) -> str:
+        return "\n".join(f"> {line}".rstrip() for line in text.splitlines()) or ">"
+
+    return f"**{prompt}**\n\nBase:\n\n{quote(before)}\n\nCustomised:\n\n{quote(after)}"
+
+
+def _description(summary: dict[str, Any]) -> str:
+    return "\n".join([
+        f"- base: {summary['base']}",
+        f"- adapter: {summary['adapter']}",
+        f"- objective: {summary['objective']}, retention_coef {summary['retention_coef']}",
+        f"- {summary['train_pairs']} training pairs, {summary['test_pairs']} held out",
+        f"- preferred: {summary['manner']}; the other answer is the base's own sample",
+        f"- {summary['seconds']:.0f} s, peak memory {summary['peak_rss_bytes'] / 2**30:.2f} GiB",
+    ])
+
+
+def _as_conversation(pair: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "prompt": [{"role": "user", "content": pair["prompt"]}],
+        "chosen": [{"role": "assistant", "content": pair["chosen"]}],
+        "rejected": [{"role": "assistant", "content": pair["rejected"]}],
+    }
+
+
+def _spread(items: list[Any], count: int | None) -> list[Any]:
+    """``count`` items evenly over the list, so that every kind of task is among them."""
+    if count is None or count >= len(items):
+        return items
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
