@@ -1,31 +1,44 @@
 """QAdapterModel: the customised policy as a Hugging Face causal language model.
 
-A frozen base with a head adapter. ``forward`` gives the customised policy's logits, so everything
-built on it — ``generate`` in all its modes, pipelines, lm-eval — decodes that policy and nothing is
-patched. For heads without a softcap one trunk pass and one lm_head product are all it takes
-(design §2, fact 5): it costs what the base costs.
+A frozen base with an adapter on its head or in its trunk. ``forward`` gives the customised policy's
+logits, so everything built on it — ``generate`` in all its modes, pipelines, lm-eval — decodes that
+policy and nothing is patched. Without a softcap one lm_head product is all it takes (design §2,
+fact 5), and mostly one trunk pass: of the base for head adapters; for LoRA, of the stream whose
+weight is not zero. Only where both streams have a weight they both run, in one batch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import weakref
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qadapter import storage
 from qadapter.adapters import AdapterConfig, HeadAdapter
 from qadapter.base import LoadedBase, load_base
+from qadapter.decoding import TwoStreamCache, doubled
 from qadapter.errors import QAdapterError
 from qadapter.head import LanguageModelHead, trunk
 from qadapter.objective import ObjectiveConfig, find_actions, sequence_loss
 from qadapter.policy import Policy
 from qadapter_kernels import linear_soft_value, soft_value
-from qadapter_kernels.reference import Coefficients
+from qadapter_kernels.reference import Coefficients, accumulation_dtype
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+    from qadapter.lora import LoraAdapter
+
+# Where pipelines look up which classes generate text; any other name is logged as an error.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["qadapter"] = "QAdapterModel"
 
 
 class QAdapterModel(PreTrainedModel, GenerationMixin):
@@ -45,11 +58,12 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
     _can_compile_fullgraph = True
 
     def __init__(
-        self, base: PreTrainedModel, adapter: HeadAdapter, adapter_config: AdapterConfig,
-        objective: ObjectiveConfig, base_identity: storage.BaseIdentity,
+        self, base: PreTrainedModel, adapter: HeadAdapter | LoraAdapter,
+        adapter_config: AdapterConfig | PeftConfig, objective: ObjectiveConfig,
+        base_identity: storage.BaseIdentity,
     ):
         super().__init__(copy.deepcopy(base.config))
-        self.base = base.requires_grad_(False).eval()
+        self.base = base.eval()
         self.adapter = adapter
         self.adapter_config = adapter_config
         self.objective = objective
@@ -58,68 +72,95 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
         self.head = LanguageModelHead.of(base)
         self.generation_config = copy.deepcopy(base.generation_config)
         self.all_tied_weights_keys = {}
+        self.supports_gradient_checkpointing = self.adapts_trunk
+        # Which stream a cache that a caller keeps between turns was filled with.
+        self._cache_streams: weakref.WeakKeyDictionary[Cache, str] = weakref.WeakKeyDictionary()
 
     # --- building, saving, loading ----------------------------------------------------------
 
     @classmethod
     def from_base(
-        cls, base: PreTrainedModel | str | Path, adapter: AdapterConfig | None = None,
+        cls, base: PreTrainedModel | str | Path,
+        adapter: AdapterConfig | PeftConfig | str | None = None,
         objective: ObjectiveConfig | None = None, **base_kwargs: Any,
     ) -> QAdapterModel:
         """A new, untrained adapter on a frozen base: its policy is the base's.
 
         Args:
-            base: a causal LM, its folder, or its hub name.
-            adapter: default ``AdapterConfig()``.
+            base: a causal LM, its folder, or its hub name. It is frozen, and LoRA's layers are put
+                into it.
+            adapter: default ``AdapterConfig()``, on the head; a ``peft.LoraConfig`` (or another
+                PEFT configuration that adapts layers), in the trunk; or "paper", the authors' LoRA.
             objective: default ``ObjectiveConfig()``.
             base_kwargs: passed to ``load_base`` (dtype, revision, device_map, …) where ``base`` is
                 a name.
 
         Raises:
-            QAdapterError: the base can't be loaded, or has no plain linear head.
+            QAdapterError: the base can't be loaded, or has no plain linear head; an adapter that
+                can't be one.
         """
+        config = _adapter_config(adapter)
         loaded = _as_loaded(base, base_kwargs)
-        adapter = adapter or AdapterConfig()
-        if not isinstance(adapter, AdapterConfig):
-            raise QAdapterError(
-                f"adapter must be a qadapter.AdapterConfig, got {type(adapter).__name__}"
-            )
-        head_weight = loaded.model.get_output_embeddings().weight
-        return cls(
-            loaded.model, adapter.build(head_weight.shape[1], head_weight.device), adapter,
-            objective or ObjectiveConfig(), storage.BaseIdentity.of(loaded),
-        )
+        identity = storage.BaseIdentity.of(loaded)
+        return cls._assemble(loaded, config, objective or ObjectiveConfig(), identity)
+
+    @classmethod
+    def _assemble(
+        cls, loaded: LoadedBase, config: AdapterConfig | PeftConfig, objective: ObjectiveConfig,
+        identity: storage.BaseIdentity,
+    ) -> QAdapterModel:
+        base = loaded.model.requires_grad_(False).eval()
+        head = LanguageModelHead.of(base)
+        if isinstance(config, AdapterConfig):
+            adapter = config.build(head.weight.shape[1], head.weight.device)
+        else:
+            from qadapter.lora import LoraAdapter
+
+            adapter = LoraAdapter(base, config)
+            config = adapter.config
+            config.base_model_name_or_path = identity.name
+            config.revision = identity.revision
+        return cls(base, adapter, config, objective, identity)
 
     @classmethod
     def from_pretrained(
         cls, adapter_dir: str | Path, base: PreTrainedModel | str | Path | None = None,
-        *, is_trainable: bool = False, **base_kwargs: Any,
+        *, objective: ObjectiveConfig | None = None, is_trainable: bool = False,
+        **base_kwargs: Any,
     ) -> QAdapterModel:
         """Load a saved adapter on its base.
 
         Args:
-            adapter_dir: folder written by ``save_pretrained``, or a hub repository.
+            adapter_dir: folder written by ``save_pretrained``, or a hub repository. Also a plain
+                PEFT adapter, as a Q-function or policy stream; it needs an ``objective``.
             base: the base model, its folder or its name; default: the name the adapter was saved
                 with. Any other model than the one the adapter was trained on is refused.
+            objective: what a plain PEFT adapter was trained with, ``ObjectiveConfig.authors()``
+                for those of the authors' code. Our own adapters carry theirs.
             is_trainable: keep the adapter's parameters trainable.
 
         Raises:
             QAdapterError: a file missing or damaged; the base is not the adapter's.
         """
-        saved = storage.read(adapter_dir)
-        loaded = _as_loaded(base if base is not None else saved.base.name, base_kwargs)
-        saved.base.require(storage.BaseIdentity.of(loaded), adapter_dir)
-        head_weight = loaded.model.get_output_embeddings().weight
-        adapter = saved.adapter.build(head_weight.shape[1], head_weight.device)
-        storage.load_weights(adapter_dir, adapter)
-        adapter.requires_grad_(is_trainable)
-        return cls(loaded.model, adapter, saved.adapter, saved.objective, saved.base)
+        saved = storage.read(adapter_dir, objective)
+        if base is None and saved.base_name is None:
+            raise QAdapterError(f"{adapter_dir} names no base: pass base=")
+        loaded = _as_loaded(base if base is not None else saved.base_name, base_kwargs)
+        identity = storage.BaseIdentity.of(loaded)
+        if saved.base is not None:
+            saved.base.require(identity, adapter_dir)
+            identity = saved.base
+        model = cls._assemble(loaded, saved.adapter, saved.objective, identity)
+        storage.load_weights(adapter_dir, model.adapter)
+        model.adapter.requires_grad_(is_trainable)
+        return model
 
     def save_pretrained(
         self, save_directory: str | Path, *, state_dict: dict[str, Tensor] | None = None,
         is_main_process: bool = True, push_to_hub: bool = False, **hub_kwargs: Any,
     ) -> None:
-        """Write the adapter, not the base: ``adapter_model.safetensors``, ``qadapter_config.json``.
+        """Write the adapter, not the base: ``adapter_model.safetensors``, ``qadapter_config.json``
+        and, for LoRA, PEFT's ``adapter_config.json``, so that PEFT loads it too (one stream of it).
 
         Args:
             state_dict: this model's state dict, where a trainer gathered it; default: its own.
@@ -127,9 +168,12 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
         """
         if not is_main_process:
             return
-        weights = self.adapter.state_dict()
-        if state_dict is not None:
-            weights = {name: state_dict[f"adapter.{name}"] for name in weights}
+        if self.adapts_trunk:
+            weights = self.adapter.state_dict(state_dict)
+        else:
+            weights = self.adapter.state_dict()
+            if state_dict is not None:
+                weights = {name: state_dict[f"adapter.{name}"] for name in weights}
         storage.write(
             save_directory, weights, self.adapter_config, self.objective, self.base_identity
         )
@@ -179,14 +223,19 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
             strength: dial of this call: a number, or a tensor [B], one for each row.
             The others: as in the base's forward.
         """
-        outputs = self._trunk_outputs(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+        streams = self._streams(strength)
+        outputs = self._run(
+            streams, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
             past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
             **kwargs,
         )
-        hidden = outputs.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.policy_logits(hidden[:, keep], strength=strength)
+        hidden = outputs.last_hidden_state[:, keep]
+        adapter_hidden, base_hidden = {
+            "both": lambda: hidden.chunk(2), "adapter": lambda: (hidden, None),
+            "base": lambda: (None, hidden),
+        }[streams]()
+        logits = self.policy_logits(base_hidden, adapter_hidden, strength=strength)
         loss = None
         if labels is not None:
             loss = nn.functional.cross_entropy(
@@ -199,27 +248,43 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
         return result.to_tuple() if return_dict is False else result
 
     def policy_logits(
-        self, base_hidden: Tensor, *, strength: float | Tensor | None = None
+        self, base_hidden: Tensor | None, adapter_hidden: Tensor | None = None, *,
+        strength: float | Tensor | None = None,
     ) -> Tensor:
-        """Logits of the policy [..., V] from the base's last hidden states [..., D]."""
+        """Logits of the policy [..., V] from last hidden states [..., D].
+
+        Args:
+            base_hidden: h_b; None only if its weight is 0.
+            adapter_hidden: h_a; a head adapter computes it where it is not given. None for LoRA
+                only if its weight is 0.
+        """
         weight_a, weight_b = self.policy.stream_weights(strength)
+        dtype = self.head.weight.dtype
         if isinstance(weight_a, Tensor):  # one strength for each row of the batch
-            shape = (-1,) + (1,) * (base_hidden.dim() - 1)
             weight_a, weight_b = (
-                w.to(base_hidden.device, torch.float32).view(shape) for w in (weight_a, weight_b)
+                w.to(base_hidden.device, accumulation_dtype(dtype)).view(
+                    (-1,) + (1,) * (base_hidden.dim() - 1)
+                )
+                for w in (weight_a, weight_b)
             )
         elif weight_a == 0 and weight_b == 1:  # the base itself, bit for bit
             return self.head(base_hidden)
-        adapter_hidden = self.adapter(base_hidden)
+        if adapter_hidden is None:
+            adapter_hidden = self.adapter(base_hidden)
+        if not isinstance(weight_b, Tensor) and weight_b == 0:
+            if weight_a == 1:
+                return self.head(adapter_hidden)
+            base_hidden = adapter_hidden  # its weight is 0
+        adapter_hidden, base_hidden = (
+            h.to(accumulation_dtype(dtype)) for h in (adapter_hidden, base_hidden)
+        )
         if self.head.softcap is not None:
             # The cap is not linear: the two streams are combined as logits.
-            a, b = (
-                self.head(h).float() for h in (adapter_hidden.to(base_hidden.dtype), base_hidden)
-            )
-            return (weight_a * a + weight_b * b).to(base_hidden.dtype)
+            a, b = (self.head(h).to(h.dtype) for h in (adapter_hidden, base_hidden))
+            return (weight_a * a + weight_b * b).to(dtype)
         mixed = weight_a * adapter_hidden + weight_b * base_hidden
-        products = nn.functional.linear(mixed.to(self.head.weight.dtype), self.head.weight)
-        return self.head.finish(products, weight_a + weight_b)
+        products = nn.functional.linear(mixed.to(dtype), self.head.weight)
+        return self.head.finish(products, weight_a + weight_b).to(dtype)
 
     @torch.no_grad()
     def token_rewards(
@@ -234,9 +299,13 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
             float32 [B, T], 0 elsewhere. By fact 8 an estimate of r₂: what the preferences reward.
         """
         actions = find_actions(input_ids, completion_mask, self.objective.mask_alignment)
-        base_hidden = self.base_hidden(input_ids, attention_mask)
-        hidden = base_hidden[actions.sequence_N, actions.state_N]
-        soft = self.soft_value(self.adapter(hidden), hidden, actions.token_N)
+        states = actions.sequence_N, actions.state_N
+        base_hidden = self.base_hidden(input_ids, attention_mask)[states]
+        if self.adapts_trunk:
+            adapter_hidden = self._adapter_hidden(input_ids, attention_mask)[states]
+        else:
+            adapter_hidden = self.adapter(base_hidden)
+        soft = self.soft_value(adapter_hidden, base_hidden, actions.token_N)
         offsets = actions.offsets_S1
         if input_ids.shape[0] % 2:  # the sequence loss pairs sequences; an empty one evens them
             offsets = torch.cat([offsets, offsets[-1:]])
@@ -247,10 +316,15 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
 
     # --- what training and evaluation build on ----------------------------------------------
 
+    @property
+    def adapts_trunk(self) -> bool:
+        """Whether the two streams differ inside the trunk (LoRA), not on its output alone."""
+        return not isinstance(self.adapter, HeadAdapter)
+
     def base_hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The frozen base's last hidden states [B, T, D], after the final norm."""
-        return self._trunk_outputs(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        return self._run(
+            "base", input_ids=input_ids, attention_mask=attention_mask, use_cache=False
         ).last_hidden_state
 
     def hidden_streams(
@@ -258,7 +332,14 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
     ) -> tuple[Tensor, Tensor]:
         """(h_a, h_b), each [B, T, D]; gradients reach the adapter through h_a alone."""
         base_hidden = self.base_hidden(input_ids, attention_mask)
+        if self.adapts_trunk:
+            return self._adapter_hidden(input_ids, attention_mask), base_hidden
         return self.adapter(base_hidden), base_hidden
+
+    def _adapter_hidden(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        return self._run(
+            "adapter", input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
 
     def soft_value(
         self, adapter_hidden: Tensor, base_hidden: Tensor, actions: Tensor,
@@ -283,9 +364,76 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
             base_logits = self.head(base_hidden)
         return soft_value(adapter_logits, base_logits, actions, **coef._asdict(), **kwargs)
 
-    def _trunk_outputs(self, **inputs: Any):
-        with torch.no_grad():
-            return trunk(self.base)(**inputs)
+    # --- the streams ------------------------------------------------------------------------
+
+    def _streams(self, strength: float | Tensor | None) -> str:
+        """What the trunk has to run for a policy: "adapter", "base" or "both"."""
+        if not self.adapts_trunk:
+            return "base"
+        weight_a, weight_b = self.policy.stream_weights(strength)
+        if isinstance(weight_a, Tensor):
+            return "both"
+        return "adapter" if weight_b == 0 else "base" if weight_a == 0 else "both"
+
+    def _run(self, streams: str, **inputs: Any) -> BaseModelOutputWithPast:
+        """The trunk. For "both", 2B rows: the adapted stream's, then the base's."""
+        body = trunk(self.base)
+        if streams == "adapter":
+            self._check_cache(streams, inputs.get("past_key_values"))
+            return body(**inputs)
+        if streams == "base":
+            off = self.adapter.off() if self.adapts_trunk else contextlib.nullcontext()
+            self._check_cache(streams, inputs.get("past_key_values"))
+            with torch.no_grad(), off:
+                return body(**inputs)
+        shaped = inputs["input_ids"] if inputs["input_ids"] is not None else inputs["inputs_embeds"]
+        rows, tokens = shaped.shape[:2]
+        cache, use_cache = inputs.pop("past_key_values"), inputs["use_cache"]
+        if cache is None and (self.config.use_cache if use_cache is None else use_cache):
+            cache = TwoStreamCache(DynamicCache(config=self.base.config))
+        self._check_cache(streams, cache)
+        if cache is not None:
+            cache.rows = rows
+        with self.adapter.on_first_half(2 * rows, tokens):
+            outputs = body(past_key_values=cache, **doubled(inputs, rows))
+        for name in ("hidden_states", "attentions"):
+            if outputs.get(name) is not None:  # the customised model's: its adapted stream
+                outputs[name] = tuple(x[:rows] for x in outputs[name])
+        return outputs
+
+    def _check_cache(self, streams: str, cache: Any) -> None:
+        if isinstance(cache, Cache) and isinstance(cache, TwoStreamCache) != (streams == "both"):
+            raise QAdapterError(
+                "this policy runs both streams: pass past_key_values="
+                "qadapter.decoding.TwoStreamCache(DynamicCache(config=model.config))"
+                if streams == "both" else
+                f"this policy runs the {streams} stream alone: a TwoStreamCache can't serve it"
+            )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any,
+        batch_size: int, max_cache_length: int,
+    ) -> None:
+        streams = self._streams(model_kwargs.get("strength"))
+        given = model_kwargs.get("past_key_values")
+        if given is not None and self.adapts_trunk:
+            filled = self._cache_streams.setdefault(given, streams)
+            if filled != streams and given.get_seq_length():
+                raise QAdapterError(
+                    f"past_key_values hold the {filled} stream, this policy runs {streams}"
+                )
+            self._cache_streams[given] = streams
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode,
+            2 * batch_size if streams == "both" else batch_size, max_cache_length,
+        )
+        if streams == "both" and given is None and model_kwargs.get("past_key_values") is not None:
+            model_kwargs["past_key_values"] = TwoStreamCache(model_kwargs["past_key_values"])
+
+    def _get_candidate_generator(self, *, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        # The dial is this model's: an assistant proposes tokens in its own way.
+        model_kwargs = {k: v for k, v in model_kwargs.items() if k != "strength"}
+        return super()._get_candidate_generator(model_kwargs=model_kwargs, **kwargs)
 
     # --- what transformers asks of a model --------------------------------------------------
 
@@ -293,6 +441,8 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
         """The frozen base stays in evaluation mode: its dropout would move the reference policy."""
         super().train(mode)
         self.base.eval()
+        if self.adapts_trunk:
+            self.adapter.train(mode)
         return self
 
     def get_input_embeddings(self) -> nn.Module:
@@ -313,12 +463,37 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
 
 def _as_loaded(base: PreTrainedModel | str | Path, base_kwargs: dict[str, Any]) -> LoadedBase:
     if isinstance(base, PreTrainedModel):
+        if base.config.is_encoder_decoder:
+            raise QAdapterError(
+                f"{type(base).__name__} is an encoder-decoder model: a causal language model is "
+                "needed"
+            )
         if base_kwargs:
             raise QAdapterError(
                 f"{', '.join(base_kwargs)}: only for a base given by name, not for a model object"
             )
         return LoadedBase(base, base.config.name_or_path or type(base).__name__, "model object", "")
+    if not isinstance(base, (str, Path)):
+        raise QAdapterError(
+            f"base must be a causal LM, its folder or its name, got {type(base).__name__}"
+        )
     return load_base(base, **base_kwargs)
 
 
+def _adapter_config(adapter: Any) -> AdapterConfig | PeftConfig:
+    if adapter is None:
+        return AdapterConfig()
+    if isinstance(adapter, AdapterConfig):
+        return adapter
+    from peft import PeftConfig
 
+    from qadapter.lora import preset
+
+    if isinstance(adapter, str):
+        return preset(adapter)
+    if not isinstance(adapter, PeftConfig):
+        raise QAdapterError(
+            "adapter must be a qadapter.AdapterConfig, a peft configuration or the name of a "
+            f"preset, got {type(adapter).__name__}"
+        )
+    return adapter

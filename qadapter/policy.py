@@ -27,8 +27,7 @@ class Policy:
     alpha_tilde: float | None = None
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.strength) or self.strength < 0:
-            raise ValueError(f"strength must be finite and not negative, got {self.strength}")
+        _check_strength(self.strength)
         if self.alpha_tilde is not None and not self.alpha_tilde > 0:
             raise ValueError(f"alpha_tilde must be positive, got {self.alpha_tilde}")
         if self.alpha_0 is not None and not self.alpha_0 >= 0:
@@ -43,8 +42,15 @@ class Policy:
             strength: overrides the policy's own; a tensor [B] gives every row its own.
         """
         strength = self.strength if strength is None else strength
+        if not isinstance(strength, Tensor):
+            _check_strength(strength)
         alpha_0 = self.objective.alpha_0 if self.alpha_0 is None else self.alpha_0
         alpha_tilde = self.objective.alpha_tilde if self.alpha_tilde is None else self.alpha_tilde
         weight_a = self.objective.adapter_coef / alpha_tilde
         weight_b = (self.objective.base_coef + alpha_0) / alpha_tilde
         return strength * weight_a, strength * weight_b + (1 - strength)
+
+
+def _check_strength(strength: float) -> None:
+    if not math.isfinite(strength) or strength < 0:
+        raise ValueError(f"strength must be finite and not negative, got {strength}")

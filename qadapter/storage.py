@@ -1,11 +1,13 @@
 """Adapters on disk: ``adapter_model.safetensors`` and ``qadapter_config.json``.
 
 Safetensors and JSON only. The adapter's file follows PEFT's name; ours beside it holds the
-adapter, the objective it was trained with, which base it belongs to, and library versions.
+adapter, the objective it was trained with, which base it belongs to, and library versions. A LoRA
+is described by PEFT's own ``adapter_config.json``, and the folder is a PEFT adapter too.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -13,21 +15,27 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from qadapter.adapters import AdapterConfig
+from qadapter.adapters import AdapterConfig, HeadAdapter
 from qadapter.base import LoadedBase
 from qadapter.errors import QAdapterError
 from qadapter.objective import ObjectiveConfig
 
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+    from qadapter.lora import LoraAdapter
+
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "qadapter_config.json"
+PEFT_CONFIG_NAME = "adapter_config.json"
 FORMAT_VERSION = 1
 _VOLATILE = (
     "_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache",
@@ -74,16 +82,33 @@ class BaseIdentity:
 
 @dataclasses.dataclass(frozen=True)
 class SavedAdapter:
-    """What ``qadapter_config.json`` says."""
+    """What ``qadapter_config.json`` and, for LoRA, ``adapter_config.json`` say."""
 
-    adapter: AdapterConfig
+    adapter: AdapterConfig | PeftConfig
     objective: ObjectiveConfig
-    base: BaseIdentity
+    base: BaseIdentity | None
+    """None for a plain PEFT adapter: it doesn't say enough to tell one base from another."""
+    base_name: str | None
     versions: dict[str, str]
 
 
+def describe(adapter: AdapterConfig | PeftConfig) -> dict[str, Any]:
+    """What an adapter is, as JSON; two adapters of one description have the same parameters."""
+    if isinstance(adapter, AdapterConfig):
+        return dataclasses.asdict(adapter)
+    fields = adapter.to_dict()
+    for name in (
+        "inference_mode", "peft_version", "base_model_name_or_path", "revision", "auto_mapping",
+    ):
+        fields.pop(name, None)
+    return {
+        "kind": fields.pop("peft_type").lower(),
+        **{k: sorted(v) if isinstance(v, set) else v for k, v in fields.items()},
+    }
+
+
 def write(
-    folder: str | Path, weights: dict[str, Tensor], adapter: AdapterConfig,
+    folder: str | Path, weights: dict[str, Tensor], adapter: AdapterConfig | PeftConfig,
     objective: ObjectiveConfig, base: BaseIdentity,
 ) -> None:
     """Write an adapter. Each file is replaced whole or left as it was.
@@ -95,7 +120,7 @@ def write(
     names = ("qadapter", "torch", "transformers")
     description = {
         "format_version": FORMAT_VERSION,
-        "adapter": dataclasses.asdict(adapter),
+        "adapter": describe(adapter),
         "objective": dataclasses.asdict(objective),
         "base": dataclasses.asdict(base),
         "versions": {name: importlib.metadata.version(name) for name in names},
@@ -107,35 +132,67 @@ def write(
             save_file(weights, Path(scratch) / WEIGHTS_NAME, metadata={"format": "pt"})
             text = json.dumps(description, indent=2) + "\n"
             (Path(scratch) / CONFIG_NAME).write_text(text, encoding="utf-8")
-            for name in (WEIGHTS_NAME, CONFIG_NAME):
+            names = [WEIGHTS_NAME, CONFIG_NAME]
+            if not isinstance(adapter, AdapterConfig):
+                inactive = copy.copy(adapter)
+                inactive.inference_mode = True  # as PEFT saves its own
+                inactive.save_pretrained(scratch)
+                names.append(PEFT_CONFIG_NAME)
+            for name in names:
                 os.replace(Path(scratch) / name, folder / name)
     except (OSError, SafetensorError) as error:
         raise QAdapterError(f"{folder}: the adapter can't be saved: {error}") from error
 
 
-def read(adapter_dir: str | Path) -> SavedAdapter:
-    """Read ``qadapter_config.json``.
+def read(adapter_dir: str | Path, objective: ObjectiveConfig | None = None) -> SavedAdapter:
+    """Read ``qadapter_config.json``; where there is none, a PEFT adapter's ``adapter_config.json``.
+
+    Args:
+        objective: of a plain PEFT adapter; our own adapters have theirs.
 
     Raises:
-        QAdapterError: missing, not JSON, or of a version this library doesn't know.
+        QAdapterError: missing, not JSON, of a version this library doesn't know; an objective that
+            is missing or not wanted.
     """
+    if not _has(adapter_dir, CONFIG_NAME) and _has(adapter_dir, PEFT_CONFIG_NAME):
+        if objective is None:
+            raise QAdapterError(
+                f"{adapter_dir}: a PEFT adapter without {CONFIG_NAME}: pass the objective it was "
+                "trained with, such as objective=ObjectiveConfig.authors()"
+            )
+        adapter = _read_peft(adapter_dir)
+        return SavedAdapter(adapter, objective, None, adapter.base_model_name_or_path, {})
     path = _locate(adapter_dir, CONFIG_NAME)
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
         version = description["format_version"]
         if version != FORMAT_VERSION:
             raise QAdapterError(f"{path}: format version {version}, this is {FORMAT_VERSION}")
-        return SavedAdapter(
-            adapter=AdapterConfig(**description["adapter"]),
+        base, adapter = BaseIdentity(**description["base"]), description["adapter"]
+        saved = SavedAdapter(
+            adapter=AdapterConfig(**adapter) if adapter["kind"] == "head"
+            else _read_peft(adapter_dir),
             objective=ObjectiveConfig(**description["objective"]),
-            base=BaseIdentity(**description["base"]),
-            versions=description["versions"],
+            base=base, base_name=base.name, versions=description["versions"],
         )
     except (ValueError, KeyError, TypeError) as error:
         raise QAdapterError(f"{path}: not a Q-Adapter configuration: {error}") from error
+    if objective not in (None, saved.objective):
+        raise QAdapterError(f"{path}: the adapter was trained with another objective")
+    return saved
 
 
-def load_weights(adapter_dir: str | Path, adapter: nn.Module) -> None:
+def _read_peft(adapter_dir: str | Path) -> PeftConfig:
+    from peft import PeftConfig
+
+    path = _locate(adapter_dir, PEFT_CONFIG_NAME)
+    try:
+        return PeftConfig.from_pretrained(str(path.parent))
+    except (ValueError, KeyError, TypeError) as error:
+        raise QAdapterError(f"{path}: not a PEFT configuration: {error}") from error
+
+
+def load_weights(adapter_dir: str | Path, adapter: HeadAdapter | LoraAdapter) -> None:
     """Load ``adapter_model.safetensors`` into an adapter of the right form.
 
     Raises:
@@ -175,3 +232,11 @@ def _locate(adapter_dir: str | Path, name: str) -> Path:
             f"{adapter_dir}: neither a local folder nor to be had from the hub "
             f"({type(error).__name__})"
         ) from error
+
+
+def _has(adapter_dir: str | Path, name: str) -> bool:
+    try:
+        _locate(adapter_dir, name)
+    except QAdapterError:
+        return False
+    return True

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from data.tiny import chatml
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from qadapter import AdapterConfig, QAdapterModel
 from qadapter.data import as_preferences, tokenize_preferences
@@ -25,6 +25,38 @@ def tiny_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
         "eos_token_id": 2, "pad_token_id": 2,
     }
     return LlamaForCausalLM(LlamaConfig(**settings | changes)).eval()
+
+
+ARCHITECTURES = {
+    "llama": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "final_logit_softcapping": 5.0, "sliding_window": 8},
+    "mistral": {"sliding_window": 8},
+    "phi": {},
+    "gpt_neox": {},
+    "granite": {"logits_scaling": 4.0},
+    "cohere": {"logit_scale": 0.25},
+}
+"""Architectures and what is peculiar to each: a cap, a window, a bias, a scale."""
+
+
+def tiny_base(architecture: str = "llama", seed: int = 0, **changes):
+    """A random model of an architecture; it never ends an answer by itself."""
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 128, "initializer_range": 0.2,
+        "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0,
+    }
+    if architecture not in ("phi", "gpt_neox"):
+        settings["num_key_value_heads"] = 2
+    config = AutoConfig.for_model(
+        architecture, **settings | ARCHITECTURES.get(architecture, {}) | changes
+    )
+    base = AutoModelForCausalLM.from_config(config).eval()
+    if getattr(base.get_output_embeddings(), "bias", None) is not None:
+        torch.nn.init.normal_(base.get_output_embeddings().bias)
+    return base
 
 
 def save_tiny(folder: Path, seed: int = 0) -> Path:

@@ -1,0 +1,260 @@
+"""LoRA in the trunk: a PEFT adapter that can be gated off, for a whole batch or half of its rows.
+
+The base stream is the same weights with the adapter off. PEFT's ``disable_adapter()`` walks the
+model, flips ``requires_grad`` and takes some 50 ms on 224 layers (peft#3447); flipping one flag on
+a kept list of layers takes under 1 ms and changes nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import peft
+import torch
+from peft import PeftConfig
+from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+
+from qadapter.errors import QAdapterError
+from qadapter.head import trunk
+
+PRESETS = {
+    "paper": {
+        "r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ["q_proj", "v_proj"],
+    },
+}
+"""``paper``: what the authors trained (Li et al., ICLR 2025, and their published code)."""
+_CHANGING_THE_BASE = {
+    "bias": ("none", "biases belong to the frozen base"),
+    "layer_replication": (None, "the base has no such layers"),
+    "trainable_token_indices": (None, "the base's tokens are frozen"),
+    "megatron_config": (None, "Megatron layers are not supported"),
+}
+
+
+def preset(name: str) -> PeftConfig:
+    """A LoRA configuration by name.
+
+    Raises:
+        QAdapterError: no such preset.
+    """
+    if name not in PRESETS:
+        raise QAdapterError(
+            f"adapter {name!r}: neither a preset ({', '.join(PRESETS)}), a qadapter.AdapterConfig "
+            "nor a peft configuration"
+        )
+    return peft.LoraConfig(**PRESETS[name], task_type="CAUSAL_LM")
+
+
+class LoraAdapter:
+    """A PEFT adapter injected into a base's trunk. Not a module: its weights are the base's.
+
+    Args:
+        base: a frozen causal LM; PEFT's layers take the places of those they adapt.
+        config: any PEFT configuration that adapts layers (LoRA, DoRA, rsLoRA, patterns, …).
+
+    Raises:
+        QAdapterError: the configuration fits no layer, adapts the head, or changes the base.
+    """
+
+    def __init__(self, base: PreTrainedModel, config: PeftConfig):
+        name = type(base).__name__
+        base.requires_grad_(False)
+        if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+            raise QAdapterError(f"{name} holds PEFT layers already: merge or unload them first")
+        if config.is_prompt_learning or config.is_adaption_prompt:
+            raise QAdapterError(f"{config.peft_type.value} adapts no layers: use LoRA")
+        for field, (allowed, reason) in _CHANGING_THE_BASE.items():
+            if getattr(config, field, allowed) not in (allowed, [], {}):
+                raise QAdapterError(f"{field}={getattr(config, field)!r} can't be used: {reason}")
+        if config.peft_type == peft.PeftType.ADALORA:
+            raise QAdapterError("AdaLoRA needs a schedule of ranks of its own: use LoRA")
+        config = copy.deepcopy(config)
+        config.task_type = config.task_type or peft.TaskType.CAUSAL_LM
+        config.inference_mode = False
+        config.base_model_name_or_path = config.revision = None  # PEFT would name the base
+        before = _probe(base)
+        try:
+            self.peft_model = peft.get_peft_model(base, config)
+        except (ValueError, NotImplementedError, TypeError) as error:
+            raise QAdapterError(f"PEFT can't adapt {name}: {error}") from error
+        self.config = self.peft_model.peft_config["default"]
+        # The base is frozen: what requires grad now is the adapter's.
+        self._weights = [p for p in base.parameters() if p.requires_grad]
+        self.layers = [
+            m for m in base.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        ]
+        self._rows = _HalfOfTheRows()
+        for layer in self.layers:
+            self._gate_rows(layer)
+        self._check(base, before)
+
+    # --- the two streams --------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """The base stream: inside, the trunk is the frozen base's, bit for bit."""
+        for layer in self.layers:
+            layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer._disable_adapters = False
+
+    @contextlib.contextmanager
+    def on_first_half(self, rows: int, tokens: int) -> Iterator[None]:
+        """Both streams in one forward: the first half of a batch's rows is adapted, the other half
+        is the base's. For inference.
+
+        Args:
+            rows, tokens: shape of the input.
+        """
+        self._rows.shape = (rows, tokens)
+        try:
+            yield
+        finally:
+            self._rows.shape = None
+
+    def _gate_rows(self, layer: nn.Module) -> None:
+        plain = isinstance(layer, LoraLayer) and not isinstance(layer, ParamWrapper)
+        if plain and isinstance(layer.get_base_layer(), (nn.Linear, Conv1D)):
+            if not layer.lora_variant:
+                # A LoRA of zeros is zero: its input is where the rows are told apart.
+                dropouts = layer.lora_dropout
+                dropouts["default"] = _GatedDropout(dropouts["default"], self._rows)
+                return
+        layer.register_forward_hook(_PutBaseRows(self._rows), with_kwargs=True)
+
+    # --- parameters -------------------------------------------------------------------------
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The adapter's own parameters."""
+        return iter(self._weights)
+
+    def requires_grad_(self, trainable: bool = True) -> None:
+        for parameter in self.parameters():
+            parameter.requires_grad_(trainable)
+
+    def train(self, mode: bool = True) -> None:
+        """Dropout of the adapter, on or off; what it wraps stays in evaluation mode."""
+        for layer in self.layers:
+            layer.train(mode)
+            _frozen(layer).eval()
+        for module in self.peft_model.modules():
+            # These switch checkpointing by their own mode; the modules inside keep theirs.
+            if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+                module.training = mode
+                drop = getattr(module, "dropout", 0.0)
+                if mode and isinstance(drop, float) and drop > 0:
+                    raise QAdapterError(
+                        f"{type(module).__name__} drops activations when it is checkpointed: "
+                        f"load the base with dropout=0 (it has {drop}), or train without "
+                        "gradient_checkpointing"
+                    )
+
+    def state_dict(self, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Weights by their names in PEFT's files.
+
+        Args:
+            state_dict: of the whole ``QAdapterModel``, where a trainer gathered it.
+        """
+        if state_dict is not None:
+            state_dict = {
+                "base_model.model." + name.removeprefix("base."): x
+                for name, x in state_dict.items()
+            }
+        return get_peft_model_state_dict(
+            self.peft_model, state_dict, save_embedding_layers=False
+        )
+
+    def load_state_dict(self, weights: dict[str, Tensor]) -> None:
+        set_peft_model_state_dict(self.peft_model, weights)
+
+    def _check(self, base: PreTrainedModel, before: Tensor) -> None:
+        body = set(trunk(base).modules())
+        outside = [n for n, m in base.named_modules() if m in self.layers and m not in body]
+        reason = None
+        if not self.layers:
+            reason = "it fits no layer"
+        elif outside:
+            reason = f"it adapts {', '.join(outside)}: the two streams share a frozen head"
+        else:
+            with self.off():
+                if not torch.equal(_probe(base), before):
+                    reason = (
+                        "it changes the base's own weights (init_lora_weights="
+                        f"{getattr(self.config, 'init_lora_weights', None)!r}?)"
+                    )
+        if reason is not None:
+            self.peft_model.unload()
+            kind = self.config.peft_type.value
+            raise QAdapterError(f"this {kind} can't be a Q-adapter: {reason}")
+
+
+class _HalfOfTheRows:
+    """What all gates of one model look at: the batch's shape while its second half is the base."""
+
+    shape: tuple[int, int] | None = None
+
+    def half(self, x: Tensor) -> int:
+        """Where the base's rows begin in a tensor [rows, ...] or [rows·tokens, D]."""
+        rows, tokens = self.shape
+        expected = rows if x.dim() > 2 else rows * tokens
+        if x.shape[0] != expected:
+            raise QAdapterError(
+                "the adapter sits in layers that see tokens out of order (routed experts?): its "
+                "two streams can't share a forward; decode it at strength 0, or 1 with its α's"
+            )
+        return expected // 2
+
+
+class _GatedDropout(nn.Module):
+    def __init__(self, dropout: nn.Module, rows: _HalfOfTheRows):
+        super().__init__()
+        self.dropout = dropout
+        self.rows = rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dropout(x)
+        if self.rows.shape is None:
+            return x
+        half = self.rows.half(x)
+        # Padded, not multiplied by a mask: 0·inf in a base row would not be 0.
+        return nn.functional.pad(x[:half], [0, 0] * (x.dim() - 1) + [0, x.shape[0] - half])
+
+
+class _PutBaseRows:
+    """Forward hook of layers whose adapter is no sum that an input of zeros switches off: the
+    wrapped layer runs again and gives the base's rows."""
+
+    def __init__(self, rows: _HalfOfTheRows):
+        self.rows = rows
+
+    def __call__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor):
+        if self.rows.shape is None:
+            return None
+        half = self.rows.half(output)
+        return torch.cat([output[:half], _frozen(layer)(*args, **kwargs)[half:]])
+
+
+def _frozen(layer: nn.Module) -> nn.Module:
+    """The base's module that an adapted layer wraps."""
+    wrapper = isinstance(layer, AuxiliaryTrainingWrapper)
+    return layer.original_module if wrapper else layer.base_layer
+
+
+@torch.no_grad()
+def _probe(base: PreTrainedModel) -> Tensor:
+    vocabulary, device = base.get_input_embeddings().weight.shape[0], base.device
+    tokens = torch.arange(1, 9, device=device)[None] % vocabulary
+    return trunk(base)(input_ids=tokens, use_cache=False).last_hidden_state

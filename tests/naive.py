@@ -1,0 +1,72 @@
+"""The customised policy by its definition: both streams run over everything at every step.
+
+Two whole models give a and b; z = (q + α₀·log π)/α̃ is written out over log-softmaxes. No cache, no
+shared product, nothing of ``QAdapterModel``: what decoding is tested against, in float32.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from qadapter import ObjectiveConfig
+
+
+class NaivePolicy(PreTrainedModel, GenerationMixin):
+    """Generates from π̃ given two causal LMs: one for the adapted stream, one for the base."""
+
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+
+    def __init__(
+        self, adapted: nn.Module, base: nn.Module, objective: ObjectiveConfig,
+        alpha_0: float | None = None, alpha_tilde: float | None = None,
+    ):
+        super().__init__(copy.deepcopy(base.config))
+        self.adapted, self.base, self.objective = adapted, base, objective
+        self.alpha_0 = objective.alpha_0 if alpha_0 is None else alpha_0
+        self.alpha_tilde = objective.alpha_tilde if alpha_tilde is None else alpha_tilde
+        self.generation_config = copy.deepcopy(base.generation_config)
+        self.generation_config.use_cache = False
+        self.eval()
+
+    @torch.no_grad()
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None, strength: float | Tensor = 1.0, **unused,
+    ) -> CausalLMOutputWithPast:
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        if position_ids is not None:
+            inputs["position_ids"] = position_ids
+        a = self.adapted(**inputs).logits.float()
+        b = self.base(**inputs).logits.float()
+        c = self.objective
+        q = c.alpha_tilde * a - c.alpha_0 * b if c.parametrization == "policy" else a
+        log_pi = b.log_softmax(-1)
+        z = ((q + self.alpha_0 * log_pi) / self.alpha_tilde).log_softmax(-1)
+        w = torch.as_tensor(strength, dtype=torch.float32).reshape(-1, 1, 1)
+        return CausalLMOutputWithPast(logits=w * z + (1 - w) * log_pi)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.base.get_output_embeddings()
+
+
+def with_head(base: PreTrainedModel, adapter: nn.Module) -> PreTrainedModel:
+    """A copy of a base whose lm_head sees (I + f)(h), whatever the model does to its logits."""
+    adapted = copy.deepcopy(base)
+    function = copy.deepcopy(adapter)
+    adapted.get_output_embeddings().register_forward_pre_hook(
+        lambda module, args: (function(args[0]).to(args[0].dtype),)
+    )
+    return adapted
+
+
+def left_padded(rows: list[list[int]], pad: int = 0) -> dict[str, Tensor]:
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask}
