@@ -71,7 +71,7 @@ class Size:
 
 
 FULL = Size()
-FAST = Size(train_pairs=72, test_pairs=18, epochs=2.0, prompts=6, answer_tokens=48)
+FAST = Size(train_pairs=72, test_pairs=18, prompts=6, answer_tokens=112)
 
 
 class DemoPairs(NamedTuple):
@@ -221,7 +221,7 @@ def _arguments(folder: Path, size: Size, seed: int) -> QAdapterConfig:
     return QAdapterConfig(
         output_dir=str(folder), seed=seed, learning_rate=3e-4, num_train_epochs=size.epochs,
         per_device_train_batch_size=8, max_length=512, retention_coef=10.0, retention_states=128,
-        logging_steps=5, save_strategy="epoch", save_total_limit=1, **{
+        logging_steps=2, save_strategy="epoch", save_total_limit=1, **{
             f"{name}": getattr(OBJECTIVE, name)
             for name in (field.name for field in dataclasses.fields(OBJECTIVE))
         },
