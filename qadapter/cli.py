@@ -79,6 +79,18 @@ def generate(ctx: typer.Context) -> None:
     _hand_over("generate", ctx)
 
 
+@app.command(context_settings=_PASS_ON)
+def export(ctx: typer.Context) -> None:
+    """Write an adapter as a plain checkpoint or a PEFT adapter, and check it."""
+    _hand_over("export", ctx)
+
+
+@app.command(context_settings=_PASS_ON)
+def rewards(ctx: typer.Context) -> None:
+    """Show what an adapter rewards, token by token, as a page."""
+    _hand_over("rewards", ctx)
+
+
 @app.command()
 def info() -> None:
     """Show versions, devices, base models at hand, and which kernels are taken and why."""

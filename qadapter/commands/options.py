@@ -24,6 +24,7 @@ from qadapter.errors import QAdapterError
 
 _METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT", None: "YAML"}
 _NONE = ("none", "null")
+_ARGUMENT = "argument"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,10 +185,12 @@ def command(
     name: str, help_text: str, groups: Sequence[Group], run: Callable[..., None], *,
     defaults: Mapping[str, Any] | None = None, helps: Mapping[str, str] | None = None,
     without: Sequence[str] = (), note: str | None = None, show_hidden: bool = False,
+    argument: str | None = None,
 ) -> typer.Typer:
     """A typer app of one command, whose flags are the groups' fields and ``--config``.
 
     Args:
+        argument: name of a field that may also be given without its flag.
         run: called with one instance of each dataclass, in the groups' order, and ``given``: the
             set of names that were set by a flag or in the file.
         note: a line under the help.
@@ -199,6 +202,11 @@ def command(
     def callback(**flags: Any) -> None:
         config = flags.pop("config", None)
         values = read_config(config, known) if config is not None else {}
+        plain = flags.pop(_ARGUMENT, None)
+        if plain is not None and flags[argument] is not None:
+            raise QAdapterError(f"{argument} is given twice: {plain} and {flags[argument]}")
+        if plain is not None:
+            flags[argument] = plain
         values |= {
             key: known[key].convert(value, f"--{key}")
             for key, value in flags.items()
@@ -216,6 +224,15 @@ def command(
         ),
         *(option.parameter(show_hidden) for option in known.values()),
     ]
+    if argument is not None:
+        plain = typer.Argument(
+            metavar=argument.upper(), help=f"--{argument}, without the flag.",
+            show_default=False,
+        )
+        parameters.append(inspect.Parameter(
+            _ARGUMENT, inspect.Parameter.KEYWORD_ONLY, default=None,
+            annotation=Annotated[str | None, plain],
+        ))
     callback.__signature__ = inspect.Signature(parameters)
     callback.__annotations__ = {p.name: p.annotation for p in parameters}
     app = typer.Typer(add_completion=False, rich_markup_mode="rich")

@@ -1,0 +1,112 @@
+"""``qadapter export``: an adapter as files that other engines serve."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from qadapter.commands import arguments as args
+from qadapter.commands.folders import telling_full_disk
+from qadapter.commands.loading import load_model, quiet_libraries, read_texts
+from qadapter.commands.options import Group, command
+from qadapter.errors import QAdapterError
+from qadapter.export import FORMS, ExportReport, export
+from qadapter.model import QAdapterModel
+
+
+@dataclass
+class ExportArguments:
+    """What to write, and where."""
+
+    form: str = field(default="merged", metadata={
+        "help": "merged: a checkpoint of the base's own architecture; lm_head_lora: a PEFT LoRA on "
+        "the output layer; peft: a LoRA of the trunk as PEFT writes it.",
+        "choices": list(FORMS),
+    })
+    output_dir: str | None = field(default=None, metadata={
+        "help": "Folder of the export; it must not be there yet, or be empty."
+    })
+    approximate: bool = field(default=False, metadata={
+        "help": "An adapter that is not linear: export the linear one nearest to it, and say how "
+        "far the two are apart."
+    })
+    texts_file: str | None = field(default=None, metadata={
+        "help": "Texts that --approximate fits to, .txt (one a line) or .jsonl (key: text): such "
+        "as the model is for."
+    })
+    max_shard_size: str | None = field(default=None, metadata={
+        "help": "Largest weight file, as 5GB; default: the base's largest."
+    })
+
+
+GROUPS = (
+    Group(args.AdapterArguments, "Model", (
+        "model_name_or_path", "base_model_name_or_path", "strength", "model_revision", "dtype",
+        "trust_remote_code",
+    )),
+    Group(ExportArguments, "Export"),
+)
+
+
+def app(show_hidden: bool = False) -> typer.Typer:
+    return command(
+        "export",
+        "Write an adapter as a plain checkpoint or a PEFT adapter that other engines serve. Every "
+        "export is reloaded by stock transformers or PEFT in a process of its own and must decode "
+        "the same policy.",
+        GROUPS, run, show_hidden=show_hidden, argument="model_name_or_path",
+    )
+
+
+def run(model_args: args.AdapterArguments, options: ExportArguments, given: set[str]) -> None:
+    """Export, print what the check found."""
+    console = Console()
+    for name in ("model_name_or_path", "output_dir"):
+        if name not in given:
+            raise QAdapterError(f"export needs --{name}")
+    if options.texts_file is not None and not options.approximate:
+        raise QAdapterError("texts_file is for --approximate")
+    if options.approximate and options.texts_file is None:
+        raise QAdapterError("approximate needs --texts_file: texts like those the model is for")
+    texts = None if options.texts_file is None else read_texts(options.texts_file)
+    quiet_libraries()
+    model, tokenizer = load_model(model_args, console)
+    if not isinstance(model, QAdapterModel):
+        raise QAdapterError(f"{model_args.model_name_or_path} is a plain model already")
+    console.print("exporting, then decoding with stock libraries in another process …")
+    with telling_full_disk(options.output_dir):
+        report = export(
+            model, options.output_dir, options.form, approximate=options.approximate,
+            texts=None if texts is None else tokenizer(texts, verbose=False)["input_ids"],
+            max_shard_size=options.max_shard_size,
+        )
+    console.print(_table(report))
+    console.print(f"wrote {Path(options.output_dir)}", highlight=False)
+
+
+def _table(report: ExportReport) -> Table:
+    check, found = report.check, report.approximation
+    table = Table(title=f"{report.form}, in {check.dtype}", title_justify="left")
+    table.add_column("check in stock libraries")
+    table.add_column("", justify="right")
+    rows = {
+        "tokens that are the policy's most likely": f"{check.top_tokens} of {check.tokens}",
+        "answers equal to ours": f"{check.same_answers} of {check.prompts}",
+        "largest difference of a logit": f"{check.max_logit_error:.3g}",
+        "the same, over what rounding may explain": f"{check.error_to_tolerance:.3g}",
+        "KL(policy ‖ export) [nats a token]": f"{check.kl_per_token:.3g}",
+        "temperature that samples the policy": f"{report.temperature:.6g}",
+    }
+    if found is not None:
+        rows |= {
+            "KL(trained policy ‖ this approximation)": f"{found.kl_policy_export:.3g}",
+            "KL(trained policy ‖ base)": f"{found.kl_policy_base:.3g}",
+            "same most likely token as trained": f"{found.top1_agreement:.4f}",
+        }
+    for row in rows.items():
+        table.add_row(*row)
+    return table

@@ -1,0 +1,325 @@
+"""A customised model that needs nothing of us: plain checkpoints and PEFT adapters.
+
+What is exported is the policy the model is set to, its strength included (design §2, facts 5 and
+6). Nothing is kept that was not checked: stock libraries reload every export in a process of their
+own, and it gets its name only when they decode the same policy with it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qadapter.adapters import HeadAdapter, LinearHeadAdapter
+from qadapter.errors import QAdapterError
+from qadapter.exporting import checkpoints
+from qadapter.exporting.approximation import Approximation, fit_linear
+from qadapter.exporting.card import write_card
+from qadapter.exporting.head import LinearPolicy
+from qadapter.exporting.trunk import merged_trunk, reference_logits, write_adapter
+from qadapter.exporting.verification import Check, Reference, check_export, replay
+from qadapter.model import QAdapterModel
+
+Form = Literal["merged", "lm_head_lora", "peft"]
+FORMS = ("merged", "lm_head_lora", "peft")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportReport:
+    """What was written, and what its check found."""
+
+    form: str
+    folder: Path
+    temperature: float
+    """To sample at for the policy itself; ``generation_config.json`` says it too."""
+    tokenizer: bool
+    """Whether a tokenizer was written along."""
+    check: Check
+    approximation: Approximation | None = None
+
+
+def export(
+    model: QAdapterModel, output_dir: str | Path, form: Form = "merged", *,
+    approximate: bool = False, texts: Sequence[str] | Sequence[Sequence[int]] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None, max_shard_size: int | str | None = None,
+) -> ExportReport:
+    """Write the customised policy, at the strength it is set to, for engines that don't know us.
+
+    Args:
+        output_dir: a folder that is not there yet, or empty. It appears whole or not at all.
+        form: "merged": a checkpoint of the base's own architecture. "lm_head_lora": a head adapter
+            as a PEFT LoRA on the output layer. "peft": a LoRA of the trunk as PEFT writes it.
+        approximate: export the linear adapter nearest to one that isn't linear; the card says how
+            far the two are apart.
+        texts: for ``approximate``: what to fit to, texts or token ids, like those the model is for.
+        tokenizer: default: the base's, where it has one.
+        max_shard_size: as in ``save_pretrained``; default: the base's largest shard.
+
+    Raises:
+        QAdapterError: the policy has no exact export of this form (with the reason), the folder is
+            not empty or can't be written, or the check failed (with what differs).
+    """
+    if form not in FORMS:
+        raise QAdapterError(f"form must be {', '.join(FORMS[:-1])} or {FORMS[-1]}, got {form!r}")
+    if texts is not None and not approximate:
+        raise QAdapterError("texts are for approximate=True")
+    target = _free_folder(output_dir)
+    tokenizer = tokenizer or checkpoints.tokenizer_of(model.base)
+    _check_policy(model, form)
+    if model.adapts_trunk:
+        exporter: _HeadExport | _TrunkExport = _plan_trunk(model, form, approximate)
+    else:
+        exporter = _plan_head(model, form, approximate, texts, tokenizer)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".exporting-") as scratch:
+            report = _write_and_check(exporter, Path(scratch), target, tokenizer, max_shard_size)
+            os.rename(Path(scratch) / "export", target)  # onto nothing, or an empty folder
+    except (OSError, SafetensorError) as error:
+        raise QAdapterError(f"{target}: the export can't be written: {error}") from error
+    return report
+
+
+# --- what can be exported -----------------------------------------------------------------------
+
+
+def _check_policy(model: QAdapterModel, form: str) -> None:
+    """Refuse, with the reason, what no single head or stream can be."""
+    p_a, p_b = model.policy.stream_weights()
+    if p_a == 0:
+        raise QAdapterError(
+            "at strength 0 the policy is the base itself: there is nothing to export"
+        )
+    cap = model.head.softcap
+    if cap is not None and (p_b != 0 or (form == "merged" and p_a != 1)):
+        raise QAdapterError(
+            f"the base caps its logits (softcap {cap:g}), which is not linear: this policy adds up "
+            f"two capped streams (weights {p_a:g} and {p_b:g}) and is no single head. A policy "
+            "trained in the policy parametrization can be exported at strength 1"
+        )
+
+
+def _plan_head(
+    model: QAdapterModel, form: str, approximate: bool,
+    texts: Sequence[str] | Sequence[Sequence[int]] | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> _HeadExport:
+    if form == "peft":
+        raise QAdapterError(
+            'form "peft" is for LoRA in the trunk; a head adapter becomes a PEFT folder by form '
+            '"lm_head_lora"'
+        )
+    _check_output_layer(model.base)
+    weights = model.policy.stream_weights()
+    if form == "lm_head_lora" and sum(weights) <= 0:
+        raise QAdapterError(
+            f"lm_head_lora: the streams' weights sum to {sum(weights):g}, so no LoRA beside the "
+            'unscaled lm_head gives this policy at any temperature; form "merged" does'
+        )
+    adapter = model.adapter
+    if isinstance(adapter, LinearHeadAdapter):
+        if approximate:
+            raise QAdapterError("approximate is not needed: a linear adapter is exported exactly")
+        policy = LinearPolicy(model.head, adapter.down.weight, adapter.up.weight, *weights)
+        return _HeadExport(model, form, policy)
+    if not isinstance(adapter, HeadAdapter):
+        raise QAdapterError(f"a {type(adapter).__name__} can't be exported")
+    if not approximate:
+        raise QAdapterError(
+            f"an adapter of form {model.adapter_config.form!r} is not linear, so no lm_head equals "
+            "it; approximate (with texts to fit to) exports the nearest linear adapter and says "
+            "how near it is"
+        )
+    if texts is None:
+        raise QAdapterError("approximate needs texts to fit to, like those the model is for")
+    rank = None if form == "merged" else model.adapter_config.rank
+    return _HeadExport(model, form, *fit_linear(model, _token_ids(texts, tokenizer), rank))
+
+
+def _plan_trunk(model: QAdapterModel, form: str, approximate: bool) -> _TrunkExport:
+    if approximate:
+        raise QAdapterError("approximate is for head adapters, this one is in the trunk")
+    if form == "lm_head_lora":
+        raise QAdapterError('form "lm_head_lora" is for head adapters; LoRA in the trunk takes '
+                            '"merged" or "peft"')
+    p_a, p_b = model.policy.stream_weights()
+    if p_b != 0:
+        raise QAdapterError(
+            f"this policy runs two streams through the trunk (weights {p_a:g} adapted, {p_b:g} "
+            "base), and no single model is both. One trained in the policy parametrization needs "
+            "one stream at strength 1 and the α's it was trained with: export that"
+        )
+    if form == "merged" and getattr(model.base, "is_quantized", False):
+        raise QAdapterError(
+            "the base is quantized, and merging would round its weights once more: load it in 16 "
+            'bits to merge, or take form "peft"'
+        )
+    return _TrunkExport(model, form)
+
+
+@dataclasses.dataclass(frozen=True)
+class _HeadExport:
+    """A policy of one matrix product."""
+
+    model: QAdapterModel
+    form: str
+    policy: LinearPolicy
+    approximation: Approximation | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.policy.down_RD.shape[0]
+
+    @property
+    def logits_factor(self) -> float:
+        """The policy's logits over the export's."""
+        return 1.0 if self.form == "merged" else self.policy.weight_sum
+
+    @property
+    def reference(self) -> Reference:
+        stored = self.model.base.dtype if self.form == "merged" else torch.float32
+        return lambda prompts, decoded: self.policy.exact_logits(
+            replay(self.model.base, prompts, decoded), stored
+        )
+
+    def checkpoint(self) -> PreTrainedModel:
+        shell = checkpoints.shell_of(self.model.base)
+        checkpoints.replace_head(shell, self.policy.merged_weight(), self.policy.merged_bias())
+        return shell
+
+    def write_peft(self, folder: Path, base_name: str | None, revision: str | None) -> None:
+        shell = checkpoints.shell_of(self.model.base)
+        name = checkpoints.output_layer(shell)
+        config = LoraConfig(
+            r=self.rank, lora_alpha=self.rank, lora_dropout=0.0, target_modules=[name],
+            bias="none", task_type="CAUSAL_LM", base_model_name_or_path=base_name,
+            revision=revision,
+        )
+        with warnings.catch_warnings():
+            # PEFT warns those who merge of tied embeddings; nothing is merged here.
+            warnings.simplefilter("ignore")
+            peft_model = get_peft_model(shell, config)
+            layer = peft_model.get_base_model().get_submodule(name)
+            for linear, weight in zip(
+                (layer.lora_A["default"], layer.lora_B["default"]), self.policy.lora(), strict=True
+            ):
+                linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+            peft_model.save_pretrained(str(folder), save_embedding_layers=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class _TrunkExport:
+    """A LoRA whose policy is its adapted stream, times p_a."""
+
+    model: QAdapterModel
+    form: str
+    approximation: None = None
+
+    @property
+    def rank(self) -> int:
+        return getattr(self.model.adapter_config, "r", 0)
+
+    @property
+    def logits_factor(self) -> float:
+        return 1.0 if self.form == "merged" else self.model.policy.stream_weights()[0]
+
+    @property
+    def reference(self) -> Reference:
+        return lambda prompts, decoded: reference_logits(self.model, prompts, decoded)
+
+    def checkpoint(self) -> PreTrainedModel:
+        return merged_trunk(self.model)
+
+    def write_peft(self, folder: Path, base_name: str | None, revision: str | None) -> None:
+        write_adapter(self.model, folder, base_name, revision)
+
+
+# --- writing it ---------------------------------------------------------------------------------
+
+
+def _write_and_check(
+    exporter: _HeadExport | _TrunkExport, scratch: Path, target: Path,
+    tokenizer: PreTrainedTokenizerBase | None, max_shard_size: int | str | None,
+) -> ExportReport:
+    model, form = exporter.model, exporter.form
+    base_name, revision = checkpoints.name_of(model.base)
+    generation_config = copy.deepcopy(model.generation_config)
+    temperature = (generation_config.temperature or 1.0) / exporter.logits_factor
+    folder = scratch / "export"
+    folder.mkdir()
+    checked_base = None
+    if form == "merged":
+        checkpoints.write_checkpoint(
+            exporter.checkpoint(), folder, generation_config,
+            max_shard_size or checkpoints.shard_size_of(model.base),
+        )
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    else:
+        tokenizer = None  # engines take the base's
+        exporter.write_peft(folder, base_name, revision)
+        if temperature != 1.0:
+            generation_config.temperature = temperature
+        generation_config.to_json_file(folder / "generation_config.json")
+        checked_base = base_name or _write_base(model, scratch / "base")
+    check = check_export(
+        folder, scratch, model, exporter.reference, base=checked_base, revision=revision,
+        logits_factor=exporter.logits_factor, temperature=temperature, tokenizer=tokenizer,
+    )
+    write_card(
+        folder, target.name, model, form, base_name, exporter.rank, temperature,
+        tokenizer is not None, check, exporter.approximation,
+    )
+    return ExportReport(
+        form, target, temperature, tokenizer is not None, check, exporter.approximation
+    )
+
+
+def _write_base(model: QAdapterModel, folder: Path) -> str:
+    """A base that is in memory only, as a folder that stock libraries load."""
+    base = model.base
+    if model.adapts_trunk:
+        base = checkpoints.shell_of(model.adapter.peft_model).unload()
+    base.save_pretrained(folder)
+    return str(folder)
+
+
+def _check_output_layer(base: PreTrainedModel) -> None:
+    layer = base.get_output_embeddings()
+    names = {name for name, _ in layer.named_parameters()}
+    if not names <= {"weight", "bias"} or not layer.weight.is_floating_point():
+        raise QAdapterError(
+            f"the base's output layer is a {type(layer).__name__} with {', '.join(sorted(names))}, "
+            "no plain linear layer: merge its own adapter, or load it unquantized, first"
+        )
+
+
+def _token_ids(
+    texts: Sequence[str] | Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase | None
+) -> Sequence[Sequence[int]]:
+    if not any(isinstance(text, str) for text in texts):
+        return texts
+    if tokenizer is None:
+        raise QAdapterError("texts given as strings need a tokenizer")
+    return tokenizer(list(texts), verbose=False)["input_ids"]
+
+
+def _free_folder(output_dir: str | Path) -> Path:
+    folder = Path(output_dir).expanduser().absolute()
+    if folder.exists() and not folder.is_dir():
+        raise QAdapterError(f"output_dir {folder} is a file")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise QAdapterError(f"output_dir {folder} is not empty: choose another")
+    return folder

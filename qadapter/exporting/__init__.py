@@ -1,0 +1,1 @@
+"""What ``qadapter.export`` is made of: weights, files, and the check in a process without us."""

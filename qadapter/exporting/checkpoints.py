@@ -1,0 +1,109 @@
+"""Writing a model that is a frozen base but for a few tensors."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+
+from huggingface_hub.errors import HFValidationError
+from torch import Tensor, nn
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
+
+from qadapter.errors import QAdapterError
+
+
+def shell_of(base: nn.Module) -> nn.Module:
+    """A copy of a model's modules that shares all its tensors: parameters can be replaced in it
+    without the base noticing."""
+    tensors = itertools.chain(base.parameters(), base.buffers())
+    return copy.deepcopy(base, {id(x): x for x in tensors})
+
+
+def output_layer(model: PreTrainedModel) -> str:
+    """Name of the module that makes logits."""
+    head = model.get_output_embeddings()
+    return next(name for name, module in model.named_modules() if module is head)
+
+
+def replace_head(shell: PreTrainedModel, weight: Tensor, bias: Tensor | None) -> None:
+    """Give a shell an output layer of its own; where it was the input embedding, it no longer is.
+
+    Raises:
+        QAdapterError: a weight beyond the range of its dtype.
+    """
+    if not weight.isfinite().all():
+        raise QAdapterError(
+            f"the merged lm_head does not fit {weight.dtype}: load the base in bfloat16 or float32"
+        )
+    name = output_layer(shell)
+    head = shell.get_submodule(name)
+    head.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        head.bias = nn.Parameter(bias, requires_grad=False)
+    for config in (shell.config, shell.config.get_text_config()):
+        config.tie_word_embeddings = False
+    shell.all_tied_weights_keys = {
+        tied: source for tied, source in shell.all_tied_weights_keys.items()
+        if name not in (tied.rpartition(".")[0], source.rpartition(".")[0])
+    }
+
+
+def write_checkpoint(
+    model: PreTrainedModel, folder: Path, generation_config: GenerationConfig,
+    max_shard_size: int | str,
+) -> None:
+    """``save_pretrained`` with a generation config.
+
+    Raises:
+        QAdapterError: a generation config that transformers refuses to write.
+    """
+    model.generation_config = copy.deepcopy(generation_config)
+    try:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+    except ValueError as error:
+        raise QAdapterError(f"the export can't be written: {error}") from error
+
+
+# --- what came with the base --------------------------------------------------------------------
+
+
+def name_of(base: PreTrainedModel) -> tuple[str | None, str | None]:
+    """(name or folder that transformers loads, revision), or Nones for a base only in memory."""
+    name = base.name_or_path
+    if not name:
+        return None, None
+    if Path(name).is_dir():
+        return str(Path(name).resolve()), None
+    return name, getattr(base.config, "_commit_hash", None)
+
+
+def tokenizer_of(base: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    """The base's tokenizer as it came, or None if it came without."""
+    name, revision = name_of(base)
+    if name is None:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision or "main")
+    except (OSError, ValueError, HFValidationError):
+        return None
+
+
+def shard_size_of(base: PreTrainedModel) -> int | str:
+    """Bytes of the base's largest shard; transformers' default where it is in one file."""
+    name, revision = name_of(base)
+    index = name and cached_file(
+        name, SAFE_WEIGHTS_INDEX_NAME, revision=revision, local_files_only=True,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if not index:
+        return "50GB"
+    shards = Path(index).parent.glob("*.safetensors")
+    return max((shard.stat().st_size for shard in shards), default="50GB")

@@ -1,0 +1,93 @@
+"""Exports of LoRA in the trunk, where the policy is one stream: p_b = 0, logits p_a·W·h_a."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+
+import torch
+from peft import PeftConfig
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qadapter.exporting.checkpoints import output_layer, replace_head, shell_of
+from qadapter.model import QAdapterModel
+from qadapter.storage import WEIGHTS_NAME
+
+_MARGIN = 4.0
+"""Merging rounds the adapted weights once, as every product of the trunk rounds its result; that
+adds less than the trunk's own rounding. Four times the largest error of the model as it was trained
+is far above the sum of two such errors, and far below any other policy."""
+
+
+def merged_trunk(model: QAdapterModel) -> PreTrainedModel:
+    """The base with the adapter in its weights, and p_a in its head."""
+    wrapped = shell_of(model.adapter.peft_model)
+    base = wrapped.get_base_model()
+    head = base.get_submodule(output_layer(base))
+    embedding = base.get_input_embeddings()
+    tied = getattr(embedding, "base_layer", embedding).weight is head.weight
+    adapted = {id(layer) for layer in model.adapter.layers}
+    for name, layer in model.base.named_modules():
+        if id(layer) in adapted and hasattr(layer, "base_layer"):
+            _own(base.get_submodule(name).base_layer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tied embeddings: they are untied below
+        merged = wrapped.merge_and_unload(safe_merge=True)
+    p_a, _ = model.policy.stream_weights()
+    changed = tied and merged.get_input_embeddings().weight is not head.weight
+    if p_a != 1 or changed:
+        replace_head(merged, *(
+            None if x is None else (p_a * x.double()).to(x.dtype)
+            for x in (model.head.weight, model.head.bias)
+        ))
+    return merged
+
+
+def write_adapter(
+    model: QAdapterModel, folder: Path, base_name: str | None, revision: str | None
+) -> None:
+    """The adapter as PEFT writes it."""
+    weights = {
+        name: x.detach().to("cpu").contiguous() for name, x in model.adapter.state_dict().items()
+    }
+    save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    config: PeftConfig = copy.deepcopy(model.adapter_config)
+    config.inference_mode = True
+    config.base_model_name_or_path, config.revision = base_name, revision
+    config.save_pretrained(str(folder))
+
+
+@torch.no_grad()
+def reference_logits(
+    model: QAdapterModel, prompts: list[list[int]], decoded: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The policy's logits in the next higher precision (a copy of the whole model), and how far
+    another order of its sums and a rounding more may take an export from them, both float64 [K, V].
+
+    No a-priori bound says what rounding does to a deep network, so it is measured: the tolerance is
+    a multiple of the largest error of this very model, in its own dtype, at the same states.
+    """
+    higher = torch.float64 if model.base.dtype == torch.float32 else torch.float32
+    p_a, _ = model.policy.stream_weights()
+    exact_KV = p_a * _logits(copy.deepcopy(model.base).to(higher), prompts, decoded)
+    ours_KV = p_a * _logits(model.base, prompts, decoded)
+    rounding = torch.finfo(model.base.dtype).eps / 2 * exact_KV.abs().max()
+    tolerance = _MARGIN * torch.maximum((ours_KV - exact_KV).abs().max(), rounding)
+    return exact_KV, tolerance.expand_as(exact_KV)
+
+
+def _logits(base: PreTrainedModel, prompts: list[list[int]], decoded: list[Tensor]) -> Tensor:
+    rows = []
+    for prompt, tokens in zip(prompts, decoded, strict=True):
+        fed = torch.tensor([prompt + tokens.tolist()[:-1]], device=base.device)
+        rows.append(base(input_ids=fed, use_cache=False).logits[0, len(prompt) - 1 :])
+    return torch.cat(rows).to("cpu", torch.float64)
+
+
+def _own(layer: nn.Module) -> None:
+    """Copies in place of shared parameters, to be changed."""
+    for name, parameter in list(layer.named_parameters(recurse=False)):
+        setattr(layer, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))

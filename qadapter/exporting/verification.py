@@ -1,0 +1,215 @@
+"""The check of every export: reloaded by stock libraries in a fresh process, compared with ours.
+
+Stock transformers (and PEFT) decode a fixed set of prompts greedily. Every token they choose and
+every logit they chose it from is held against the policy's logits at the same state, computed here
+in higher precision: the difference must be within what rounding explains, and so must the choice.
+
+Shapes: K tokens decoded, over all prompts; V vocabulary; D hidden.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from qadapter.errors import QAdapterError
+from qadapter.head import trunk
+from qadapter.model import QAdapterModel
+
+PROMPTS = (
+    "The capital of France is",
+    "Write one sentence about the sea.",
+    "def fibonacci(n):\n    ",
+    "1, 2, 4, 8, 16,",
+    "Dear colleagues, thank you for",
+    "Die Sonne scheint und",
+)
+TOKENS = 16
+"""Tokens decoded after each prompt."""
+
+Reference = Callable[[list[list[int]], list[Tensor]], tuple[Tensor, Tensor]]
+"""(prompts, the tokens decoded after each) → the policy's logits at the states they were chosen in,
+and how far rounding may take an export's from them: [K, V] float64 each."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """What the comparison found; all of it within the tolerance, or there is no export."""
+
+    prompts: int
+    tokens: int
+    """Tokens decoded by the stock libraries, over all prompts."""
+    top_tokens: int
+    """How many of them are the policy's most likely token to the last digit; the others tie with
+    it within rounding."""
+    same_answers: int
+    """Prompts to which ``QAdapterModel.generate`` gives the same tokens, greedily."""
+    max_logit_error: float
+    """Largest |stock − exact| logit."""
+    error_to_tolerance: float
+    """Largest ratio of a logit's error to its tolerance; at most 1."""
+    kl_per_token: float
+    """KL(exact policy ‖ export), nats a token, over the decoded states."""
+    dtype: str
+    versions: Mapping[str, str]
+
+
+def check_export(
+    folder: Path, scratch: Path, model: QAdapterModel, reference: Reference, *,
+    base: str | None, revision: str | None, logits_factor: float, temperature: float,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Check:
+    """Have stock libraries decode with an export and compare.
+
+    Args:
+        folder: the export. scratch: an empty folder for the exchange.
+        base, revision: the base that a PEFT export is put on; None for a checkpoint.
+        logits_factor: the policy's logits over the export's.
+        temperature: what its generation_config.json must say.
+        tokenizer: the export's; None: there is none, the prompts are token ids.
+
+    Raises:
+        QAdapterError: it can't be loaded, or decodes something else; the message says what.
+    """
+    texts = None if tokenizer is None else list(PROMPTS)
+    prompts = _plain_ids(model.config.get_text_config().vocab_size)
+    if texts is not None:
+        prompts = [tokenizer(text)["input_ids"] for text in texts]
+    spread = len(set(getattr(model.base, "hf_device_map", {}).values())) > 1
+    request = {
+        "export": str(folder), "base": base, "revision": revision,
+        "dtype": str(model.base.dtype).removeprefix("torch."),
+        "device": "auto" if spread else str(model.base.device),
+        "attn_implementation": model.base.config._attn_implementation,
+        "threads": torch.get_num_threads(), "prompts": prompts, "texts": texts,
+        "max_new_tokens": TOKENS,
+    }
+    tensors, metadata = ask_stock(request, scratch)
+    if (json.loads(metadata["temperature"]) or 1.0) != temperature:
+        raise _failed(
+            f"generation_config.json says temperature {metadata['temperature']}, not {temperature}"
+        )
+    for i, text in enumerate(texts or ()):
+        if tensors[f"prompt.{i}"].tolist() != prompts[i]:
+            raise _failed(
+                f"the tokenizer reads {text!r} as {tensors[f'prompt.{i}'].tolist()}, not as "
+                f"{prompts[i]}"
+            )
+    return _compare(tensors, json.loads(metadata["versions"]), prompts, model, reference,
+                    logits_factor, request["dtype"])
+
+
+def ask_stock(request: Mapping[str, Any], scratch: Path) -> tuple[dict[str, Tensor], dict]:
+    """Run ``stock.py`` in a process of its own; its tensors and metadata."""
+    question, answer = scratch / "request.json", scratch / "answer.safetensors"
+    question.write_text(json.dumps(request), encoding="utf-8")
+    command = [
+        sys.executable, "-P", str(Path(__file__).with_name("stock.py")), str(question), str(answer)
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0 or not answer.is_file():
+        lines = [line for line in result.stderr.splitlines() if line.strip()]
+        raise QAdapterError(
+            "the export was checked and is not kept: stock libraries can't load it "
+            f"({lines[-1][:500] if lines else f'exit code {result.returncode}'})"
+        )
+    with safe_open(answer, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+
+
+@torch.no_grad()
+def replay(base: PreTrainedModel, prompts: list[list[int]], decoded: list[Tensor]) -> Tensor:
+    """The last hidden states [K, D] that tokens were chosen in, computed as ``generate`` does: the
+    prompt at once, then a token at a time from the cache. (In 16 bits another order of the sums
+    gives other states.)"""
+    body, device = trunk(base), base.get_input_embeddings().weight.device
+    states = []
+    for prompt, tokens in zip(prompts, decoded, strict=True):
+        fed, cache, length = torch.tensor([prompt], device=device), None, 0
+        for token in tokens.tolist():
+            length += fed.shape[1]
+            output = body(
+                input_ids=fed, past_key_values=cache, use_cache=True,
+                attention_mask=torch.ones(1, length, dtype=torch.int64, device=device),
+            )
+            states.append(output.last_hidden_state[0, -1])
+            cache, fed = output.past_key_values, torch.tensor([[token]], device=device)
+    return torch.stack(states)
+
+
+def _plain_ids(vocab_size: int) -> list[list[int]]:
+    """Prompts for a base without a tokenizer."""
+    return [
+        [(3 + 31 * i + 17 * k) % vocab_size for k in range(5 + i)] for i in range(len(PROMPTS))
+    ]
+
+
+def _compare(
+    tensors: Mapping[str, Tensor], versions: Mapping[str, str], prompts: list[list[int]],
+    model: QAdapterModel, reference: Reference, logits_factor: float, dtype: str,
+) -> Check:
+    decoded = [tensors[f"tokens.{i}"] for i in range(len(prompts))]
+    places = [f"prompt {i}, token {k}" for i, ids in enumerate(decoded) for k in range(len(ids))]
+    tokens_K1 = torch.cat(decoded)[:, None]
+    stock_KV = torch.cat([tensors[f"logits.{i}"] for i in range(len(prompts))]).double()
+    stock_KV *= logits_factor
+    exact_KV, tolerance_KV = reference(prompts, decoded)
+    if stock_KV.shape != exact_KV.shape:
+        raise _failed(f"{stock_KV.shape[1]} logits a token, not {exact_KV.shape[1]}")
+    error_KV = (stock_KV - exact_KV).abs().nan_to_num(nan=torch.inf)
+    k, v = divmod(int((error_KV - tolerance_KV).argmax()), exact_KV.shape[1])
+    if error_KV[k, v] > tolerance_KV[k, v]:
+        raise _failed(
+            f"{places[k]}: the logit of token id {v} is {stock_KV[k, v]:.6g}, the policy's "
+            f"{exact_KV[k, v]:.6g}; rounding to {dtype} explains {tolerance_KV[k, v]:.2g} at most"
+        )
+    best_K1 = exact_KV.argmax(-1, keepdim=True)
+    gap_K = (exact_KV.gather(1, best_K1) - exact_KV.gather(1, tokens_K1))[:, 0]
+    slack_K = (tolerance_KV.gather(1, best_K1) + tolerance_KV.gather(1, tokens_K1))[:, 0]
+    k = int((gap_K - slack_K).argmax())
+    if gap_K[k] > slack_K[k]:
+        raise _failed(
+            f"{places[k]}: greedy decoding chose id {int(tokens_K1[k])}, the policy's best is "
+            f"{int(best_K1[k])}, ahead by {gap_K[k]:.3g}"
+        )
+    log_probs = exact_KV.log_softmax(-1)
+    divergence = (log_probs.exp() * (log_probs - stock_KV.log_softmax(-1))).sum(-1).mean()
+    return Check(
+        prompts=len(prompts), tokens=len(tokens_K1), top_tokens=int((gap_K == 0).sum()),
+        same_answers=sum(
+            _greedy(model, prompt).equal(ids) for prompt, ids in zip(prompts, decoded, strict=True)
+        ),
+        max_logit_error=float(error_KV.max()),
+        error_to_tolerance=float((error_KV / tolerance_KV.clamp_min(1e-300)).max()),
+        kl_per_token=float(divergence), dtype=dtype, versions=dict(versions),
+    )
+
+
+def _greedy(model: QAdapterModel, prompt: list[int]) -> Tensor:
+    fed = torch.tensor([prompt], device=model.get_input_embeddings().weight.device)
+    before = model.generation_config
+    # As in stock.py: the logits alone choose.
+    model.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=TOKENS, pad_token_id=0
+    )
+    try:
+        output = model.generate(input_ids=fed, attention_mask=torch.ones_like(fed))
+    finally:
+        model.generation_config = before
+    return output[0, len(prompt):].cpu()
+
+
+def _failed(what: str) -> QAdapterError:
+    return QAdapterError(
+        f"the export was checked and is not kept: in stock libraries it is another policy: {what}"
+    )
