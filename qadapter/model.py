@@ -181,6 +181,12 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
             repo_id = hub_kwargs.pop("repo_id", Path(save_directory).name)
             storage.upload(save_directory, repo_id, **hub_kwargs)
 
+    def export(self, output_dir: str | Path, form: str = "merged", **options: Any) -> Any:
+        """Write the policy as it is set for engines that don't know us; ``qadapter.export``."""
+        from qadapter.export import export
+
+        return export(self, output_dir, form, **options)
+
     def print_trainable_parameters(self) -> None:
         """Prints counts of trainable and of all parameters, as PEFT does."""
         trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
