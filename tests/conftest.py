@@ -16,6 +16,11 @@ from hypothesis import settings
 settings.register_profile("qadapter", derandomize=True, deadline=None, max_examples=25)
 settings.load_profile("qadapter")
 
+# Here and not later: some test module's imports reach triton (torch._dynamo does), and whether its
+# kernels compile or run in its interpreter is settled when it is imported (kernels/interpreter.py).
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
     torch.set_num_threads(1)
 

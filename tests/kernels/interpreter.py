@@ -1,10 +1,10 @@
 """How the Triton tests run: compiled where there is a GPU, else in Triton's interpreter.
 
-``TRITON_INTERPRET`` counts when triton and the kernels are imported, once a process. So every
-``test_triton_*`` module imports this one before anything of Triton's. pytest imports all test
-modules before it runs the first test, in every pytest-xdist worker alike, so neither the order nor
-the distribution of the tests matters. Tests that need the compiler all the same start a process of
-their own (``test_triton_aot``).
+``TRITON_INTERPRET`` counts when triton and the kernels are imported, once a process, and other
+tests' imports reach triton too (torch._dynamo does). So ``tests/conftest.py`` sets it, before any
+test module is imported and in every pytest-xdist worker alike, and this module, which every
+``test_triton_*`` imports first, makes sure of it. Tests that need the compiler all the same start a
+process of their own (``test_triton_aot``).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if INTERPRETED:
 
         if not isinstance(sys.modules["triton"].language.sum, InterpretedFunction):
             raise RuntimeError(
-                "triton was imported before TRITON_INTERPRET was set: run these tests alone, or "
-                "with TRITON_INTERPRET=1 in the environment"
+                "triton was imported before TRITON_INTERPRET was set, which tests/conftest.py does "
+                "before any import: run with TRITON_INTERPRET=1 in the environment"
             )
 
 interpreter_only = pytest.mark.skipif(
