@@ -15,6 +15,19 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qadapter import ObjectiveConfig
 
+ROWS = [[5, 9, 11, 3, 20, 7], [17, 4, 8], [30, 31, 5, 9]]
+LENGTH = {"max_new_tokens": 10, "do_sample": False}
+MODES = {
+    "greedy": {},
+    "uncached": {"use_cache": False},
+    "static cache": {"cache_implementation": "static"},
+    "sampling": {"do_sample": True, "temperature": 0.7, "top_k": 20},
+    "beams": {"num_beams": 3},
+    "several answers": {"do_sample": True, "num_return_sequences": 2},
+    "sampled beams": {"num_beams": 2, "do_sample": True},
+    "no repetitions": {"no_repeat_ngram_size": 2},
+}
+
 
 class NaivePolicy(PreTrainedModel, GenerationMixin):
     """Generates from π̃ given two causal LMs: one for the adapted stream, one for the base."""
@@ -70,3 +83,8 @@ def left_padded(rows: list[list[int]], pad: int = 0) -> dict[str, Tensor]:
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def uncached(settings: dict) -> dict:
+    """The same way of generating, without a cache."""
+    return {k: v for k, v in settings.items() if k != "cache_implementation"} | {"use_cache": False}

@@ -8,7 +8,7 @@ import logging
 import pytest
 import torch
 from data.tiny import chatml
-from naive import NaivePolicy, left_padded, with_head
+from naive import LENGTH, MODES, ROWS, NaivePolicy, left_padded, uncached, with_head
 from tiny_models import ARCHITECTURES, tiny_adapter, tiny_base, tiny_llama, tokenized
 from transformers import (
     DynamicCache,
@@ -27,9 +27,7 @@ from qadapter import (
 )
 from qadapter.data import PreferenceCollator
 
-ROWS = [[5, 9, 11, 3, 20, 7], [17, 4, 8], [30, 31, 5, 9]]
 ALPHAS = ObjectiveConfig(alpha_0=0.5, alpha_tilde=2.0)
-LENGTH = {"max_new_tokens": 10, "do_sample": False}
 
 
 def head_model(architecture="llama", form="linear", objective=ALPHAS, seed=0):
@@ -153,18 +151,6 @@ def test_tuple_outputs_and_hidden_states(pair):
 
 # --- generate -------------------------------------------------------------------------------
 
-MODES = {
-    "greedy": {},
-    "uncached": {"use_cache": False},
-    "static cache": {"cache_implementation": "static"},
-    "sampling": {"do_sample": True, "temperature": 0.7, "top_k": 20},
-    "beams": {"num_beams": 3},
-    "several answers": {"do_sample": True, "num_return_sequences": 2},
-    "sampled beams": {"num_beams": 2, "do_sample": True},
-    "no repetitions": {"no_repeat_ngram_size": 2},
-}
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("strength", [1.0, 0.4])
 def test_generate_is_the_definition(pair, mode, strength):
@@ -173,9 +159,8 @@ def test_generate_is_the_definition(pair, mode, strength):
     ours_settings = settings | {"strength": strength}
     torch.manual_seed(3)
     ours = model.generate(**inputs, **ours_settings)
-    naive_settings = {k: v for k, v in ours_settings.items() if k != "cache_implementation"}
     torch.manual_seed(3)
-    assert torch.equal(ours, naive.generate(**inputs, **naive_settings | {"use_cache": False}))
+    assert torch.equal(ours, naive.generate(**inputs, **uncached(ours_settings)))
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "phi", "cohere"])

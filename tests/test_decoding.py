@@ -1,0 +1,271 @@
+"""LoRA in the trunk decodes the policy of its definition: one stream, or both in one batch.
+
+The definition runs stock PEFT on one copy of the base and the plain base on another, over
+everything at every step (``naive``).
+"""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import torch
+from naive import LENGTH, MODES, ROWS, NaivePolicy, left_padded, uncached
+from tiny_models import tiny_base
+from transformers import DynamicCache, StaticCache, TextStreamer
+
+from qadapter import ObjectiveConfig, QAdapterError, QAdapterModel
+from qadapter.decoding import TwoStreamCache
+from qadapter.lora import LoraAdapter
+
+POLICY = ObjectiveConfig(alpha_0=0.5, alpha_tilde=2.0)
+AUTHORS = ObjectiveConfig.authors()
+LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.1}
+ADAPTERS = {
+    "lora": LORA,
+    "dora": LORA | {"use_dora": True},
+    "all linear": LORA | {"target_modules": "all-linear", "use_rslora": True},
+    "embeddings": LORA | {"target_modules": ["embed_tokens", "o_proj"]},
+    "norm": LORA | {"modules_to_save": ["norm"]},
+    "parameters": {"r": 4, "target_modules": [], "target_parameters": ["q_proj.weight"]},
+}
+
+
+def lora_pair(objective=POLICY, adapter="lora", architecture="llama", seed=0):
+    """Our model, and the definition of its policy by stock PEFT."""
+    base = tiny_base(architecture, seed)
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**ADAPTERS[adapter])).eval()
+    torch.manual_seed(seed + 1)
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model = QAdapterModel.from_base(
+        copy.deepcopy(base), peft.LoraConfig(**ADAPTERS[adapter]), objective
+    ).eval()
+    model.adapter.load_state_dict(
+        peft.get_peft_model_state_dict(theirs, save_embedding_layers=False)
+    )
+    return model, NaivePolicy(theirs, base, objective)
+
+
+@pytest.fixture(scope="module", params=["policy", "authors"])
+def pair(request):
+    return lora_pair(POLICY if request.param == "policy" else AUTHORS)
+
+
+def trunk_rows(model) -> list[int]:
+    """Rows of every forward of the trunk from here on."""
+    rows = []
+    model.base.model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(kwargs["input_ids"].shape[0]), with_kwargs=True
+    )
+    return rows
+
+
+# --- logits ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("objective", [POLICY, AUTHORS], ids=["policy", "q"])
+def test_policy_of_every_kind_of_adapter(objective, adapter):
+    model, naive = lora_pair(objective, adapter)
+    inputs = left_padded(ROWS)
+    real = inputs["attention_mask"].bool()
+    for strength in (0.0, 0.4, 1.0, 1.8, torch.tensor([0.0, 1.0, 2.0])):
+        ours = model(**inputs, strength=strength).logits.log_softmax(-1)[real]
+        theirs = naive(**inputs, strength=strength).logits.log_softmax(-1)[real]
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    assert (ours - naive.base(**inputs).logits.log_softmax(-1)[real]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "architecture", ["qwen3", "gemma2", "mistral", "phi", "granite", "cohere"]
+)
+def test_policy_of_every_architecture(architecture):
+    model, naive = lora_pair(AUTHORS, architecture=architecture)
+    inputs = left_padded(ROWS)
+    real = inputs["attention_mask"].bool()
+    ours = model(**inputs, strength=0.7).logits.log_softmax(-1)[real]
+    theirs = naive(**inputs, strength=0.7).logits.log_softmax(-1)[real]
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    settings = LENGTH | {"strength": 0.7}
+    assert torch.equal(model.generate(**inputs, **settings), naive.generate(**inputs, **settings))
+
+
+def test_trained_policy_and_base_need_one_stream():
+    model, _ = lora_pair(POLICY)
+    rows, inputs = trunk_rows(model), left_padded(ROWS)
+    model(**inputs)
+    model(**inputs, strength=0.0)
+    assert rows == [3, 3]
+    model(**inputs, strength=0.5)
+    model.set_policy(alpha_0=0.1)
+    model(**inputs)
+    assert rows[2:] == [6, 6]
+
+
+def test_both_streams_are_those_of_the_model_alone():
+    """Bitwise: an adapter gated off per row is no approximation."""
+    model, naive = lora_pair(AUTHORS)
+    ids = torch.tensor(ROWS[0] + ROWS[1])[None]
+    outputs = model._run("both", input_ids=ids, past_key_values=None, use_cache=False)
+    h_a, h_b = outputs.last_hidden_state.chunk(2)
+    torch.testing.assert_close(h_b, naive.base.model(ids).last_hidden_state, atol=1e-6, rtol=1e-5)
+    expected = naive.adapted.base_model.model.model(ids).last_hidden_state
+    torch.testing.assert_close(h_a, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_outputs_are_those_of_the_adapted_stream():
+    model, _ = lora_pair(AUTHORS)
+    inputs = left_padded(ROWS)
+    outputs = model(**inputs, output_hidden_states=True, logits_to_keep=2)
+    assert outputs.logits.shape[:2] == (3, 2)
+    expected = model._run("adapter", **inputs, output_hidden_states=True).hidden_states
+    real = inputs["attention_mask"].bool()
+    for ours, theirs in zip(outputs.hidden_states, expected, strict=True):
+        torch.testing.assert_close(ours[real], theirs[real], atol=1e-5, rtol=1e-5)
+
+
+# --- generate -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("strength", [1.0, 0.4])
+def test_generate_is_the_definition(pair, mode, strength):
+    model, naive = pair
+    inputs, settings = left_padded(ROWS), LENGTH | MODES[mode] | {"strength": strength}
+    torch.manual_seed(3)
+    ours = model.generate(**inputs, **settings)
+    torch.manual_seed(3)
+    assert torch.equal(ours, naive.generate(**inputs, **uncached(settings)))
+
+
+@pytest.mark.parametrize("adapter", ["dora", "embeddings", "norm"])
+def test_generate_with_other_adapters(adapter):
+    model, naive = lora_pair(AUTHORS, adapter)
+    inputs = left_padded(ROWS)
+    ours = model.generate(**inputs, **LENGTH)
+    assert torch.equal(ours, naive.generate(**inputs, **LENGTH))
+    assert not torch.equal(ours, naive.base.generate(**inputs, **LENGTH))
+
+
+def test_generate_with_a_strength_for_each_row(pair):
+    model, naive = pair
+    inputs, strength = left_padded(ROWS), torch.tensor([0.0, 1.0, 2.0])
+    for settings in (LENGTH, LENGTH | {"num_beams": 2}):
+        ours = model.generate(**inputs, **settings, strength=strength)
+        assert torch.equal(ours, naive.generate(**inputs, **settings, strength=strength))
+
+
+def test_prompt_lookup_and_assistants(pair):
+    model, naive = pair
+    ids = torch.tensor([[5, 9, 11, 3, 5, 9, 11, 3, 5, 9]])
+    for strength in (1.0, 0.4):
+        settings = LENGTH | {"strength": strength}
+        expected = naive.generate(ids, **settings)
+        assert torch.equal(model.generate(ids, **settings, prompt_lookup_num_tokens=3), expected)
+        for assistant in (tiny_base(), lora_pair(AUTHORS, seed=2)[0]):
+            ours = model.generate(ids, **settings, assistant_model=assistant)
+            assert torch.equal(ours, expected)
+
+
+def test_embeddings_as_input(pair):
+    model, naive = pair
+    ids = torch.tensor([ROWS[0]])
+    embeds = model.get_input_embeddings()(ids)
+    ours = model.generate(inputs_embeds=embeds, **LENGTH, strength=0.4)
+    assert torch.equal(ours, naive.generate(ids, **LENGTH, strength=0.4)[:, ids.shape[1]:])
+
+
+def test_chunked_prefill(pair):
+    model, naive = pair
+    ids = torch.tensor([ROWS[0] + ROWS[1]])
+    for settings in ({}, {"cache_implementation": "static"}):
+        ours = model.generate(ids, **LENGTH, strength=0.4, prefill_chunk_size=4, **settings)
+        assert torch.equal(ours, naive.generate(ids, **LENGTH, strength=0.4))
+
+
+def test_streamer(pair):
+    class Collect(TextStreamer):
+        def __init__(self):
+            self.tokens = []
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            pass
+
+    model, naive = pair
+    streamer, ids = Collect(), torch.tensor([ROWS[0]])
+    model.generate(ids, **LENGTH, strength=0.4, streamer=streamer)
+    assert streamer.tokens == naive.generate(ids, **LENGTH, strength=0.4)[0].tolist()
+
+
+# --- caches ---------------------------------------------------------------------------------
+
+
+def test_cache_carries_over_turns(pair):
+    model, naive = pair
+    for make in (
+        lambda: TwoStreamCache(DynamicCache(config=model.config)),
+        lambda: TwoStreamCache(StaticCache(config=model.config, max_cache_len=64)),
+    ):
+        cache, ids = make(), torch.tensor([ROWS[0]])
+        for turn in ([], [40, 41, 42]):
+            ids = torch.cat([ids, torch.tensor([turn], dtype=torch.int64)], dim=1)
+            ours = model.generate(ids, **LENGTH, past_key_values=cache, strength=0.4)
+            assert torch.equal(ours, naive.generate(ids, **LENGTH, strength=0.4))
+            ids = ours
+
+
+def test_forward_by_hand_keeps_both_streams(pair):
+    model, naive = pair
+    ids = torch.tensor(ROWS[0])[None].repeat(2, 1)
+    first = model(ids[:, :4], strength=0.4, use_cache=True)
+    cache = first.past_key_values
+    assert isinstance(cache, TwoStreamCache) and cache.rows == 2
+    cache.reorder_cache(torch.tensor([1, 0]))
+    cache.batch_select_indices(torch.tensor([0]))
+    cache.batch_repeat_interleave(3)
+    cache.crop(-1)
+    second = model(ids[:1, 3:].repeat(3, 1), strength=0.4, past_key_values=cache)
+    expected = naive(ids, strength=0.4).logits[:1, 3:].log_softmax(-1)
+    ours = second.logits.log_softmax(-1)
+    torch.testing.assert_close(ours, expected.expand_as(ours), atol=1e-4, rtol=0)
+
+
+def test_reordered_caches_keep_streams_apart():
+    layers = DynamicCache(config=tiny_base().config)
+    cache = TwoStreamCache(layers)
+    cache.rows = 2
+    marks = torch.arange(4.0).view(4, 1, 1, 1)  # rows 0, 1 adapted, rows 2, 3 of the base
+    cache.update(marks, marks, 0)
+    cache.update(marks, marks, 1)
+    cache.reorder_cache(torch.tensor([1, 1]))
+    assert cache.layers[0].keys.flatten().tolist() == [1, 1, 3, 3]
+
+
+def test_wrong_caches_are_refused():
+    model, _ = lora_pair(POLICY)
+    ids, plain = torch.tensor([ROWS[0]]), DynamicCache(config=model.config)
+    with pytest.raises(QAdapterError, match="TwoStreamCache"):
+        model.generate(ids, **LENGTH, strength=0.4, past_key_values=plain)
+    with pytest.raises(QAdapterError, match="adapter stream alone"):
+        model.generate(ids, **LENGTH, past_key_values=TwoStreamCache(plain))
+    filled = DynamicCache(config=model.config)
+    answer = model.generate(ids, **LENGTH, past_key_values=filled)
+    with pytest.raises(QAdapterError, match="hold the adapter stream, this policy runs base"):
+        model.generate(answer, **LENGTH, past_key_values=filled, strength=0.0)
+    with pytest.raises(QAdapterError, match="no layers yet"):
+        TwoStreamCache(DynamicCache())
+
+
+def test_experts_that_see_tokens_out_of_order_are_refused():
+    """Row 1 of 2 is not the base's where a layer sees tokens of both in an order of its own."""
+    model, _ = lora_pair(AUTHORS)
+    layer = model.base.model.layers[0].self_attn.q_proj
+    with model.adapter.on_first_half(4, 3), pytest.raises(QAdapterError, match="out of order"):
+        layer(torch.zeros(5, 32))
+    assert isinstance(model.adapter, LoraAdapter)
