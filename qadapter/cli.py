@@ -91,6 +91,12 @@ def rewards(ctx: typer.Context) -> None:
     _hand_over("rewards", ctx)
 
 
+@app.command(context_settings=_PASS_ON)
+def bench(ctx: typer.Context) -> None:
+    """Measure the kernels beside their peers (needs a checkout of the repository)."""
+    _hand_over("bench", ctx)
+
+
 @app.command()
 def info() -> None:
     """Show versions, devices, base models at hand, and which kernels are taken and why."""

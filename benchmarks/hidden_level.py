@@ -1,0 +1,282 @@
+"""The hidden-level loss as everybody would compute it: providers, inputs, the exact answer.
+
+One objective for all, at which every provider's mathematics is the same: q is the adapted stream,
+α₀ = α̃ = β, γ = 1, no χ² term, V of the action's own state. Then
+
+    h_z = h_a/β + h_b,  log π̃ = log_softmax(W·h_z),  r = q − V = β·(log π̃ − log π)
+
+which is DPO with policy hidden states h_z and reference h_b (design §2, facts 1 and 5). So peers
+that know log-probabilities or DPO only compute the same loss and get the one-product algebra; the
+eager code of the authors needs no more than they wrote. Nobody gets prompt or padding rows.
+
+Shapes: N rows (states), V vocabulary, D hidden size, 2B sequences (chosen first).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from harness import Head, Unavailable
+from torch import Tensor
+
+from qadapter_kernels import bradley_terry, dispatch, linear, linear_soft_value, reference
+from qadapter_kernels.reference import Coefficients
+
+BETA = 0.5
+COEFFICIENTS = Coefficients(alpha_0=BETA, alpha_tilde=BETA, adapter_coef=1.0, base_coef=0.0)
+SEQUENCE_ROWS = 256
+TRL_CHUNK = 32_768
+"""Vocabulary columns of a tile: what TRL 1.16's trainers pass."""
+
+
+class Inputs(NamedTuple):
+    """What a training step has at hand when the trunk is done."""
+
+    adapter_hidden: Tensor
+    base_hidden: Tensor
+    weight: Tensor
+    actions: Tensor
+    offsets: Tensor
+    """int64 [2B + 1]."""
+    sequences: Tensor
+    """Sequence of each row [N]."""
+    base_logsumexp: Tensor | None = None
+    """Where the base is cached: lse(b) and log π(a) [N]."""
+    base_logprob: Tensor | None = None
+
+
+def make_inputs(head: Head, rows: int, dtype: torch.dtype, device: str, cached: bool) -> Inputs:
+    """Synthetic, with logits like a language model's: of standard deviation 2, and the action's own
+    raised by 0 to 14, so that some states are sure and others are not."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    weight = (normal(head.vocab, head.hidden) * (2 / head.hidden**0.5)).to(dtype)
+    actions = torch.randint(head.vocab, (rows,), generator=generator, device=device)
+    raised = torch.linspace(0, 14, rows, device=device)[:, None]
+    base = normal(rows, head.hidden) + weight[actions].float() * (raised / 4)  # |w|² is about 4
+    adapter = (normal(rows, head.hidden) * (0.3 * BETA)).to(dtype).requires_grad_()
+    pairs = max(1, rows // (2 * SEQUENCE_ROWS))
+    lengths = [len(part) for part in torch.arange(rows).tensor_split(2 * pairs)]
+    offsets = torch.tensor([0, *lengths], device=device).cumsum(0)
+    sequences = torch.repeat_interleave(
+        torch.arange(2 * pairs, device=device), offsets.diff(), output_size=rows
+    )
+    inputs = Inputs(adapter, base.to(dtype), weight, actions, offsets, sequences)
+    if not cached:
+        return inputs
+    soft = linear_soft_value(
+        inputs.base_hidden, inputs.base_hidden, weight, actions, **COEFFICIENTS._asdict()
+    )
+    return inputs._replace(base_logsumexp=soft.base_logsumexp, base_logprob=soft.base_logprob)
+
+
+# --- providers ------------------------------------------------------------------------------------
+# Each: Inputs → loss, 0-d, differentiable in adapter_hidden.
+
+
+def preference_loss(rewards_N: Tensor, x: Inputs) -> Tensor:
+    """The sequence loss in plain PyTorch."""
+    sums_S = rewards_N.new_zeros(len(x.offsets) - 1).index_add(0, x.sequences, rewards_N)
+    chosen_B, rejected_B = sums_S.tensor_split(2)
+    return -F.logsigmoid(chosen_B - rejected_B).mean()
+
+
+def eager_authors(x: Inputs) -> Tensor:
+    """As the authors wrote it: two products, float32 copies of both logits, log_softmax of one and
+    logsumexp of their sum."""
+    q_NV = F.linear(x.adapter_hidden, x.weight).float()
+    base_logprobs_NV = F.linear(x.base_hidden, x.weight).float().log_softmax(-1)
+    value_N = BETA * ((q_NV + BETA * base_logprobs_NV) / BETA).logsumexp(-1)
+    q_N = q_NV.gather(1, x.actions[:, None])[:, 0]
+    return preference_loss(q_N - value_N, x)
+
+
+def policy_hidden(x: Inputs) -> Tensor:
+    """h_z: added in float32, rounded once."""
+    return (x.adapter_hidden.float() / BETA + x.base_hidden.float()).to(x.weight.dtype)
+
+
+def eager_one_product(x: Inputs) -> Tensor:
+    """z = W·h_z instead of two logits in the graph; q of the action by a gather and a dot."""
+    policy_lse_N = F.linear(policy_hidden(x), x.weight).float().logsumexp(-1)
+    base_lse_N = x.base_logsumexp
+    if base_lse_N is None:
+        with torch.no_grad():
+            base_lse_N = F.linear(x.base_hidden, x.weight).float().logsumexp(-1)
+    q_N = (x.adapter_hidden.float() * x.weight[x.actions].float()).sum(-1)
+    return preference_loss(q_N - BETA * (policy_lse_N - base_lse_N), x)
+
+
+def liger(x: Inputs) -> Tensor:
+    """LigerFusedLinearDPOLoss with its defaults (compiled, one pair a chunk)."""
+    if x.base_logprob is not None:
+        raise Unavailable("takes no cached reference")
+    try:
+        from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+    except ImportError as error:
+        raise Unavailable(f"not installed: {error}") from error
+    lengths = x.offsets.diff().tolist()
+
+    def padded(x_N: Tensor, value: float) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence(x_N.split(lengths), True, value)
+
+    loss = LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=True)
+    return loss(
+        x.weight, padded(policy_hidden(x), 0.0), padded(x.actions, -100),
+        ref_input=padded(x.base_hidden, 0.0), ref_weight=x.weight,
+    )[0]
+
+
+def from_logprobs(x: Inputs, logprob: Callable[[Tensor], Tensor]) -> Tensor:
+    """The loss through a peer's log-probability of the action, of h_z and (not cached) of h_b."""
+    policy_logprob_N = logprob(policy_hidden(x))
+    base_logprob_N = x.base_logprob
+    if base_logprob_N is None:
+        with torch.no_grad():
+            base_logprob_N = logprob(x.base_hidden)
+    return preference_loss(BETA * (policy_logprob_N - base_logprob_N), x)
+
+
+def trl(x: Inputs) -> Tensor:
+    """TRL's chunked log-probability kernel (its PyTorch path where there is no GPU)."""
+    try:
+        from trl.kernels import ChunkedLogProbFunction
+    except ImportError as error:
+        raise Unavailable(f"not installed: {error}") from error
+    return from_logprobs(x, lambda hidden: ChunkedLogProbFunction.apply(
+        hidden, x.weight, None, x.actions, 1.0, TRL_CHUNK, None, 1.0, ()
+    )[0])
+
+
+def cut_cross_entropy(x: Inputs, impl: str) -> Tensor:
+    """Apple's cut-cross-entropy, with its default gradient filter. PyPI's 25.1.1 has no
+    return_lse; its per-token loss is −log π̃, which is all that this objective needs."""
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+    except ImportError as error:
+        raise Unavailable(f"not installed: {error}") from error
+    if impl == "cce" and not x.weight.is_cuda:
+        raise Unavailable("its Triton kernels need a GPU")
+    return from_logprobs(x, lambda hidden: -linear_cross_entropy(
+        hidden, x.weight, x.actions, reduction="none", impl=impl
+    ))
+
+
+def ours(x: Inputs, backend: str | None = None) -> Tensor:
+    soft = linear_soft_value(
+        x.adapter_hidden, x.base_hidden, x.weight, x.actions, **COEFFICIENTS._asdict(),
+        base_logsumexp=x.base_logsumexp, backend=backend,
+    )
+    return bradley_terry(
+        soft.q_action, soft.value, x.offsets, gamma=1.0, bootstrap="current", backend=backend
+    ).loss
+
+
+class Provider(NamedTuple):
+    loss: Callable[[Inputs], Tensor]
+    compiled: bool = False
+    """Compiles for a shape, by torch.compile."""
+    cacheable: bool = True
+    """Can use a cached base."""
+    logits_bytes: int = 0
+    """Rough peak in bytes for each of the N·V logits; decides whether it is tried at all."""
+
+
+def providers(device: str) -> dict[str, Provider]:
+    """By name, ours first. Ours without a backend is what users get."""
+    others = [
+        name for name in dispatch.PREFERENCE[device]
+        if name != dispatch.default(device).NAME
+        and dispatch.load(name).unavailable_reason(device) is None
+    ]
+    compiled = functools.partial(torch.compile, dynamic=False)
+    return {
+        "ours": Provider(ours),
+        **{f"ours ({name})": Provider(functools.partial(ours, backend=name)) for name in others},
+        "eager, authors": Provider(eager_authors, cacheable=False, logits_bytes=28),
+        "eager, one product": Provider(eager_one_product, logits_bytes=16),
+        "torch.compile, authors":
+            Provider(compiled(eager_authors), True, cacheable=False, logits_bytes=16),
+        "torch.compile, one product":
+            Provider(compiled(eager_one_product), True, logits_bytes=10),
+        "Liger DPO": Provider(liger, True, cacheable=False),
+        "TRL chunked log-prob": Provider(trl),
+        "cut-cross-entropy": Provider(functools.partial(cut_cross_entropy, impl="cce"), True),
+        "cut-cross-entropy, torch_compile": Provider(
+            functools.partial(cut_cross_entropy, impl="torch_compile"), True, logits_bytes=10
+        ),
+    }
+
+
+# --- the floor ------------------------------------------------------------------------------------
+
+
+def products(x: Inputs, with_gradient: bool) -> Callable[[], None]:
+    """Our matrix products alone, in our chunks, into memory that is there already."""
+    product = linear._Product(x.weight)
+    streams = 1 if x.base_logsumexp is not None else 2
+    rows = linear.chunk_rows(
+        len(x.actions), x.weight.shape[1], streams * product.bytes_per_row, 512 << 20,
+        x.weight.device,
+    )
+    workspace = product.new_workspace(streams * rows).zero_()
+    stacked = x.base_hidden.repeat(streams, 1)
+    gradient = torch.zeros_like(x.base_hidden)
+
+    def run() -> None:
+        for start in range(0, len(x.actions), rows):
+            count = min(rows, len(x.actions) - start)
+            z = workspace[: streams * count]
+            product.into(stacked[streams * start : streams * (start + count)], z)
+            if with_gradient:
+                probabilities = linear.residual_view(z[:count], x.weight.dtype)
+                torch.mm(probabilities, x.weight, out=gradient[start : start + count])
+
+    return run
+
+
+# --- the exact answer -----------------------------------------------------------------------------
+
+
+def exact(x: Inputs, block: int = 128) -> tuple[Tensor, Tensor]:
+    """Loss and ∂loss/∂h_a [N, D] by the definition in float64, block by block of rows."""
+    weight = x.weight.double()
+    hidden = x.adapter_hidden.detach().double().requires_grad_()
+
+    def soft(rows: slice) -> reference.DefinitionOutput:
+        return reference.linear_soft_value(
+            hidden[rows], x.base_hidden[rows].double(), weight, x.actions[rows], COEFFICIENTS
+        )
+
+    blocks = [slice(i, i + block) for i in range(0, len(x.actions), block)]
+    with torch.no_grad():
+        parts = [soft(rows) for rows in blocks]
+    q_N, value_N = (
+        torch.cat([getattr(part, name) for part in parts]).requires_grad_()
+        for name in ("q_action", "value")
+    )
+    loss = preference_loss(q_N - value_N, x)
+    loss.backward()
+    for rows in blocks:
+        part = soft(rows)
+        torch.autograd.backward((part.q_action, part.value), (q_N.grad[rows], value_N.grad[rows]))
+    return loss.detach(), hidden.grad
+
+
+def errors(loss_of: Callable[[Inputs], Tensor], x: Inputs, truth: tuple[Tensor, Tensor]) -> dict:
+    """|loss − exact| and the gradient's relative error ‖g − exact‖/‖exact‖."""
+    x.adapter_hidden.grad = None
+    loss = loss_of(x)
+    loss.backward()
+    gradient, x.adapter_hidden.grad = x.adapter_hidden.grad.double(), None
+    return {
+        "loss_error": float((loss.detach().double() - truth[0]).abs()),
+        "gradient_error": float((gradient - truth[1]).norm() / truth[1].norm()),
+    }

@@ -1,0 +1,210 @@
+"""Tables and pictures of benchmark records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Record = dict[str, Any]
+OURS, GRID = "#c2410c", "#d4d4d8"
+OTHERS = ("#334155", "#64748b", "#0f766e", "#5eead4", "#7c3aed", "#2563eb", "#a16207", "#93c5fd")
+
+
+def number(value: float | None, unit: str = "") -> str:
+    """Three significant digits."""
+    if value is None:
+        return "—"
+    text = f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return text + unit
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table as wide as it needs to be; the first column is text, the others are numbers."""
+    table = Table(title=title, title_justify="left", min_width=min(len(title), 130))
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", no_wrap=index > 0)
+    for row in rows:
+        table.add_row(*row, style="bold" if row[0].startswith("ours") else None)
+    console = Console()
+    if not console.is_terminal:  # a log: nothing to fit into
+        console = Console(width=140)
+    console.print(table)
+
+
+def spread(record: Record) -> str:
+    low, high = record["ms_quartiles"]
+    return f"{number(low)} – {number(high)}"
+
+
+def print_group(title: str, records: Sequence[Record]) -> None:
+    """One table a mode; what could not run is listed with its reason."""
+    for mode in dict.fromkeys(record["mode"] for record in records):
+        rows, refused = [], []
+        for record in (r for r in records if r["mode"] == mode):
+            name = record["provider"] + (", base cached" if record.get("base") == "cached" else "")
+            if record["status"] != "ok":
+                refused.append(f"{name}: {record['status']}")
+                continue
+            rows.append((
+                name, number(record["ms"]), spread(record), number(record.get("times_ours"), "×"),
+                number(record.get("percent_of_products") or record.get("percent_of_copy"), "%"),
+                number(record.get("peak_extra_mib")), number(record.get("loss_error")),
+                number(record.get("gradient_error")),
+            ))
+        relative = "copy" if any("percent_of_copy" in r for r in records) else "products"
+        print_table(
+            f"{title}, {mode}",
+            ("provider", "ms", "quartiles", "/ ours", f"of {relative}", "peak MiB", "loss error",
+             "gradient error"),
+            rows,
+        )
+        for line in refused:
+            print(f"  not run: {line}")
+
+
+def draw_linear_loss(records: Sequence[Record], folder: Path) -> None:
+    """Time over N, and time and memory at the largest N that (nearly) all could run."""
+    usable = [r for r in records if r["status"] == "ok" and r["mode"] == "both"]
+    if not usable:
+        return
+    head = usable[0]["shape"]["head"]
+    mine = [r for r in usable if r["shape"]["head"] == head]
+    counts = sorted({r["shape"]["N"] for r in mine})
+    at = 1024 if 1024 in counts else counts[-1]
+    names = list(dict.fromkeys(label(r) for r in mine))
+
+    figure, (lines, times, memory) = _figure(3, (15, 4.6), width_ratios=(1.25, 1, 1))
+    for name in names:
+        points = [(r["shape"]["N"], r["ms"]) for r in mine if label(r) == name]
+        lines.plot(*zip(*points, strict=True), **style(name, names), label=name)
+    lines.set(xscale="log", yscale="log", xlabel="rows N", ylabel="milliseconds")
+    lines.legend(fontsize=6.5, frameon=False)
+    chosen = {label(r): r for r in mine if r["shape"]["N"] == at}
+    bars(times, {name: r["ms"] for name, r in chosen.items()}, names, "milliseconds")
+    bars(memory, {name: r["peak_extra_mib"] for name, r in chosen.items()
+                  if r.get("peak_extra_mib") is not None}, names, "peak extra memory, MiB")
+    lines.set_title("time over N", fontsize=10, loc="left")
+    times.set_title(f"time at N = {at:,}", fontsize=10, loc="left")
+    memory.set_title(f"memory at N = {at:,}", fontsize=10, loc="left")
+    title = f"Hidden-level loss, forward and backward: {head} head, bfloat16"
+    _save(figure, records, title, folder)
+
+
+def label(record: Record) -> str:
+    return record["provider"] + (", base cached" if record.get("base") == "cached" else "")
+
+
+def style(name: str, names: Sequence[str]) -> dict[str, Any]:
+    if name.startswith("ours"):
+        return {"color": OURS, "linewidth": 2.2, "marker": "o", "markersize": 4,
+                "linestyle": "--" if "cached" in name or "(" in name else "-", "zorder": 3}
+    if name.startswith("products"):
+        return {"color": "black", "linewidth": 1, "linestyle": ":"}
+    others = [n for n in names if not n.startswith(("ours", "products"))]
+    return {"color": OTHERS[others.index(name) % len(OTHERS)], "linewidth": 1.2, "marker": ".",
+            "linestyle": "--" if "cached" in name else "-"}
+
+
+def bars(axes: Any, values: dict[str, float], names: Sequence[str], what: str) -> None:
+    """Horizontal bars, shortest on top, each with its number."""
+    ordered = sorted(values, key=values.get, reverse=True)
+    axes.barh(ordered, [values[n] for n in ordered],
+              color=[style(n, names)["color"] for n in ordered], height=0.7)
+    for index, name in enumerate(ordered):
+        axes.annotate(number(values[name]), (values[name], index), (3, 0), va="center",
+                      textcoords="offset points", fontsize=7)
+    axes.tick_params(axis="y", labelsize=7)
+    axes.margins(x=0.18)
+    axes.set_xlabel(what)
+
+
+def _figure(
+    columns: int, size: tuple[float, float], sharey: bool = False, **layout: Any
+) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, columns, figsize=size, sharey=sharey, layout="constrained",
+                                gridspec_kw=layout)
+    for one in axes:
+        one.spines[["top", "right"]].set_visible(False)
+        one.grid(color=GRID, linewidth=0.5)
+        one.set_axisbelow(True)
+    return figure, axes
+
+
+def _save(figure: Any, records: Sequence[Record], title: str, folder: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    where = records[0]["environment"]
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+    figure.supxlabel(
+        f"{where['machine']}, {where['threads']} threads, torch {where['torch']}, "
+        f"{where['date'][:10]}, commit {where['commit']}", x=0.01, ha="left", fontsize=7,
+    )
+    path = folder / f"{records[0]['kernel']}.{records[0]['device']}.png"
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    print(f"picture: {path}")
+
+
+def draw_logits_loss(records: Sequence[Record], folder: Path) -> None:
+    """Bandwidth against that of a copy, over N, forward and backward."""
+    usable = [r for r in records if r["status"] == "ok"]
+    head = usable[-1]["shape"]["head"]
+    mine = [r for r in usable if r["shape"]["head"] == head]
+    names = list(dict.fromkeys(r["provider"] for r in mine if r["provider"] != "copy"))
+    figure, axes = _figure(2, (10, 4), sharey=True)
+    for axis, mode in zip(axes, ("forward", "backward"), strict=True):
+        for name in names:
+            points = [(r["shape"]["N"], r["percent_of_copy"]) for r in mine
+                      if r["provider"] == name and r["mode"] == mode]
+            axis.plot(*zip(*points, strict=True), **style(name, names), label=name)
+        axis.axhline(100, color="black", linewidth=1, linestyle=":", label="a copy")
+        axis.set(xscale="log", ylim=(0, None), xlabel="rows N")
+        axis.set_title(mode, fontsize=10, loc="left")
+    axes[0].set_ylabel("% of the copy's bandwidth")
+    axes[1].legend(fontsize=7, frameon=False)
+    vocab = mine[0]["shape"]["V"]
+    _save(figure, records, f"soft_value on bfloat16 logits, V = {vocab:,}", folder)
+
+
+def draw_scaling(sweeps: Sequence[Record], records: Sequence[Record], folder: Path) -> None:
+    """Time over N and over V with the fitted line."""
+    figure, axes = _figure(2, (10, 4))
+    for axis, sweep in zip(axes, sweeps, strict=True):
+        sizes = list(sweep["points"])
+        line = [sweep["fixed_ms"] + sweep["ms_per_1000"] / 1000 * size for size in sizes]
+        axis.plot(sizes, list(sweep["points"].values()), "o", color=OURS, label="measured")
+        axis.plot(sizes, line, color="black", linewidth=1, linestyle=":",
+                  label=f"line, r² = {sweep['r_squared']:.4f}")
+        axis.set(xlabel={"N": "rows N", "V": "vocabulary V"}[sweep["axis"]], ylabel="milliseconds",
+                 xlim=(0, None), ylim=(0, None))
+        axis.set_title(f"time ~ {sweep['axis']}^{sweep['exponent']:.2f}", fontsize=10, loc="left")
+        axis.legend(fontsize=8, frameon=False)
+    _save(figure, records, "Hidden-level loss, forward and backward, bfloat16", folder)
+
+
+def draw_decoding(records: Sequence[Record], folder: Path) -> None:
+    """Microseconds of one decoding step's policy and draw, over the batch."""
+    usable = [r for r in records if r["status"] == "ok"]
+    settings = list(dict.fromkeys(r["mode"] for r in usable))
+    names = list(dict.fromkeys(r["provider"] for r in usable))
+    figure, axes = _figure(max(2, len(settings)), (4.2 * max(2, len(settings)), 4), sharey=True)
+    for axis, setting in zip(axes, settings, strict=False):
+        for name in names:
+            points = [(r["shape"]["N"], r["ms"]) for r in usable
+                      if r["provider"] == name and r["mode"] == setting]
+            axis.plot(*zip(*points, strict=True), **style(name, names), label=name)
+        axis.set(xscale="log", yscale="log", xlabel="sequences N")
+        axis.set_title(setting, fontsize=10, loc="left")
+    axes[0].set_ylabel("milliseconds a step")
+    axes[0].legend(fontsize=7, frameon=False)
+    vocab = usable[0]["shape"]["V"]
+    _save(figure, records, f"Two streams to one token, V = {vocab:,}", folder)

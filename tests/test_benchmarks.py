@@ -1,0 +1,182 @@
+"""The benchmarks run, compute the same thing, and write what they say. No times are judged."""
+
+# ruff: noqa: E402  (the scripts' folder has to be on the path first)
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+if not FOLDER.exists():
+    pytest.skip("tests of a checkout, and this is an installed copy", allow_module_level=True)
+sys.path.insert(0, str(FOLDER))
+
+import decoding
+import harness
+import hidden_level
+import linear_loss
+import logits_loss
+import scaling
+from harness import Case, Timing, Unavailable
+
+from qadapter.commands import bench
+
+PEERS = ("eager, authors", "eager, one product", "TRL chunked log-prob")
+
+
+def run(main, folder: Path, *arguments: str) -> list[dict]:
+    main(["--dry-run", "--device", "cpu", "--output", str(folder), *arguments])
+    (lines,) = folder.glob("*.jsonl")
+    assert [path.suffix for path in folder.glob("*.png")] == [".png"]
+    return [json.loads(line) for line in lines.read_text().splitlines()]
+
+
+def test_linear_loss(tmp_path, capsys):
+    rows = run(linear_loss.main, tmp_path, "--no-memory", "--rows", "34", "--providers", "ours",
+               *PEERS, "cut-cross-entropy")
+    done = {(r["provider"], r["mode"], r["base"]): r for r in rows if r["status"] == "ok"}
+    assert {mode for _, mode, _ in done} == set(linear_loss.MODES)
+    assert done["products alone", "both", "cached"]["percent_of_products"] == pytest.approx(100)
+    assert done["ours", "both", "computed"]["times_ours"] == pytest.approx(1)
+    assert ("eager, authors", "both", "cached") not in done
+    for row in rows:
+        assert row["environment"]["torch"] == torch.__version__
+        assert (row["kernel"], row["dtype"], row["device"]) == ("linear_loss", "bfloat16", "cpu")
+        assert row["shape"] == {"head": "tiny", "N": 34, "vocab": 1031, "hidden": 64}
+    refused = [r for r in rows if r["provider"] == "cut-cross-entropy"]
+    assert len(refused) == 6 and all(
+        "GPU" in r["status"] or "not installed" in r["status"] for r in refused
+    )
+    assert "not run: cut-cross-entropy: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["ours", "ours (torch)", *PEERS])
+@pytest.mark.parametrize("cached", [False, True])
+def test_everybody_computes_the_same_loss(name, cached):
+    """In float32, where all agree to rounding; bfloat16 would hide a wrong formula."""
+    provider = hidden_level.providers("cpu")[name]
+    if cached and not provider.cacheable:
+        pytest.skip("takes no cached base")
+    x = hidden_level.make_inputs(harness.HEADS["tiny"], 40, torch.float32, "cpu", cached)
+    found = hidden_level.errors(provider.loss, x, hidden_level.exact(x, block=16))
+    assert found["loss_error"] < 1e-4 and found["gradient_error"] < 1e-4
+
+
+def test_liger_computes_the_same_loss():
+    loss = pytest.importorskip("liger_kernel.chunked_loss").LigerFusedLinearDPOLoss
+    x = hidden_level.make_inputs(harness.HEADS["tiny"], 41, torch.float32, "cpu", False)
+
+    class Uncompiled(loss):
+        def __init__(self, **options):
+            super().__init__(**options, compiled=False)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("liger_kernel.chunked_loss.LigerFusedLinearDPOLoss", Uncompiled)
+        found = hidden_level.errors(hidden_level.liger, x, hidden_level.exact(x))
+    assert found["loss_error"] < 1e-4 and found["gradient_error"] < 1e-4
+
+
+def test_one_row_and_uneven_sequences():
+    for rows in (1, 41, 1029):
+        x = hidden_level.make_inputs(harness.HEADS["tiny"], rows, torch.float32, "cpu", False)
+        assert x.offsets[-1] == rows == len(x.sequences)
+        assert torch.isfinite(hidden_level.ours(x))
+
+
+def test_logits_loss(tmp_path):
+    rows = run(logits_loss.main, tmp_path, "--providers", "ours", "eager")
+    copies = [r for r in rows if r["provider"] == "copy"]
+    assert all(r["percent_of_copy"] == pytest.approx(100) for r in copies) and copies
+    for row in rows:
+        if row["provider"] != "copy":
+            assert row["loss_error"] < 1e-3 and row["gradient_error"] < 4e-3
+
+
+def test_scaling(tmp_path):
+    rows = run(scaling.main, tmp_path)
+    assert {r["axis"] for r in rows} == {"N", "V", "fit"}
+    assert [sweep["axis"] for sweep in rows[-1]["sweeps"]] == ["N", "V"]
+
+
+def test_fit_finds_a_line_and_a_power():
+    line = scaling.fit({x: 3.0 + 0.5 * x for x in (10, 20, 40)})
+    assert line["fixed_ms"] == pytest.approx(3) and line["ms_per_1000"] == pytest.approx(500)
+    assert line["r_squared"] == pytest.approx(1)
+    square = scaling.fit({x: float(x * x) for x in (1, 2, 4, 8)})
+    assert square["exponent"] == pytest.approx(2) and square["per_unit_spread"] == pytest.approx(8)
+
+
+def test_decoding(tmp_path):
+    rows = run(decoding.main, tmp_path)
+    assert {r["mode"] for r in rows} == set(decoding.SETTINGS)
+    a, b = decoding.make_logits(1031, 3, "cpu")
+    torch.testing.assert_close(
+        decoding.combine_fused(a, b), decoding.combine_eager(a, b), atol=1e-4, rtol=1e-5
+    )
+
+
+def test_cases_take_turns_and_failures_are_results():
+    seen = []
+
+    def counting(name):
+        return lambda: Case(lambda prepared: seen.append((name, prepared)), lambda: "ready")
+
+    def missing():
+        raise Unavailable("needs a moon")
+
+    def failing():
+        return Case(lambda _: torch.zeros(2) @ torch.zeros(3))
+
+    found = harness.interleave(
+        {"a": counting("a"), "missing": missing, "failing": failing, "b": counting("b")}, "cpu",
+        budget=0.0, min_rounds=3,
+    )
+    assert list(found) == ["a", "missing", "failing", "b"]
+    assert found["missing"] == "needs a moon" and found["failing"].startswith("RuntimeError: ")
+    assert isinstance(found["a"], Timing) and found["a"].rounds == found["b"].rounds == 3
+    timed = [name for name, _ in seen[4:]]  # after two warm-ups each
+    assert timed == ["a", "b", "b", "a", "a", "b"]
+    assert all(prepared == "ready" for _, prepared in seen)
+
+
+def allocating(mebibytes: int, rows: int) -> Case:
+    """Holds that much twice over, in two allocations, the first of which is gone at the end."""
+    def work(_):
+        for _ in range(2):
+            torch.ones(mebibytes << 18)  # float32
+
+    return Case(work if rows > harness.WARM_ROWS else lambda _: None)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
+def test_peak_memory_is_what_is_held_at_once():
+    found = harness.peak_extra_memory(allocating, (64,), 1000, "cpu", warm_in_full=False)
+    assert math.isclose(found / harness.MEBIBYTE, 64, rel_tol=0.1)
+
+
+def test_bench_command_hands_its_options_over(monkeypatch):
+    calls = []
+
+    def record(command):
+        calls.append(command)
+        return subprocess.CompletedProcess(command, 1 if "scaling" in command[1] else 0)
+
+    monkeypatch.setattr(bench.subprocess, "run", record)
+    options = bench.BenchArguments(question="decoding", device="cpu", threads=2, dry_run=True)
+    bench.run(options, set())
+    flags = ["--budget", "20.0", "--output", "runs/bench", "--device", "cpu", "--threads", "2"]
+    assert calls == [[sys.executable, str(FOLDER / "decoding.py"), *flags, "--dry-run"]]
+    with pytest.raises(bench.QAdapterError, match="failed: scaling"):
+        bench.run(bench.BenchArguments(), set())
+    assert [Path(c[1]).stem for c in calls[1:]] == list(bench.QUESTIONS)
+
+
+def test_gpu_script_parses():
+    subprocess.run(["bash", "-n", FOLDER / "gpu.sh"], check=True)
