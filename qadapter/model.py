@@ -80,7 +80,7 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_base(
-        cls, base: PreTrainedModel | str | Path,
+        cls, base: PreTrainedModel | LoadedBase | str | Path,
         adapter: AdapterConfig | PeftConfig | str | None = None,
         objective: ObjectiveConfig | None = None, **base_kwargs: Any,
     ) -> QAdapterModel:
@@ -467,7 +467,11 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
         """Nothing to initialise: the base is loaded and the adapter builds itself."""
 
 
-def _as_loaded(base: PreTrainedModel | str | Path, base_kwargs: dict[str, Any]) -> LoadedBase:
+def _as_loaded(
+    base: PreTrainedModel | LoadedBase | str | Path, base_kwargs: dict[str, Any]
+) -> LoadedBase:
+    if isinstance(base, LoadedBase):
+        return base
     if isinstance(base, PreTrainedModel):
         if base.config.is_encoder_decoder:
             raise QAdapterError(
