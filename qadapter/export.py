@@ -29,7 +29,7 @@ from qadapter.exporting.approximation import Approximation, fit_linear
 from qadapter.exporting.card import write_card
 from qadapter.exporting.head import LinearPolicy
 from qadapter.exporting.trunk import merged_trunk, reference_logits, write_adapter
-from qadapter.exporting.verification import Check, Reference, check_export, replay
+from qadapter.exporting.verification import Check, Reference, check_export, check_states
 from qadapter.model import QAdapterModel
 
 Form = Literal["merged", "lm_head_lora", "peft"]
@@ -190,9 +190,12 @@ class _HeadExport:
     @property
     def reference(self) -> Reference:
         stored = self.model.base.dtype if self.form == "merged" else torch.float32
-        return lambda prompts, decoded: self.policy.exact_logits(
-            replay(self.model.base, prompts, decoded), stored
-        )
+
+        def reference(prompts, decoded, states_KD):
+            check_states(self.model.base, prompts, decoded, states_KD)
+            return self.policy.exact_logits(states_KD, stored)
+
+        return reference
 
     def checkpoint(self) -> PreTrainedModel:
         shell = checkpoints.shell_of(self.model.base)
@@ -237,7 +240,7 @@ class _TrunkExport:
 
     @property
     def reference(self) -> Reference:
-        return lambda prompts, decoded: reference_logits(self.model, prompts, decoded)
+        return lambda prompts, decoded, _: reference_logits(self.model, prompts, decoded)
 
     def checkpoint(self) -> PreTrainedModel:
         return merged_trunk(self.model)

@@ -90,9 +90,11 @@ def tokenizer_of(base: PreTrainedModel) -> PreTrainedTokenizerBase | None:
     if name is None:
         return None
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision or "main")
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main")
     except (OSError, ValueError, HFValidationError):
         return None
+    # Without files transformers makes up a tokenizer of the right class that knows no word.
+    return tokenizer if tokenizer("word")["input_ids"] else None
 
 
 def shard_size_of(base: PreTrainedModel) -> int | str:

@@ -82,7 +82,7 @@ class LinearPolicy(NamedTuple):
         product (beside a LoRA) are each rounded once to the base's dtype.
 
         Args:
-            hidden_ND: the base's last hidden states, as the base computes them.
+            hidden_ND: last hidden states, to the digits that the export computes its logits from.
             stored: dtype the adapted head is stored in.
 
         Returns:

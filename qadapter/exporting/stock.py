@@ -7,8 +7,9 @@ a checkpoint); ``dtype``, ``device``, ``attn_implementation``, ``threads``; ``pr
 token ids) and ``texts`` (the same as text, or null); ``max_new_tokens``.
 
 The answer, for prompt i: ``tokens.i`` [K]; ``logits.i`` [K, V], which each was chosen from;
-``prompt.i``, the text as the export's own tokenizer reads it. Metadata: ``versions``;
-``temperature``, of the export's generation_config.json.
+``states.i`` [K, D], the last hidden states those come from; ``prompt.i``, the text as the export's
+own tokenizer reads it. Metadata: ``versions``; ``temperature``, of the export's
+generation_config.json.
 """
 
 import json
@@ -49,7 +50,7 @@ def answer(request):
     # Nothing but the logits shall choose the tokens: not a penalty, nor an end of sequence.
     model.generation_config = GenerationConfig(
         do_sample=False, max_new_tokens=request["max_new_tokens"], pad_token_id=0,
-        output_logits=True, return_dict_in_generate=True,
+        output_logits=True, output_hidden_states=True, return_dict_in_generate=True,
     )
     tensors = {}
     for i, ids in enumerate(request["prompts"]):
@@ -57,6 +58,8 @@ def answer(request):
         output = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt))
         tensors[f"tokens.{i}"] = output.sequences[0, prompt.shape[1]:].cpu()
         tensors[f"logits.{i}"] = torch.cat(output.logits).float().cpu()
+        states = [layers[-1][0, -1] for layers in output.hidden_states]
+        tensors[f"states.{i}"] = torch.stack(states).float().cpu()
     if request["texts"] is not None:
         tokenizer = AutoTokenizer.from_pretrained(request["export"])
         for i, text in enumerate(request["texts"]):

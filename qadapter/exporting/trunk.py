@@ -64,8 +64,8 @@ def write_adapter(
 def reference_logits(
     model: QAdapterModel, prompts: list[list[int]], decoded: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The policy's logits in the next higher precision (a copy of the whole model), and how far
-    another order of its sums and a rounding more may take an export from them, both float64 [K, V].
+    """What an export is checked against: the policy's logits in the next higher precision (of a
+    copy of the model), and how far rounding may take an export from them; float64 [K, V] both.
 
     No a-priori bound says what rounding does to a deep network, so it is measured: the tolerance is
     a multiple of the largest error of this very model, in its own dtype, at the same states.

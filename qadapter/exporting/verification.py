@@ -37,9 +37,14 @@ PROMPTS = (
 TOKENS = 16
 """Tokens decoded after each prompt."""
 
-Reference = Callable[[list[list[int]], list[Tensor]], tuple[Tensor, Tensor]]
-"""(prompts, the tokens decoded after each) → the policy's logits at the states they were chosen in,
-and how far rounding may take an export's from them: [K, V] float64 each."""
+_STATES_MAY_DIFFER = 1024
+"""Units of relative rounding by which another order of sums may move a trunk's output. (Where the
+processes align their memory alike, it is 0.)"""
+
+Reference = Callable[[list[list[int]], list[Tensor], Tensor], tuple[Tensor, Tensor]]
+"""(prompts, the tokens decoded after each, the export's last hidden states [K, D] they were chosen
+in) → the policy's logits there, and how far rounding may take the export's from them: [K, V]
+float64 each. May raise: the states themselves are wrong."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,12 +133,17 @@ def ask_stock(request: Mapping[str, Any], scratch: Path) -> tuple[dict[str, Tens
 
 
 @torch.no_grad()
-def replay(base: PreTrainedModel, prompts: list[list[int]], decoded: list[Tensor]) -> Tensor:
-    """The last hidden states [K, D] that tokens were chosen in, computed as ``generate`` does: the
-    prompt at once, then a token at a time from the cache. (In 16 bits another order of the sums
-    gives other states.)"""
+def check_states(
+    base: PreTrainedModel, prompts: list[list[int]], decoded: list[Tensor], states_KD: Tensor
+) -> None:
+    """Whether an export's trunk is the base's: the last hidden states its tokens were chosen in are
+    computed again as ``generate`` does, the prompt at once, then a token at a time from the cache.
+
+    Raises:
+        QAdapterError: they differ by more than rounding.
+    """
     body, device = trunk(base), base.get_input_embeddings().weight.device
-    states = []
+    rows = []
     for prompt, tokens in zip(prompts, decoded, strict=True):
         fed, cache, length = torch.tensor([prompt], device=device), None, 0
         for token in tokens.tolist():
@@ -142,9 +152,16 @@ def replay(base: PreTrainedModel, prompts: list[list[int]], decoded: list[Tensor
                 input_ids=fed, past_key_values=cache, use_cache=True,
                 attention_mask=torch.ones(1, length, dtype=torch.int64, device=device),
             )
-            states.append(output.last_hidden_state[0, -1])
+            rows.append(output.last_hidden_state[0, -1])
             cache, fed = output.past_key_values, torch.tensor([[token]], device=device)
-    return torch.stack(states)
+    ours_KD = torch.stack(rows).to("cpu", torch.float64)
+    differences_K = (states_KD.double() - ours_KD).norm(dim=-1) / ours_KD.norm(dim=-1)
+    allowed = min(0.25, _STATES_MAY_DIFFER * torch.finfo(base.dtype).eps)
+    if not differences_K.max() <= allowed:
+        raise _failed(
+            f"its last hidden states differ from the base's by {differences_K.max():.2g} of their "
+            f"size; rounding explains {allowed:.2g} at most"
+        )
 
 
 def _plain_ids(vocab_size: int) -> list[list[int]]:
@@ -163,7 +180,8 @@ def _compare(
     tokens_K1 = torch.cat(decoded)[:, None]
     stock_KV = torch.cat([tensors[f"logits.{i}"] for i in range(len(prompts))]).double()
     stock_KV *= logits_factor
-    exact_KV, tolerance_KV = reference(prompts, decoded)
+    states_KD = torch.cat([tensors[f"states.{i}"] for i in range(len(prompts))])
+    exact_KV, tolerance_KV = reference(prompts, decoded, states_KD)
     if stock_KV.shape != exact_KV.shape:
         raise _failed(f"{stock_KV.shape[1]} logits a token, not {exact_KV.shape[1]}")
     error_KV = (stock_KV - exact_KV).abs().nan_to_num(nan=torch.inf)
