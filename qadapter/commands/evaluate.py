@@ -43,7 +43,7 @@ def app(show_hidden: bool = False) -> typer.Typer:
         "eval",
         "Evaluate an adapter, a base or a plain checkpoint on preference pairs: accuracy, "
         "calibration, retention, answers; with 95% intervals.",
-        GROUPS, run, show_hidden=show_hidden,
+        GROUPS, run, show_hidden=show_hidden, argument="model_name_or_path",
     )
 
 

@@ -37,7 +37,7 @@ _HELP = "/reset forgets the conversation, /quit ends it"
 def app(show_hidden: bool = False) -> typer.Typer:
     return command(
         "generate", "Answer one prompt or a file of prompts, or chat.", GROUPS, run,
-        show_hidden=show_hidden,
+        show_hidden=show_hidden, argument="model_name_or_path",
     )
 
 

@@ -61,8 +61,12 @@ PANELS = (
         {"rewards/margins": "margin"}, 0.0,
     ),
     Panel(
-        "kl.png", "Distance from the base on the answers", "KL [nats a token]",
-        {"kl_base_policy": "KL(base‖customised)", "kl_policy_base": "KL(customised‖base)"},
+        "kl.png", "Distance from the base", "KL [nats a token]",
+        {
+            "kl_base_policy": "KL(base‖customised), answers",
+            "kl_policy_base": "KL(customised‖base), answers",
+            "retention_kl": "KL(base‖customised), retention texts",
+        },
     ),
 )
 
