@@ -440,7 +440,8 @@ class Log:
 
     def __init__(self, folder: Path, base: str) -> None:
         self.path = folder / "real_preferences.jsonl"
-        self.fixed = {"base": base, "environment": environment("cpu") | {"cores": os.cpu_count()}}
+        machine = environment("cpu", None) | {"cores": os.cpu_count()}
+        self.fixed = {"base": base, "environment": machine}
 
     def add(self, step: str, data: str, **fields: Any) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
