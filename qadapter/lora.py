@@ -69,8 +69,6 @@ class LoraAdapter:
     def __init__(self, base: PreTrainedModel, config: PeftConfig):
         name = type(base).__name__
         base.requires_grad_(False)
-        if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
-            raise QAdapterError(f"{name} holds PEFT layers already: merge or unload them first")
         if config.is_prompt_learning or config.is_adaption_prompt:
             raise QAdapterError(f"{config.peft_type.value} adapts no layers: use LoRA")
         for field, (allowed, reason) in _CHANGING_THE_BASE.items():

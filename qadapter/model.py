@@ -109,6 +109,10 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
         cls, loaded: LoadedBase, config: AdapterConfig | PeftConfig, objective: ObjectiveConfig,
         identity: storage.BaseIdentity,
     ) -> QAdapterModel:
+        if hasattr(loaded.model, "peft_config"):
+            raise QAdapterError(
+                f"{type(loaded.model).__name__} holds PEFT layers already: merge or unload them"
+            )
         base = loaded.model.requires_grad_(False).eval()
         head = LanguageModelHead.of(base)
         if isinstance(config, AdapterConfig):

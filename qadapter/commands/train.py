@@ -10,8 +10,10 @@ from pathlib import Path
 import typer
 from datasets import Dataset
 from rich.console import Console
+from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from qadapter import storage
 from qadapter.base import load_tokenizer
 from qadapter.commands import arguments as args
 from qadapter.commands.environment import devices, peak_rss_bytes, versions
@@ -125,6 +127,7 @@ def run(
         "dtype": model_args.dtype, "revision": model_args.model_revision,
         "trust_remote_code": config.trust_remote_code,
     }
+    set_seed(config.seed)  # the adapter's start is random too
     model = QAdapterModel.from_base(
         base_name, config.adapter_config(), config.objective_config(),
         **loading | (config.model_init_kwargs or {}),
@@ -219,7 +222,7 @@ def _write(
     write_metrics_jsonl(folder / "metrics.jsonl", history)
     setup = {
         "base": model.base_identity.name,
-        "adapter": dataclasses.asdict(model.adapter_config),
+        "adapter": storage.describe(model.adapter_config),
         "objective": dataclasses.asdict(model.objective),
     }
     write_json(folder / "summary.json", {

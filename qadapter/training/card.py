@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from qadapter import storage
+
 if TYPE_CHECKING:
     from qadapter.training.trainer import QAdapterTrainer
 
@@ -49,7 +51,7 @@ def write(
         "## Adapter and objective",
         _table(
             {
-                **dataclasses.asdict(model.adapter_config), **dataclasses.asdict(model.objective)
+                **storage.describe(model.adapter_config), **dataclasses.asdict(model.objective)
             }
         ),
         "## Training",

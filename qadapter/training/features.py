@@ -21,6 +21,7 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from qadapter.errors import QAdapterError
 from qadapter.model import QAdapterModel
 from qadapter.training.packing import Group, Packing, hidden_states, packed_attention
 from qadapter_kernels import linear_logsumexp
@@ -181,6 +182,8 @@ def compute_shard(
     model: QAdapterModel, dataset: Dataset, batch_tokens: int, pad_token_id: int, bar: tqdm
 ) -> Shard:
     """Features of all pairs of ``dataset``; arguments as ``compute_features``."""
+    if model.adapts_trunk:
+        raise QAdapterError("an adapter in the trunk sees more than the base's features")
     sequences = _sequences(dataset, model.objective.mask_alignment, pad_token_id)
     counts = torch.tensor([len(sequence.states) for sequence in sequences])
     offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))

@@ -62,6 +62,8 @@ class QAdapterTrainer(Trainer):
         compute_metrics: gets ``EvalPrediction`` with ``predictions`` [P, 2], the rewards of chosen
             and rejected, and ``label_ids`` [P], the preferred one's index (0).
         quantization_config: for loading a base given by name.
+        peft_config: a LoRA in the trunk instead of the head adapter that ``args`` describe; its
+            base runs at every step.
         callbacks, optimizers: as in transformers.
         retention_dataset: unrelated texts for ``retention_coef``: a dataset with a ``text`` column
             or strings.
@@ -94,11 +96,7 @@ class QAdapterTrainer(Trainer):
         args = QAdapterConfig() if args is None else args
         if not isinstance(args, QAdapterConfig):
             raise QAdapterError(f"args must be a QAdapterConfig, got {type(args).__name__}")
-        if peft_config is not None:
-            raise QAdapterError(
-                "peft_config is not supported: this version trains head adapters (AdapterConfig)"
-            )
-        model = _as_qadapter_model(model, args, quantization_config)
+        model = _as_qadapter_model(model, args, quantization_config, peft_config)
         if args.n_gpu > 1:
             # nn.DataParallel would copy the whole base to every GPU at every step.
             args._n_gpu = 1
@@ -440,11 +438,12 @@ class QAdapterTrainer(Trainer):
     def _load_adapter(self, folder: str) -> None:
         saved = storage.read(folder)
         saved.base.require(self.model.base_identity, folder)
-        for what in ("adapter", "objective"):
-            theirs = getattr(saved, what)
-            ours = self.model.adapter_config if what == "adapter" else self.model.objective
-            if theirs != ours:
-                raise QAdapterError(f"{folder}: trained with {theirs}, this run has {ours}")
+        theirs, ours = storage.describe(saved.adapter), storage.describe(self.model.adapter_config)
+        if (theirs, saved.objective) != (ours, self.model.objective):
+            raise QAdapterError(
+                f"{folder}: trained with {theirs}, {saved.objective}; this run has {ours}, "
+                f"{self.model.objective}"
+            )
         storage.load_weights(folder, self.model.adapter)
 
     def create_model_card(
@@ -467,13 +466,17 @@ class _Collator:
         return self.ragged(examples) if cached else self.padded(examples)
 
 
-def _as_qadapter_model(model: Any, args: QAdapterConfig, quantization_config: Any) -> QAdapterModel:
+def _as_qadapter_model(
+    model: Any, args: QAdapterConfig, quantization_config: Any, peft_config: Any
+) -> QAdapterModel:
     by_name = isinstance(model, (str, Path))
     if not by_name and (args.model_init_kwargs or quantization_config is not None):
         raise QAdapterError(
             "model_init_kwargs and quantization_config are for a model given by name"
         )
     if isinstance(model, QAdapterModel):
+        if peft_config is not None:
+            raise QAdapterError("the model has its adapter: peft_config is for a plain causal LM")
         wanted = args.objective_config()
         if wanted not in (model.objective, type(wanted)()):
             raise QAdapterError(
@@ -491,4 +494,5 @@ def _as_qadapter_model(model: Any, args: QAdapterConfig, quantization_config: An
         raise QAdapterError(
             f"model must be a QAdapterModel, a causal LM or its name, got {type(model).__name__}"
         )
-    return QAdapterModel.from_base(model, args.adapter_config(), args.objective_config(), **kwargs)
+    adapter = args.adapter_config() if peft_config is None else peft_config
+    return QAdapterModel.from_base(model, adapter, args.objective_config(), **kwargs)

@@ -1,0 +1,312 @@
+"""LoRA in the trunk: its configurations, its two streams in training, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import peft
+import pytest
+import torch
+from data.tiny import chatml
+from tiny_models import preference_rows, tiny_base, tiny_llama, tokenized
+from torch import nn
+from transformers import OPTConfig, OPTForCausalLM
+
+from qadapter import (
+    AdapterConfig,
+    ObjectiveConfig,
+    QAdapterConfig,
+    QAdapterError,
+    QAdapterModel,
+    QAdapterTrainer,
+    q_adapter_loss,
+)
+from qadapter.data import PreferenceCollator
+from qadapter.training.losses import batch_loss
+
+IDS = torch.tensor([[5, 9, 11, 3, 20, 7]])
+QV = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+CONFIGS = {
+    "lora": peft.LoraConfig(**QV, lora_dropout=0.3),
+    "dora": peft.LoraConfig(**QV, use_dora=True),
+    "rslora and patterns": peft.LoraConfig(
+        r=4, target_modules=r".*layers\.[01]\..*(q_proj|down_proj)", use_rslora=True,
+        rank_pattern={"down_proj": 2}, layers_to_transform=None,
+    ),
+    "loha": peft.LoHaConfig(r=2, target_modules=["q_proj"]),
+    "ia3": peft.IA3Config(target_modules=["k_proj", "up_proj"], feedforward_modules=["up_proj"]),
+}
+
+
+def model_of(config=CONFIGS["lora"], objective=None, base=None, trained=True) -> QAdapterModel:
+    model = QAdapterModel.from_base(base or tiny_llama(), config, objective)
+    if trained:
+        torch.manual_seed(1)
+        for parameter in model.adapter.parameters():
+            nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def batch(pairs: int = 4) -> dict:
+    return PreferenceCollator(pad_token_id=2)(list(tokenized(pairs)))
+
+
+def arguments(folder, **changes) -> QAdapterConfig:
+    settings = {
+        "output_dir": str(folder), "per_device_train_batch_size": 4, "learning_rate": 1e-2,
+        "max_steps": 6, "logging_steps": 1, "report_to": "none", "disable_tqdm": True,
+        "warmup_steps": 0, "use_cpu": True,
+    }
+    return QAdapterConfig(**settings | changes)
+
+
+def losses(trainer: QAdapterTrainer) -> list[float]:
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+# --- the two streams ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_base_stream_is_the_base_bit_for_bit(name):
+    model = model_of(CONFIGS[name]).eval()
+    h_a, h_b = model.hidden_streams(IDS)
+    assert torch.equal(h_b, tiny_llama().model(IDS).last_hidden_state)
+    assert (h_a - h_b).abs().max() > 1e-3
+    assert h_a.requires_grad and not h_b.requires_grad
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_untrained_adapter_is_the_base(name):
+    """Fact 3; DoRA divides by a norm that it multiplies by; LoHa and IA3 have zeros of their own."""
+    model = model_of(CONFIGS[name], trained=False).eval()
+    h_a, h_b = model.hidden_streams(IDS)
+    torch.testing.assert_close(h_a, h_b, atol=1e-5, rtol=1e-5)
+
+
+def test_the_preset_of_the_paper():
+    model = QAdapterModel.from_base(tiny_llama(), "paper")
+    config = model.adapter_config
+    assert (config.r, set(config.target_modules)) == (8, {"q_proj", "v_proj"})
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == sum(
+        8 * (32 + out) for out in (32, 16)
+    ) * 2
+    with pytest.raises(QAdapterError, match="neither a preset"):
+        QAdapterModel.from_base(tiny_llama(), "papr")
+
+
+def test_gating_changes_no_requires_grad_and_survives_errors():
+    model = model_of()
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    with pytest.raises(ZeroDivisionError), model.adapter.off():
+        _ = 1 / 0
+    with pytest.raises(ZeroDivisionError), model.adapter.on_first_half(2, 6):
+        _ = 1 / 0
+    model.hidden_streams(IDS)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert not torch.equal(*model.eval().hidden_streams(IDS))
+
+
+def test_dropout_is_the_adapters_alone():
+    """In training it moves the adapted stream and never the base's; in evaluation nothing."""
+    base = tiny_llama(attention_dropout=0.9)
+    model = model_of(base=base).train()
+    first, second = (model.hidden_streams(IDS) for _ in range(2))
+    assert not torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    modes = {type(m).__name__ for m in model.base.modules() if m.training}
+    assert "LlamaAttention" not in modes and "Dropout" in modes
+    first, second = (model.eval().hidden_streams(IDS) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+
+
+def test_a_copy_has_its_own_gates():
+    model = model_of().eval()
+    other = copy.deepcopy(model)
+    expected = model(IDS, strength=0.4).logits
+    assert torch.equal(other(IDS, strength=0.4).logits, expected)
+    with other.adapter.off():
+        assert torch.equal(model(IDS, strength=0.4).logits, expected)
+    with torch.no_grad():
+        for parameter in other.adapter.parameters():
+            parameter.zero_()
+    assert torch.equal(model(IDS, strength=0.4).logits, expected)
+    assert not torch.equal(other(IDS, strength=0.4).logits, expected)
+
+
+def test_sixteen_bit_base_trains_its_adapter_in_float32():
+    model = model_of(base=tiny_llama().to(torch.bfloat16), trained=False)
+    assert {p.dtype for p in model.adapter.parameters()} == {torch.float32}
+    h_a, h_b = model.hidden_streams(IDS)
+    assert h_a.dtype == h_b.dtype == torch.bfloat16
+    out = model.eval()(IDS, strength=0.5)
+    assert out.logits.dtype == torch.bfloat16
+
+
+# --- training -------------------------------------------------------------------------------
+
+
+def test_loss_and_gradients_are_those_of_the_logits():
+    """The hidden-level loss without logits, against two whole logit tensors."""
+    objective = ObjectiveConfig(alpha_0=0.3, gamma=0.9)
+    model, inputs = model_of(objective=objective).eval(), batch()
+    loss = batch_loss(model, inputs).loss
+    loss.backward()
+    ours = [p.grad.clone() for p in model.adapter.parameters()]
+    model.zero_grad()
+    h_a, h_b = model.hidden_streams(inputs["input_ids"], inputs["attention_mask"])
+    weight = model.head.weight
+    expected = q_adapter_loss(
+        h_a @ weight.T, h_b @ weight.T, inputs["input_ids"], inputs["completion_mask"], objective
+    ).loss
+    expected.backward()
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    for mine, parameter in zip(ours, model.adapter.parameters(), strict=True):
+        assert mine.abs().max() > 0
+        torch.testing.assert_close(
+            mine, parameter.grad, atol=1e-4 * parameter.grad.abs().max().item(), rtol=1e-3
+        )
+
+
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_training_lowers_the_loss_and_leaves_the_base(tmp_path, name):
+    base = tiny_llama()
+    before = {n: p.clone() for n, p in base.named_parameters()}
+    trainer = QAdapterTrainer(
+        base, arguments(tmp_path), train_dataset=preference_rows(8), processing_class=chatml(),
+        peft_config=CONFIGS[name],
+    )
+    trainer.train()
+    assert losses(trainer)[-1] < losses(trainer)[0] - 0.1
+    ids = trainer.model.get_input_embeddings().weight
+    assert torch.equal(ids, before["model.embed_tokens.weight"])
+    for n, p in trainer.model.base.named_parameters():
+        plain = n.replace(".base_layer", "")
+        assert plain not in before or torch.equal(p, before[plain]), n
+    loaded = QAdapterModel.from_pretrained(tmp_path, tiny_llama()).eval()
+    trained = trainer.model.eval()
+    assert torch.equal(loaded(IDS, strength=0.7).logits, trained(IDS, strength=0.7).logits)
+    assert "target_modules" in (tmp_path / "README.md").read_text()
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    results = []
+    for checkpointing in (False, True):
+        trainer = QAdapterTrainer(
+            tiny_llama(), arguments(tmp_path, gradient_checkpointing=checkpointing, max_steps=3,
+                                    save_strategy="no"),
+            train_dataset=preference_rows(8), processing_class=chatml(),
+            peft_config=CONFIGS["lora"],
+        )
+        recomputed = []
+        trainer.model.base.model.layers[0].mlp.register_forward_pre_hook(
+            lambda *_, seen=recomputed: seen.append(torch.is_grad_enabled())
+        )
+        trainer.train()
+        results.append((losses(trainer), [p.clone() for p in trainer.model.adapter.parameters()]))
+        # Each step: the base's forward, the adapted one, and once more in the backward.
+        assert len(recomputed) == 3 * (3 if checkpointing else 2)
+    (losses_a, weights_a), (losses_b, weights_b) = results
+    assert losses_a == pytest.approx(losses_b, abs=1e-6)
+    for a, b in zip(weights_a, weights_b, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_checkpointed_layers_that_drop_activations_are_refused():
+    opt = OPTForCausalLM(
+        OPTConfig(vocab_size=64, hidden_size=16, ffn_dim=16, num_hidden_layers=1,
+                  num_attention_heads=2, max_position_embeddings=32, word_embed_proj_dim=16)
+    )
+    model = QAdapterModel.from_base(opt, peft.LoraConfig(**QV))
+    model.activation_checkpointing_enable()
+    with pytest.raises(QAdapterError, match="drops activations"):
+        model.train()
+
+
+def test_resumed_training_is_the_same(tmp_path):
+    def train(folder, **changes):
+        trainer = QAdapterTrainer(
+            tiny_llama(), arguments(folder, save_steps=2, max_steps=4, **changes),
+            train_dataset=preference_rows(16), processing_class=chatml(),
+            peft_config=peft.LoraConfig(**QV),
+        )
+        return trainer
+
+    whole = train(tmp_path)
+    whole.train()
+    resumed = train(tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for a, b in zip(
+        whole.model.adapter.parameters(), resumed.model.adapter.parameters(), strict=True
+    ):
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-6)
+    other = QAdapterTrainer(
+        tiny_llama(), arguments(tmp_path), train_dataset=preference_rows(16),
+        processing_class=chatml(), peft_config=peft.LoraConfig(r=2, target_modules=["q_proj"]),
+    )
+    with pytest.raises(QAdapterError, match="trained with"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_token_rewards_follow_both_streams():
+    model, inputs = model_of(objective=ObjectiveConfig.authors()).eval(), batch(2)
+    h_a, h_b = model.hidden_streams(inputs["input_ids"], inputs["attention_mask"])
+    expected = q_adapter_loss(
+        h_a @ model.head.weight.T, h_b @ model.head.weight.T, inputs["input_ids"],
+        inputs["completion_mask"], model.objective,
+    ).token_rewards
+    rewards = model.token_rewards(
+        inputs["input_ids"], inputs["completion_mask"], inputs["attention_mask"]
+    )
+    torch.testing.assert_close(rewards, expected.detach(), atol=1e-4, rtol=1e-4)
+
+
+# --- what is refused ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (peft.LoraConfig(r=4, target_modules=["lm_head"]), "lm_head: the two streams share"),
+        (peft.LoraConfig(**QV, modules_to_save=["lm_head"]), "lm_head: the two streams share"),
+        (peft.LoraConfig(r=4, target_modules=["nothing"]), "nothing"),
+        (peft.LoraConfig(**QV, bias="all"), "bias='all'"),
+        (peft.LoraConfig(**QV, init_lora_weights="pissa"), "changes the base's own weights"),
+        (peft.LoraConfig(**QV, trainable_token_indices=[1]), "trainable_token_indices"),
+        (peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10), "AdaLoRA"),
+        (peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), "adapts no layers"),
+    ],
+)
+def test_configurations_that_move_the_base_are_refused(config, message):
+    base = tiny_base()
+    with pytest.raises(QAdapterError, match=message):
+        QAdapterModel.from_base(base, config)
+    assert not any(isinstance(m, peft.tuners.tuners_utils.BaseTunerLayer) for m in base.modules())
+
+
+def test_adapted_bases_are_refused():
+    base = tiny_base()
+    adapted = peft.get_peft_model(base, peft.LoraConfig(**QV))
+    with pytest.raises(QAdapterError, match="holds PEFT layers already"):
+        QAdapterModel.from_base(base, peft.LoraConfig(**QV))
+    with pytest.raises(QAdapterError, match="got PeftModel"):
+        QAdapterModel.from_base(adapted, peft.LoraConfig(**QV))
+    with pytest.raises(QAdapterError, match="holds PEFT layers already"):
+        QAdapterModel.from_base(base, AdapterConfig(rank=2))
+
+
+def test_features_and_a_second_adapter_are_refused(tmp_path):
+    trainer = QAdapterTrainer(
+        model_of(), arguments(tmp_path), train_dataset=preference_rows(4),
+        processing_class=chatml(),
+    )
+    with pytest.raises(QAdapterError, match="more than the base's features"):
+        trainer.features(preference_rows(4))
+    with pytest.raises(QAdapterError, match="has its adapter"):
+        QAdapterTrainer(model_of(), arguments(tmp_path), peft_config=CONFIGS["lora"])
+
+
+def test_nothing_is_logged_by_peft(caplog):
+    with caplog.at_level(logging.WARNING):
+        model_of().eval()(IDS)
+    assert not caplog.records
