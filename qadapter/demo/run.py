@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
+from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from qadapter.adapters import AdapterConfig
@@ -137,6 +138,7 @@ def run_demo(
     console.print(f"base: {loaded.name} — {loaded.reason}", highlight=False)
     started = time.monotonic()  # downloads and conversions are not the demo's own time
     tokenizer = load_tokenizer(loaded.name)
+    set_seed(seed)  # the adapter's start is random too
     model = QAdapterModel.from_base(loaded, ADAPTER, OBJECTIVE)
 
     pairs, (retention_texts, unrelated) = load_pairs(size), load_unrelated()
