@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
+    set_seed,
 )
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
 
@@ -495,4 +496,5 @@ def _as_qadapter_model(
             f"model must be a QAdapterModel, a causal LM or its name, got {type(model).__name__}"
         )
     adapter = args.adapter_config() if peft_config is None else peft_config
+    set_seed(args.seed)  # the adapter's start is random too
     return QAdapterModel.from_base(model, adapter, args.objective_config(), **kwargs)
