@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tiny import build_model, build_pairs, build_tokenizer
+from training_tiny import build_model, build_pairs, build_tokenizer
 
 from qadapter.training import QAdapterConfig, QAdapterTrainer
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny import build_model, build_pairs, build_tokenizer
+from training_tiny import build_model, build_pairs, build_tokenizer
 
 from qadapter.training import QAdapterConfig, QAdapterTrainer
 

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from datasets import Dataset
-from tiny import build_model, build_pairs, build_tokenizer
+from training_tiny import build_model, build_pairs, build_tokenizer
 from torch.testing import assert_close
 
 from qadapter import ObjectiveConfig, QAdapterError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import build_model, build_pairs
+from training_tiny import build_model, build_pairs
 from torch.testing import assert_close
 
 from qadapter import ObjectiveConfig, q_adapter_loss

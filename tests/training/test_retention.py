@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import build_model, build_pairs, build_tokenizer
+from training_tiny import build_model, build_pairs, build_tokenizer
 from transformers import TrainerCallback
 
 from qadapter import ObjectiveConfig, QAdapterError

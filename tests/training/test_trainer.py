@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import build_model, build_pairs
+from training_tiny import build_model, build_pairs
 from transformers import TrainerCallback
 
 from qadapter import AdapterConfig, ObjectiveConfig, QAdapterError, QAdapterModel
