@@ -57,7 +57,7 @@ SPLIT_SEED, SEARCH_SEED, FINAL_SEEDS = 0, 0, (1, 2, 3)
 KL_STATES = 1500
 """States of each kind of text at which KL and perplexity are measured, drawn once."""
 KL_LIMIT = 0.03
-"""Nats a token on held-out answers that a configuration may move to be chosen."""
+"""Nats a token that a configuration may move on HH-RLHF helpful answers to be chosen."""
 BATCH_PAIRS, RANK = 8, 128
 
 
@@ -105,15 +105,15 @@ GRID = (
     Choice(0.3, 1e-3, 1, 10),
     Choice(0.3, 3e-4, 2, 10),
     Choice(1.0, 1e-3, 1, 0),
+    Choice(0.1, 3e-4, 2, 10),
+    Choice(1.0, 3e-4, 2, 0),
+    Choice(0.3, 3e-4, 1, 10),
+    Choice(0.3, 3e-4, 2, 10, form="linear"),
+    Choice(0.3, 3e-4, 2, 10, chi2=0.0),
+    Choice(0.3, 1e-3, 2, 10),
     Choice(0.1, 1e-3, 1, 10),
     Choice(0.3, 1e-3, 1, 0),
-    Choice(0.1, 3e-4, 2, 10),
-    Choice(0.3, 1e-3, 2, 10),
     Choice(1.0, 1e-3, 1, 10),
-    Choice(0.3, 1e-3, 1, 10, chi2=0.0),
-    Choice(0.3, 1e-3, 1, 10, form="linear"),
-    Choice(0.1, 1e-3, 2, 10),
-    Choice(1.0, 3e-4, 1, 0),
 )
 
 
@@ -402,12 +402,12 @@ def add_run(
 
 
 def best(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The highest accuracy among those within ``KL_LIMIT`` on held-out answers; of equals, the
-    one that moves the base less."""
-    within = [row for row in rows if row["kl_answers"] <= KL_LIMIT]
+    """The highest accuracy among those within ``KL_LIMIT``; of equals, the one that moves the base
+    less."""
+    within = [row for row in rows if row["kl_helpful"] <= KL_LIMIT]
     if not within:
         raise QAdapterError(f"no configuration of the search stays within KL {KL_LIMIT}")
-    return max(within, key=lambda row: (round(row["accuracy"], 4), -row["kl_answers"]))
+    return max(within, key=lambda row: (round(row["accuracy"], 4), -row["kl_helpful"]))
 
 
 def run_final(bench: Bench, log: Log) -> None:

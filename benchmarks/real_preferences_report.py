@@ -22,8 +22,8 @@ where it is the shorter one. KL(base‖customised) and perplexity are per token,
 states of each of these: held-out answers of the same data; HH-RLHF helpful answers (no part of any
 training); texts of four genres, of which the retention term saw none (it has four others).
 The split by prompt has a seed of its own. Every choice below was made on the validation split: the
-highest accuracy by implicit reward with KL ≤ 0.03 on held-out answers. The test split was scored
-once, for that configuration. Rewards come from bfloat16 products, as in training.
+highest accuracy by implicit reward with KL ≤ 0.03 on HH-RLHF helpful answers. The test split was
+scored once, for that configuration. Rewards come from bfloat16 products, as in training.
 Other jobs had a share of the machine: processor seconds are the ones to compare.
 """
 
