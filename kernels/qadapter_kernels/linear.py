@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .native import prefer_huge_pages
 from .reference import (
     MASKED_ROW,
     Coefficients,
@@ -208,7 +209,8 @@ class _Product:
         self.bytes_per_row = weight.shape[0] * (4 if widen else weight.element_size())
 
     def new_workspace(self, rows: int) -> Tensor:
-        return self.weight.new_empty((rows, self.weight.shape[0]), dtype=self.dtype)
+        workspace = self.weight.new_empty((rows, self.weight.shape[0]), dtype=self.dtype)
+        return prefer_huge_pages(workspace) if workspace.device.type == "cpu" else workspace
 
     def into(self, hidden_RD: Tensor, out_RV: Tensor) -> Tensor:
         if self.dtype == self.weight.dtype:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -142,6 +144,35 @@ def matrix(x_NV: Tensor | None) -> tuple[int | None, int, int]:
             f"and strides {x_NV.stride()}"
         )
     return x_NV.data_ptr(), x_NV.stride(0), DTYPE_CODES[x_NV.dtype]
+
+
+HUGE_PAGE = 2 << 20
+MADV_HUGEPAGE = 14
+
+
+def prefer_huge_pages(x: Tensor) -> Tensor:
+    """Asks Linux to back a fresh CPU tensor with pages of 2 MiB where it can, and returns it.
+
+    A page costs at its first touch, 512 times less often so: the first use of 50 MB took 45 ms with
+    pages of 4 KiB and 15 with these (2 cores of an EPYC under KVM). Only advice: no effect on
+    values, and none at all where the system has no such pages.
+    """
+    madvise = _madvise()
+    begin = -(-x.data_ptr() // HUGE_PAGE) * HUGE_PAGE
+    end = (x.data_ptr() + x.nbytes) // HUGE_PAGE * HUGE_PAGE
+    if madvise is not None and end > begin:
+        madvise(begin, end - begin, MADV_HUGEPAGE)
+    return x
+
+
+@functools.cache
+def _madvise() -> Callable[[int, int, int], int] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    madvise = getattr(ctypes.CDLL(None), "madvise", None)
+    if madvise is not None:
+        madvise.argtypes = [P, ctypes.c_size_t, I32]
+    return madvise
 
 
 def main() -> None:

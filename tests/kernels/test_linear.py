@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from cases import (
@@ -444,3 +446,21 @@ def test_rows_without_support_give_no_nan(backend):
     result = linear_ours(case, backend)
     assert (result.value == -torch.inf).all()
     assert not any(x.isnan().any() for x in result)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux only")
+def test_the_workspace_asks_for_huge_pages():
+    from qadapter_kernels.native import HUGE_PAGE, prefer_huge_pages
+
+    x = prefer_huge_pages(torch.empty(4 * HUGE_PAGE, dtype=torch.uint8))
+    inside, flags = -(-x.data_ptr() // HUGE_PAGE) * HUGE_PAGE, None
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        field, *values = line.split()
+        if "-" in field and not field.endswith(":"):
+            begin, end = (int(number, 16) for number in field.split("-"))
+        elif field == "VmFlags:" and begin <= inside < end:
+            flags = values
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("a kernel without huge pages")
+    assert "hg" in flags
+    prefer_huge_pages(torch.empty(0))  # too small to hold one: nothing happens
