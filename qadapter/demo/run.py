@@ -266,7 +266,7 @@ def _shown(
     step = max(1, len(prompts) // SHOWN)
     return [
         (prompts[i], answers["base"][i].text, answers["customised"][i].text)
-        for i in range(0, len(prompts), step)
+        for i in range(step // 2, len(prompts), step)
     ][:SHOWN]
 
 
