@@ -79,7 +79,7 @@ def test_base_stream_is_the_base_bit_for_bit(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_an_untrained_adapter_is_the_base(name):
-    """Fact 3; DoRA divides by a norm that it multiplies by; LoHa and IA3 have zeros of their own."""
+    """Fact 3. DoRA divides by a norm and multiplies by it; others have zeros of their own."""
     model = model_of(CONFIGS[name], trained=False).eval()
     h_a, h_b = model.hidden_streams(IDS)
     torch.testing.assert_close(h_a, h_b, atol=1e-5, rtol=1e-5)
