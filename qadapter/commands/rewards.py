@@ -10,10 +10,11 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from qadapter.commands import arguments as args
-from qadapter.commands.folders import telling_full_disk
-from qadapter.commands.loading import load_model, quiet_libraries
+from qadapter.commands.loading import load_model
 from qadapter.commands.options import Group, command
-from qadapter.commands.progress import progress_bar
+from qadapter.console.environment import quiet_libraries
+from qadapter.console.folders import telling_full_disk
+from qadapter.console.progress import progress_bar
 from qadapter.data import as_preferences, load_preferences, tokenize_preferences
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.rewards_page import write_rewards_page
@@ -113,7 +114,7 @@ def run(model_args: args.AdapterArguments, options: RewardsArguments, given: set
     with telling_full_disk(options.output_file):
         write_rewards_page(options.output_file, pairs, "Rewards, token by token", facts)
     found = summarize(pairs)
-    if found["pairs"]:
+    if found["pairs"] > 1:
         console.print(
             f"{found['pairs']:,} pairs: the chosen answer has the higher R in "
             f"{found['accuracy']:.1%}, by {found['margin']:+.3f} nats on average", highlight=False,

@@ -24,7 +24,7 @@ _STYLE = """
   --card: #f7f8fa; --more: 40 110 200; --less: 222 110 20; --most: 0.5; }
 @media (prefers-color-scheme: dark) {
   :root { --page: #14161a; --text: #f0f1f4; --dim: #a3a9b5; --line: #363b45; --card: #1b1e24;
-    --more: 50 120 215; --less: 190 85 10; --most: 0.62; }
+    --more: 50 120 215; --less: 190 85 10; --most: 0.55; }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 4rem; background: var(--page);
@@ -36,7 +36,8 @@ p { margin: .25rem 0 .75rem; }
 section { border-top: 1px solid var(--line); padding: 1rem 0 1.25rem; }
 .prompt, .answer { white-space: pre-wrap; overflow-wrap: anywhere; }
 .prompt { color: var(--dim); margin: .5rem 0 .75rem; max-height: 14rem; overflow: auto; }
-.sides { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); }
+.sides { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr));
+  align-items: start; }
 article { background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
   padding: .75rem 1rem; min-width: 0; }
 article header { display: flex; justify-content: space-between; gap: 1rem; flex-wrap: wrap; }
@@ -44,7 +45,7 @@ article header { display: flex; justify-content: space-between; gap: 1rem; flex-
 .answer { line-height: 1.75; margin: .5rem 0; }
 .answer span { border-radius: .2rem; padding: .12em 0; }
 .answer .other { color: var(--dim); font-style: italic; }
-.answer .mark { color: var(--dim); font-size: .8em; }
+.answer .mark { font-size: .8em; }
 .legend { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; margin: .75rem 0; }
 .scale { display: flex; border: 1px solid var(--line); border-radius: .25rem; overflow: hidden; }
 .scale span { width: 1.4rem; height: 1.4rem; }
@@ -126,7 +127,7 @@ def _shade(reward: float, scale: float) -> str:
 
 def _summary(pairs: Sequence[RewardedPair]) -> str:
     found = summarize(pairs)
-    if not found["pairs"]:
+    if found["pairs"] < 2:  # one pair says it itself
         return ""
     return (
         f"<p>{found['pairs']:,} pairs; the chosen answer has the higher R in "
@@ -144,15 +145,15 @@ def _legend(scale: float) -> str:
         f'<div class="scale" role="img" aria-label="Color scale from {_signed(-scale)} (orange) '
         f'over 0 (none) to {_signed(scale)} (blue)">{boxes}</div>'
         f'<span class="number">≥ {_signed(scale)}</span>'
-        '<span class="dim">reward r of a token, in nats: orange is worth less, blue more than the '
-        "base makes of it. Point at a token for its number.</span></div>"
+        '<span class="dim">reward r of a token, in nats: blue raises the answer\'s sum R, orange '
+        "lowers it. Point at a token for its number.</span></div>"
     )
 
 
 def _section(pair: RewardedPair, number: int, scale: float) -> str:
     sides = "\n".join(_answer(name, answer, scale) for name, answer in pair.answers.items())
     margin = summarize([pair])
-    gap = f": margin {_signed(margin['margin'])}" if margin["pairs"] else ""
+    gap = f" margin {_signed(margin['margin'])}" if margin["pairs"] else ""
     return (
         f'<section>\n<h2>{number}<span class="number dim">{gap}</span></h2>\n'
         f'<div class="prompt" tabindex="0" role="region" aria-label="Prompt {number}">'
@@ -196,14 +197,20 @@ def _extremes(answer: RewardedAnswer) -> str:
     least = ranked[: min(_EXTREMES, len(ranked) // 2)]
     most = ranked[::-1][: min(_EXTREMES, len(ranked) - len(least))]
     rows = "".join(
-        f'<tr><td class="number">{_signed(r)}</td><td><code>{_text(repr(piece)[1:-1])}</code></td>'
-        "</tr>"
+        f'<tr><td class="number">{_signed(r)}</td><td>{_named(piece)}</td></tr>'
         for r, piece in [*most, *reversed(least)]
     )
     return (
         "<details><summary>most and least rewarded tokens</summary>\n"
         f"<table><tr><th>r</th><th>token</th></tr>{rows}</table></details>"
     )
+
+
+def _named(piece: str) -> str:
+    """A token on its own: spaces and line breaks visible."""
+    if not piece:
+        return "part of a character"
+    return f"<code>{_text(repr(piece)[1:-1])}</code>"
 
 
 def _signed(number: float) -> str:
