@@ -9,16 +9,16 @@ import typer
 from rich.console import Console
 
 from qadapter.commands import arguments as args
-from qadapter.commands.environment import devices, versions
-from qadapter.commands.folders import (
+from qadapter.commands.loading import load_model
+from qadapter.commands.measuring import Measurements, measure
+from qadapter.commands.options import Group, command
+from qadapter.console.environment import devices, quiet_libraries, versions
+from qadapter.console.folders import (
     EVALUATION_FILES,
     check_output_dir,
     remove_files,
     telling_full_disk,
 )
-from qadapter.commands.loading import load_model, quiet_libraries
-from qadapter.commands.measuring import Measurements, measure
-from qadapter.commands.options import Group, command
 from qadapter.data import PreparationReport, load_preferences, tokenize_preferences
 from qadapter.errors import QAdapterError
 from qadapter.evaluation import PreferenceResult, comparison_table, write_report

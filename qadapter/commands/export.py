@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from qadapter.commands import arguments as args
-from qadapter.commands.folders import telling_full_disk
-from qadapter.commands.loading import load_model, quiet_libraries, read_texts
+from qadapter.commands.loading import load_model, read_texts
 from qadapter.commands.options import Group, command
+from qadapter.console.environment import quiet_libraries
+from qadapter.console.folders import telling_full_disk
 from qadapter.errors import QAdapterError
 from qadapter.export import FORMS, ExportReport, export
 from qadapter.model import QAdapterModel

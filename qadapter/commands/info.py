@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qadapter.base import cache_dir
-from qadapter.commands.environment import devices, versions
+from qadapter.console.environment import devices, versions
 from qadapter_kernels import backends
 from qadapter_kernels.dispatch import ENVIRONMENT_VARIABLE
 

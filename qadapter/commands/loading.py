@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import datasets
-import transformers
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,13 +14,6 @@ from qadapter.base import load_base, load_tokenizer, resolve_base
 from qadapter.commands.arguments import AdapterArguments
 from qadapter.errors import QAdapterError
 from qadapter.model import QAdapterModel
-
-
-def quiet_libraries() -> None:
-    """No progress bars and warnings of libraries between our own lines."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
 
 
 def say_base(name: str, console: Console) -> str:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qadapter.commands.arguments import MeasureArguments
 from qadapter.commands.loading import read_texts
-from qadapter.commands.progress import progress_bar
+from qadapter.console.progress import progress_bar
 from qadapter.evaluation import (
     Answer,
     PreferenceResult,

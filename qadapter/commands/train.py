@@ -16,12 +16,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from qadapter import storage
 from qadapter.base import load_tokenizer
 from qadapter.commands import arguments as args
-from qadapter.commands.environment import devices, peak_rss_bytes, versions
-from qadapter.commands.folders import RUN_FILES, check_output_dir, remove_files, telling_full_disk
-from qadapter.commands.loading import quiet_libraries, read_texts, say_base
+from qadapter.commands.loading import read_texts, say_base
 from qadapter.commands.measuring import Measurements, measure
 from qadapter.commands.options import Group, command
-from qadapter.commands.progress import TrainingProgress
+from qadapter.console.environment import devices, peak_rss_bytes, quiet_libraries, versions
+from qadapter.console.folders import RUN_FILES, check_output_dir, remove_files, telling_full_disk
+from qadapter.console.progress import TrainingProgress
 from qadapter.data import load_preferences, split_by_prompt
 from qadapter.errors import QAdapterError
 from qadapter.evaluation import (

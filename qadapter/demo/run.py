@@ -18,10 +18,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from qadapter.adapters import AdapterConfig
 from qadapter.base import load_base, load_tokenizer
-from qadapter.commands.environment import devices, peak_rss_bytes, versions
-from qadapter.commands.folders import RUN_FILES, check_output_dir, remove_files, telling_full_disk
-from qadapter.commands.loading import quiet_libraries
-from qadapter.commands.progress import TrainingProgress, progress_bar
+from qadapter.console.environment import devices, peak_rss_bytes, quiet_libraries, versions
+from qadapter.console.folders import RUN_FILES, check_output_dir, remove_files, telling_full_disk
+from qadapter.console.progress import TrainingProgress, progress_bar
 from qadapter.data import tokenize_preferences
 from qadapter.demo.manner import DESCRIPTION, keeps_manner
 from qadapter.evaluation import (

@@ -11,8 +11,8 @@ import sys
 import pytest
 import torch
 from datasets import Dataset
-from training_tiny import build_model, build_pairs, build_tokenizer
 from torch.testing import assert_close
+from training_tiny import build_model, build_pairs, build_tokenizer
 
 from qadapter import ObjectiveConfig, QAdapterError
 from qadapter.data import PreferenceCollator, tokenize_preferences

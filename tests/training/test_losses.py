@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from training_tiny import build_model, build_pairs
 from torch.testing import assert_close
+from training_tiny import build_model, build_pairs
 
 from qadapter import ObjectiveConfig, q_adapter_loss
 from qadapter.data import PreferenceCollator, tokenize_preferences

@@ -6,7 +6,9 @@ import importlib.metadata
 import platform
 import resource
 
+import datasets
 import torch
+import transformers
 
 PACKAGES = (
     "qadapter", "torch", "triton", "transformers", "peft", "accelerate", "datasets", "safetensors",
@@ -37,3 +39,10 @@ def devices() -> dict[str, str]:
 def peak_rss_bytes() -> int:
     """Most memory this process has held so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def quiet_libraries() -> None:
+    """No progress bars and warnings of libraries between our own lines."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
