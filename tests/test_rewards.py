@@ -302,3 +302,20 @@ def test_command_needs_an_adapter(place, tmp_path, capsys):
     assert "no adapter" in capsys.readouterr().err
     assert cli("rewards", *flags) == 2
     assert "needs --model_name_or_path" in capsys.readouterr().err
+
+
+def test_generate_prints_the_best_of_its_samples(place, capsys):
+    ask = ("generate", place / "adapter", "--prompt", "Is it hot?", "--max_new_tokens", 6)
+    assert cli(*ask, "--do_sample", "--best_of", 5, "--seed", 2) == 0
+    shown = capsys.readouterr()
+    model, tokenizer = QAdapterModel.from_pretrained(place / "adapter"), chatml()
+    best, *others = best_of_n(
+        model, tokenizer, "Is it hot?", 5, max_new_tokens=6, seed=2, temperature=0.7, top_p=0.95,
+        top_k=0, repetition_penalty=1.0,
+    )
+    assert shown.out == best.answer.text + "\n"
+    assert f"{best.reward:+.2f}, {others[0].reward:+.2f}" in " ".join(shown.err.split())
+    assert cli(*ask, "--best_of", 5) == 2
+    assert "best_of needs --prompt and --do_sample" in capsys.readouterr().err
+    assert cli(*ask, "--do_sample", "--best_of", 0) == 2
+    assert "at least 1" in capsys.readouterr().err

@@ -152,7 +152,10 @@ class GenerateArguments:
     top_p: float = _field(0.95, "Sample from the likeliest tokens that hold this probability.")
     top_k: int = _field(0, "Sample from this many likeliest tokens; 0 for all.")
     repetition_penalty: float = _field(1.0, "Above 1: repeated tokens become less likely.")
-    batch_size: int = _field(8, "Prompts of prompts_file answered at once.")
+    best_of: int = _field(
+        1, "Sample this many answers to --prompt and print the one the adapter rewards most."
+    )
+    batch_size: int = _field(8, "Answers generated at once, to a prompts_file or for best_of.")
     seed: int = _field(0, "Seed of the sampling.")
 
 

@@ -20,6 +20,7 @@ from qadapter.console.progress import progress_bar
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.answers import Prompt, generate_answers
 from qadapter.evaluation.report import write_text
+from qadapter.evaluation.token_rewards import best_of_n
 from qadapter.model import QAdapterModel
 
 GROUPS = (
@@ -58,6 +59,10 @@ def run(
         if Path(options.output_file).exists():
             raise QAdapterError(f"output_file {options.output_file} exists; it is not written over")
     sampling = _sampling(options, given)
+    if options.best_of < 1:
+        raise QAdapterError(f"best_of must be at least 1, got {options.best_of}")
+    if options.best_of > 1 and (options.prompt is None or not options.do_sample):
+        raise QAdapterError("best_of needs --prompt and --do_sample: it chooses among samples")
     prompts = read_prompts(options.prompts_file) if options.prompts_file is not None else []
     quiet_libraries()
     model, tokenizer = load_model(model_args, console)
@@ -70,7 +75,10 @@ def run(
         _answer_file(model, tokenizer, prompts, options, sampling, console)
     elif options.prompt is not None:
         prompt = _with_system([{"role": "user", "content": options.prompt}], options, tokenizer)
-        _stream(model, tokenizer, prompt, options.seed, sampling)
+        if options.best_of > 1:
+            _best(model, tokenizer, prompt, options, sampling, console)
+        else:
+            _stream(model, tokenizer, prompt, options.seed, sampling)
     else:
         _chat(model, tokenizer, options, sampling, console)
 
@@ -113,6 +121,20 @@ def _stream(
         model, tokenizer, [prompt], seed=seed, streamer=streamer, **sampling
     )
     return answer.text
+
+
+def _best(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt,
+    options: args.GenerateArguments, sampling: dict[str, Any], console: Console,
+) -> None:
+    """Print the best of several answers, and what all of them are worth."""
+    found = best_of_n(
+        model, tokenizer, prompt, options.best_of, batch_size=options.batch_size,
+        seed=options.seed, **sampling,
+    )
+    worth = ", ".join(f"{candidate.reward:+.2f}" for candidate in found)
+    console.print(f"R of {len(found)} answers, the best is printed: {worth}", highlight=False)
+    print(found[0].answer.text)
 
 
 def _answer_file(
