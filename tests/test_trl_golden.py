@@ -1,11 +1,12 @@
 """Fact 1 against a peer: in the policy parametrization with α₀ = α̃ = β, γ = 1 and no χ² term, our
 trainer is TRL's DPOTrainer (sigmoid loss) on the same LoRA, step by step.
 
-A float64 model, the same order of pairs, the same optimizer. TRL rounds its log-probabilities to
-float32, so gradients differ by some 2^-23 of their size (4e-7 seen), and Adam turns that into at
-most learning rate (5e-3) × relative difference a step. 1e-6 is what six such steps may add up to,
-in losses and in weights of order 1e-2 (2e-8 seen). Any other loss, or bfloat16 (TRL's default), is
-off by 1e-3 in the first gradient.
+A float64 model, the same order of pairs, the same optimizer. TRL sums its log-probabilities in
+float32, where numbers of the size seen here (up to 128) are multiples of 2^-17 = 8e-6: that is how
+far rewards may be off. Gradients differ by some 2^-23 of their size (4e-7 seen), and Adam turns that
+into at most learning rate (5e-3) × relative difference a step: six steps leave weights of order
+1e-2 within 1e-6 (2e-8 seen). Any other loss, or bfloat16 (TRL's default), is off by 1e-3 in the
+first gradient.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def test_dpo_step_by_step(tmp_path, bootstrap):
     assert len(logs[0]) == COMMON["max_steps"]
     for step, (mine, other) in enumerate(zip(*logs, strict=True)):
         for name in names:
-            assert mine[name] == pytest.approx(other[name], rel=1e-6, abs=1e-6), (step, name)
+            assert mine[name] == pytest.approx(other[name], rel=1e-6, abs=1e-5), (step, name)
     assert logs[0][0]["loss"] == pytest.approx(0.693147, abs=1e-6)
     assert logs[0][-1]["loss"] < 0.6
     weights = peft.get_peft_model_state_dict(theirs.model)
