@@ -440,6 +440,15 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
         if streams == "both" and given is None and model_kwargs.get("past_key_values") is not None:
             model_kwargs["past_key_values"] = TwoStreamCache(model_kwargs["past_key_values"])
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; its paged cache holds one stream."""
+        if self._streams(None) == "both":
+            raise QAdapterError(
+                "continuous batching runs one stream and this policy needs both: use generate, or "
+                "strength 0, or 1 in the policy parametrization at the trained alphas"
+            )
+        return super().init_continuous_batching(*args, **kwargs)
+
     def _get_candidate_generator(self, *, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
         # The dial is this model's: an assistant proposes tokens in its own way.
         model_kwargs = {k: v for k, v in model_kwargs.items() if k != "strength"}

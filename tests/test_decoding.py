@@ -13,7 +13,13 @@ import pytest
 import torch
 from naive import LENGTH, MODES, ROWS, NaivePolicy, left_padded, uncached
 from tiny_models import tiny_base
-from transformers import DynamicCache, StaticCache, TextStreamer
+from transformers import (
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+    StaticCache,
+    TextStreamer,
+)
 
 from qadapter import ObjectiveConfig, QAdapterError, QAdapterModel
 from qadapter.decoding import TwoStreamCache
@@ -201,6 +207,23 @@ def test_streamer(pair):
     streamer, ids = Collect(), torch.tensor([ROWS[0]])
     model.generate(ids, **LENGTH, strength=0.4, streamer=streamer)
     assert streamer.tokens == naive.generate(ids, **LENGTH, strength=0.4)[0].tolist()
+
+
+def test_continuous_batching_of_one_stream():
+    model, naive = lora_pair(POLICY)
+    config = GenerationConfig(
+        max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0
+    )
+    outputs = model.generate_batch(
+        inputs=ROWS, generation_config=config, progress_bar=False,
+        continuous_batching_config=ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64),
+    )
+    for row, output in zip(ROWS, outputs.values(), strict=True):
+        expected = naive.generate(torch.tensor([row]), max_new_tokens=6, do_sample=False)
+        assert output.generated_tokens == expected[0, len(row):].tolist()
+    model.set_policy(strength=0.4)
+    with pytest.raises(QAdapterError, match="runs one stream"):
+        model.generate_batch(inputs=ROWS, generation_config=config, progress_bar=False)
 
 
 # --- caches ---------------------------------------------------------------------------------

@@ -2,11 +2,11 @@
 trainer is TRL's DPOTrainer (sigmoid loss) on the same LoRA, step by step.
 
 A float64 model, the same order of pairs, the same optimizer. TRL sums its log-probabilities in
-float32, where numbers of the size seen here (up to 128) are multiples of 2^-17 = 8e-6: that is how
-far rewards may be off. Gradients differ by some 2^-23 of their size (4e-7 seen), and Adam turns that
-into at most learning rate (5e-3) × relative difference a step: six steps leave weights of order
-1e-2 within 1e-6 (2e-8 seen). Any other loss, or bfloat16 (TRL's default), is off by 1e-3 in the
-first gradient.
+float32, where numbers of the size seen here (up to 128) are multiples of 2^-17 = 8e-6: that is
+how far rewards may be off. Gradients differ by some 2^-23 of their size (4e-7 seen), and Adam turns
+that into at most learning rate (5e-3) × relative difference a step: six steps leave weights of
+order 1e-2 within 1e-6 (2e-8 seen). Any other loss, or bfloat16 (TRL's default), is off by 1e-3 in
+the first gradient.
 """
 
 from __future__ import annotations
