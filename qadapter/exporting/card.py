@@ -52,7 +52,7 @@ def write_card(
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name}",
-        f"`{base or model.base_identity.name}` customised by a "
+        f"`{model.base_identity.name}` customised by a "
         "[Q-Adapter](https://arxiv.org/abs/2407.03856) (a residual Q-function learned from "
         f"preference pairs). {what}",
         "```sh\n"
@@ -68,7 +68,7 @@ def write_card(
         }),
         *_approximation(approximation),
         "## Check",
-        _check(check, form),
+        _check(check, form, approximation is not None),
         "## Versions",
         _table({
             **{n: importlib.metadata.version(n) for n in ("qadapter", "torch", "transformers")},
@@ -113,11 +113,12 @@ def _approximation(found: Approximation | None) -> Sequence[str]:
     )
 
 
-def _check(check: Check, form: str) -> str:
+def _check(check: Check, form: str, approximated: bool) -> str:
     library = "transformers" if form == "merged" else "transformers and PEFT"
+    policy = "the approximation's policy" if approximated else "the policy"
     return (
         f"Reloaded by stock {library} in a process without qadapter, in {check.dtype}, and decoded "
-        f"greedily on {check.prompts} fixed prompts; compared with the policy in higher precision "
+        f"greedily on {check.prompts} fixed prompts; compared with {policy} in higher precision "
         "at the same states:\n\n"
     ) + _table({
         "tokens that are the policy's most likely": f"{check.top_tokens} of {check.tokens}"
