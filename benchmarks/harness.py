@@ -97,8 +97,7 @@ def interleave(
     for name, build in cases.items():
         try:
             case = build()
-            for _ in range(2):  # compilation, autotuning, lazy handles; and once more in the warm
-                case.run(case.prepare())
+            case.run(case.prepare())  # compilation, autotuning, lazy handles
             synchronize(device)
         except Exception as error:  # a peer's reason to fail is a result of this benchmark
             outcomes[name] = reason(error)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from harness import Head, Unavailable
 from torch import Tensor
 
-from qadapter_kernels import bradley_terry, dispatch, linear, linear_soft_value, reference
+from qadapter_kernels import bradley_terry, dispatch, linear, linear_soft_value
 from qadapter_kernels.reference import Coefficients
 
 BETA = 0.5
@@ -250,23 +250,20 @@ def exact(x: Inputs, block: int = 128) -> tuple[Tensor, Tensor]:
     weight = x.weight.double()
     hidden = x.adapter_hidden.detach().double().requires_grad_()
 
-    def soft(rows: slice) -> reference.DefinitionOutput:
-        return reference.linear_soft_value(
-            hidden[rows], x.base_hidden[rows].double(), weight, x.actions[rows], COEFFICIENTS
-        )
+    def soft(rows: slice) -> tuple[Tensor, Tensor]:
+        q_RV = hidden[rows] @ weight.t()
+        b_RV = x.base_hidden[rows].double() @ weight.t()
+        value_R = BETA * ((q_RV / BETA + b_RV).logsumexp(-1) - b_RV.logsumexp(-1))
+        return q_RV.gather(1, x.actions[rows, None])[:, 0], value_R
 
     blocks = [slice(i, i + block) for i in range(0, len(x.actions), block)]
     with torch.no_grad():
         parts = [soft(rows) for rows in blocks]
-    q_N, value_N = (
-        torch.cat([getattr(part, name) for part in parts]).requires_grad_()
-        for name in ("q_action", "value")
-    )
+    q_N, value_N = (torch.cat(part).requires_grad_() for part in zip(*parts, strict=True))
     loss = preference_loss(q_N - value_N, x)
     loss.backward()
     for rows in blocks:
-        part = soft(rows)
-        torch.autograd.backward((part.q_action, part.value), (q_N.grad[rows], value_N.grad[rows]))
+        torch.autograd.backward(soft(rows), (q_N.grad[rows], value_N.grad[rows]))
     return loss.detach(), hidden.grad
 
 
