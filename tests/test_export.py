@@ -350,6 +350,15 @@ def test_refused_policies(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_adapted_output_layer_is_refused(tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["lm_head"])
+    base = peft.get_peft_model(tiny_base("qwen3"), config).get_base_model()
+    with pytest.raises(QAdapterError, match=r"no plain linear|PEFT layers|lm_head"):
+        model = QAdapterModel.from_base(base, AdapterConfig(rank=2), Q)
+        export(model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_sum_of_weights_of_zero_still_merges(here, tmp_path):
     model = head_model(objective=ObjectiveConfig(alpha_0=0.0, alpha_tilde=2.0, parametrization="q"))
     model.set_policy(strength=2.0)

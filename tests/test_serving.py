@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import peft
 import pytest
@@ -152,3 +153,14 @@ def test_transformers_serve_answers_as_we_do(server, exports):
     reply = ask(server, folder / "merged", temperature=0, max_tokens=TOKENS)
     assert reply["object"] == "chat.completion"
     assert reply["choices"][0]["message"]["content"].strip() == answer
+
+
+def test_the_table_in_the_docs_is_of_these_tests():
+    page = (Path(__file__).parent.parent / "docs/serving.md").read_text()
+    rows = [
+        f"| {' | '.join(mark.args)} | `{name}` | passed |"
+        for name, test in globals().items() if name.startswith("test_")
+        for mark in getattr(test, "pytestmark", ()) if mark.name == "serves"
+    ]
+    assert len(rows) == 5
+    assert [line for line in page.splitlines() if line.endswith("| passed |")] == rows
