@@ -106,6 +106,10 @@ def forward(
     a_action = head.action_logits(adapter_hidden, actions)
     b_action = head.action_logits(base_hidden, actions)
     u_action = weighted_sum(scale, a_action, coef.base_weight / coef.alpha_tilde, b_action)
+    if base_logsumexp is None and weight.device.type == "cpu" and not statistics:
+        # A CPU's products gain nothing from sharing a pass over W; half the workspace does gain:
+        # malloc gives back what is above 32 MiB, and its pages have to be faulted in every time.
+        base_logsumexp = logsumexp(base_hidden, head, actions, workspace_bytes, backend)
     need_base = base_logsumexp is None
 
     policy_lse = adapter_hidden.new_empty(num_rows, dtype=dtype)
