@@ -222,19 +222,21 @@ def products(x: Inputs, with_gradient: bool) -> Callable[[], None]:
     """Our matrix products alone, in our chunks, into memory that is there already."""
     product = linear._Product(x.weight)
     streams = 1 if x.base_logsumexp is not None else 2
+    together = streams if x.weight.is_cuda else 1  # a CPU runs the streams' products apart
     rows = linear.chunk_rows(
-        len(x.actions), x.weight.shape[1], streams * product.bytes_per_row, 512 << 20,
+        len(x.actions), x.weight.shape[1], together * product.bytes_per_row, 512 << 20,
         x.weight.device,
     )
-    workspace = product.new_workspace(streams * rows).zero_()
-    stacked = x.base_hidden.repeat(streams, 1)
+    workspace = product.new_workspace(together * rows).zero_()
+    stacked = x.base_hidden.repeat(together, 1)
     gradient = torch.zeros_like(x.base_hidden)
 
     def run() -> None:
         for start in range(0, len(x.actions), rows):
             count = min(rows, len(x.actions) - start)
-            z = workspace[: streams * count]
-            product.into(stacked[streams * start : streams * (start + count)], z)
+            z = workspace[: together * count]
+            for _ in range(streams // together):
+                product.into(stacked[together * start : together * (start + count)], z)
             if with_gradient:
                 probabilities = linear.residual_view(z[:count], x.weight.dtype)
                 torch.mm(probabilities, x.weight, out=gradient[start : start + count])
