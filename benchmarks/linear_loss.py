@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             report.print_group(
                 f"{head_name}, N = {rows}", measure_group(head_name, rows, options, recorder)
             )
-    report.draw_linear_loss(recorder.rows, options.output)
+    report.draw_linear_loss(report.latest(recorder.output, options.device), options.output)
 
 
 if __name__ == "__main__":

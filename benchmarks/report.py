@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,13 +67,24 @@ def print_group(title: str, records: Sequence[Record]) -> None:
             print(f"  not run: {line}")
 
 
+def latest(path: Path, device: str) -> list[Record]:
+    """The last record of every case on a device: shapes may have been measured one by one."""
+    last: dict[tuple[str, ...], Record] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if record["device"] == device:
+            key = (record["provider"], record["mode"], record.get("base"), str(record["shape"]))
+            last[tuple(map(str, key))] = record
+    return list(last.values())
+
+
 def draw_linear_loss(records: Sequence[Record], folder: Path) -> None:
-    """Time over N, and time and memory at the largest N that (nearly) all could run."""
+    """Time over N, and time and memory at N = 1,024 (or the largest there is)."""
     usable = [r for r in records if r["status"] == "ok" and r["mode"] == "both"]
     if not usable:
         return
     head = usable[0]["shape"]["head"]
-    mine = [r for r in usable if r["shape"]["head"] == head]
+    mine = sorted((r for r in usable if r["shape"]["head"] == head), key=lambda r: r["shape"]["N"])
     counts = sorted({r["shape"]["N"] for r in mine})
     at = 1024 if 1024 in counts else counts[-1]
     names = list(dict.fromkeys(label(r) for r in mine))
