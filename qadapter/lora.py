@@ -92,6 +92,7 @@ class LoraAdapter:
             m for m in base.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))
         ]
         self._rows = _HalfOfTheRows()
+        self._originals: list[tuple[Tensor, Tensor]] = []
         for layer in self.layers:
             self._gate_rows(layer)
         self._check(base, before)
@@ -101,6 +102,7 @@ class LoraAdapter:
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
         """The base stream: inside, the trunk is the frozen base's, bit for bit."""
+        self._check_apart()
         for layer in self.layers:
             layer._disable_adapters = True
         try:
@@ -117,11 +119,44 @@ class LoraAdapter:
         Args:
             rows, tokens: shape of the input.
         """
+        self._check_apart()
         self._rows.shape = (rows, tokens)
         try:
             yield
         finally:
             self._rows.shape = None
+
+    def merge(self) -> None:
+        """Add the adapter to the weights it adapts; the frozen ones are kept, on the CPU."""
+        self._check_apart()
+        if any(getattr(layer, "quantization_backend", None) is not None for layer in self.layers):
+            raise QAdapterError("the base is quantized: its adapter can't be merged exactly")
+        layers = [layer for layer in self.layers if isinstance(layer, BaseTunerLayer)]
+        self._originals = [
+            (parameter, parameter.detach().to("cpu", copy=True))
+            for layer in layers
+            for parameter in layer.get_base_layer().parameters()
+        ]
+        for layer in layers:
+            layer.merge()
+
+    def unmerge(self) -> None:
+        """Take the adapter apart again; the frozen weights are put back bit for bit."""
+        if not self._originals:
+            raise QAdapterError("the adapter is not merged")
+        for layer in self.layers:
+            if isinstance(layer, BaseTunerLayer):
+                layer.unmerge()
+        with torch.no_grad():
+            for parameter, original in self._originals:
+                parameter.copy_(original)
+        self._originals = []
+
+    def _check_apart(self) -> None:
+        if self._originals:
+            raise QAdapterError(
+                "the adapter is merged and its base stream gone: call unmerge_adapter() first"
+            )
 
     def _gate_rows(self, layer: nn.Module) -> None:
         plain = isinstance(layer, LoraLayer) and not isinstance(layer, ParamWrapper)
@@ -145,6 +180,8 @@ class LoraAdapter:
 
     def train(self, mode: bool = True) -> None:
         """Dropout of the adapter, on or off; what it wraps stays in evaluation mode."""
+        if mode:
+            self._check_apart()
         for layer in self.layers:
             layer.train(mode)
             _frozen(layer).eval()

@@ -9,24 +9,22 @@ weight is not zero. Only where both streams have a weight they both run, in one 
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qadapter import storage
 from qadapter.adapters import AdapterConfig, HeadAdapter
 from qadapter.base import LoadedBase, load_base
-from qadapter.decoding import TwoStreamCache, doubled
+from qadapter.decoding import StreamedGeneration
 from qadapter.errors import QAdapterError
-from qadapter.head import LanguageModelHead, trunk
+from qadapter.head import LanguageModelHead
 from qadapter.objective import ObjectiveConfig, find_actions, sequence_loss
 from qadapter.policy import Policy
 from qadapter_kernels import linear_soft_value, soft_value
@@ -41,7 +39,7 @@ if TYPE_CHECKING:
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["qadapter"] = "QAdapterModel"
 
 
-class QAdapterModel(PreTrainedModel, GenerationMixin):
+class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
     """A frozen base and an adapter that make up the customised policy π̃.
 
     Build with ``from_base`` or ``from_pretrained``. Attributes: ``base`` (the frozen causal LM),
@@ -73,8 +71,6 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
         self.generation_config = copy.deepcopy(base.generation_config)
         self.all_tied_weights_keys = {}
         self.supports_gradient_checkpointing = self.adapts_trunk
-        # Which stream a cache that a caller keeps between turns was filled with.
-        self._cache_streams: weakref.WeakKeyDictionary[Cache, str] = weakref.WeakKeyDictionary()
 
     # --- building, saving, loading ----------------------------------------------------------
 
@@ -324,12 +320,26 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
         ).token_rewards
         return actions.scatter(rewards)
 
-    # --- what training and evaluation build on ----------------------------------------------
+    def merge_adapter(self) -> None:
+        """Add a LoRA to the trunk's weights, for a policy of one stream: it then costs what the
+        base costs, at the price of one rounding of the weights and a copy of them on the CPU.
 
-    @property
-    def adapts_trunk(self) -> bool:
-        """Whether the two streams differ inside the trunk (LoRA), not on its output alone."""
-        return not isinstance(self.adapter, HeadAdapter)
+        Raises:
+            QAdapterError: a head adapter (it costs nothing as it is), or a quantized base.
+        """
+        self._trunk_adapter().merge()
+
+    def unmerge_adapter(self) -> None:
+        """Put the base's weights back, bit for bit."""
+        self._trunk_adapter().unmerge()
+
+    def _trunk_adapter(self) -> LoraAdapter:
+        if not self.adapts_trunk:
+            raise QAdapterError("only an adapter in the trunk can be merged into the model; export "
+                                "merges a linear head adapter into a checkpoint")
+        return self.adapter
+
+    # --- what training and evaluation build on ----------------------------------------------
 
     def base_hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The frozen base's last hidden states [B, T, D], after the final norm."""
@@ -373,86 +383,6 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
         with torch.no_grad():
             base_logits = self.head(base_hidden)
         return soft_value(adapter_logits, base_logits, actions, **coef._asdict(), **kwargs)
-
-    # --- the streams ------------------------------------------------------------------------
-
-    def _streams(self, strength: float | Tensor | None) -> str:
-        """What the trunk has to run for a policy: "adapter", "base" or "both"."""
-        if not self.adapts_trunk:
-            return "base"
-        weight_a, weight_b = self.policy.stream_weights(strength)
-        if isinstance(weight_a, Tensor):
-            return "both"
-        return "adapter" if weight_b == 0 else "base" if weight_a == 0 else "both"
-
-    def _run(self, streams: str, **inputs: Any) -> BaseModelOutputWithPast:
-        """The trunk. For "both", 2B rows: the adapted stream's, then the base's."""
-        body = trunk(self.base)
-        if streams == "adapter":
-            self._check_cache(streams, inputs.get("past_key_values"))
-            return body(**inputs)
-        if streams == "base":
-            off = self.adapter.off() if self.adapts_trunk else contextlib.nullcontext()
-            self._check_cache(streams, inputs.get("past_key_values"))
-            with torch.no_grad(), off:
-                return body(**inputs)
-        shaped = inputs["input_ids"] if inputs["input_ids"] is not None else inputs["inputs_embeds"]
-        rows, tokens = shaped.shape[:2]
-        cache, use_cache = inputs.pop("past_key_values"), inputs["use_cache"]
-        if cache is None and (self.config.use_cache if use_cache is None else use_cache):
-            cache = TwoStreamCache(DynamicCache(config=self.base.config))
-        self._check_cache(streams, cache)
-        if cache is not None:
-            cache.rows = rows
-        with self.adapter.on_first_half(2 * rows, tokens):
-            outputs = body(past_key_values=cache, **doubled(inputs, rows))
-        for name in ("hidden_states", "attentions"):
-            if outputs.get(name) is not None:  # the customised model's: its adapted stream
-                outputs[name] = tuple(x[:rows] for x in outputs[name])
-        return outputs
-
-    def _check_cache(self, streams: str, cache: Any) -> None:
-        if isinstance(cache, Cache) and isinstance(cache, TwoStreamCache) != (streams == "both"):
-            raise QAdapterError(
-                "this policy runs both streams: pass past_key_values="
-                "qadapter.decoding.TwoStreamCache(DynamicCache(config=model.config))"
-                if streams == "both" else
-                f"this policy runs the {streams} stream alone: a TwoStreamCache can't serve it"
-            )
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any,
-        batch_size: int, max_cache_length: int,
-    ) -> None:
-        streams = self._streams(model_kwargs.get("strength"))
-        given = model_kwargs.get("past_key_values")
-        if given is not None and self.adapts_trunk:
-            filled = self._cache_streams.setdefault(given, streams)
-            if filled != streams and given.get_seq_length():
-                raise QAdapterError(
-                    f"past_key_values hold the {filled} stream, this policy runs {streams}"
-                )
-            self._cache_streams[given] = streams
-        super()._prepare_cache_for_generation(
-            generation_config, model_kwargs, generation_mode,
-            2 * batch_size if streams == "both" else batch_size, max_cache_length,
-        )
-        if streams == "both" and given is None and model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"] = TwoStreamCache(model_kwargs["past_key_values"])
-
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; its paged cache holds one stream."""
-        if self._streams(None) == "both":
-            raise QAdapterError(
-                "continuous batching runs one stream and this policy needs both: use generate, or "
-                "strength 0, or 1 in the policy parametrization at the trained alphas"
-            )
-        return super().init_continuous_batching(*args, **kwargs)
-
-    def _get_candidate_generator(self, *, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
-        # The dial is this model's: an assistant proposes tokens in its own way.
-        model_kwargs = {k: v for k, v in model_kwargs.items() if k != "strength"}
-        return super()._get_candidate_generator(model_kwargs=model_kwargs, **kwargs)
 
     # --- what transformers asks of a model --------------------------------------------------
 

@@ -143,6 +143,27 @@ def test_sixteen_bit_base_trains_its_adapter_in_float32():
     assert out.logits.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("name", ["lora", "dora", "ia3"])
+def test_merged_and_put_back_bit_for_bit(name):
+    model = model_of(CONFIGS[name]).eval()
+    before = {n: x.clone() for n, x in model.state_dict().items()}
+    logits, dialled = model(IDS).logits, model(IDS, strength=0.5).logits
+    model.merge_adapter()
+    torch.testing.assert_close(model(IDS).logits, logits, atol=1e-4, rtol=1e-4)
+    for blocked in (lambda: model(IDS, strength=0.5), lambda: model(IDS, strength=0.0),
+                    model.train, model.merge_adapter):
+        with pytest.raises(QAdapterError, match=r"unmerge_adapter\(\) first"):
+            blocked()
+    model.unmerge_adapter()
+    after = model.state_dict()
+    assert all(torch.equal(x, after[n]) for n, x in before.items())
+    assert torch.equal(model(IDS, strength=0.5).logits, dialled)
+    with pytest.raises(QAdapterError, match="not merged"):
+        model.unmerge_adapter()
+    with pytest.raises(QAdapterError, match="in the trunk can be merged"):
+        QAdapterModel.from_base(tiny_base(), AdapterConfig(rank=2)).merge_adapter()
+
+
 # --- training -------------------------------------------------------------------------------
 
 
