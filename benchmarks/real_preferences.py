@@ -1,12 +1,13 @@
 """Do head Q-Adapters learn real preferences, and what does the base lose?
 
 Two data sets from ../shared/data beside the repository: HH-RLHF harmless, and DSP's academy answers
-against those of the other domains. Every choice is made on a validation split; the test split is
-scored once, for the configuration chosen there, with three seeds of training.
+against those of the other domains. Every choice is made by cross-validation on the development
+prompts; the test prompts are scored once, for the configuration chosen there, with three seeds of
+training on all development pairs.
 
     python benchmarks/real_preferences.py features    # the frozen base runs once; cached on disk
-    python benchmarks/real_preferences.py search      # validation split; resumes where it stopped
-    python benchmarks/real_preferences.py final       # test split, once
+    python benchmarks/real_preferences.py search      # development prompts; resumes
+    python benchmarks/real_preferences.py final       # test prompts, once
     python benchmarks/real_preferences.py report      # results/real_preferences.md, from the lines
 
 Rewards and log-probabilities come from the cached features, in the base's bfloat16, as in training.
@@ -27,7 +28,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,129 +36,180 @@ from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 from harness import RESULTS, ROOT, environment
 from real_preferences_report import write_report
+from real_preferences_scores import PairScores, accuracies, divergence, draw, score_pairs, wins
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from qadapter import AdapterConfig, ObjectiveConfig, QAdapterModel
 from qadapter.base import cache_dir, load_tokenizer
 from qadapter.data import load_preferences, split_by_prompt, tokenize_preferences
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.scoring import Scorer, evaluating
+from qadapter.evaluation.bootstrap import ClusterBootstrap
 from qadapter.training import FeatureSet, QAdapterConfig, QAdapterTrainer
 from qadapter.training.feature_store import load_or_compute
-from qadapter.training.features import FeatureCollator
-from qadapter.training.losses import batch_loss
 
 DATA = ROOT.parent / "shared" / "data"
 UNRELATED = ROOT / "qadapter" / "demo" / "data" / "unrelated.jsonl"
-HELPFUL_FILE = "hh_rlhf_helpful_transcripts.jsonl"
+HELPFUL_FILE, HELPFUL_PAIRS = "hh_rlhf_helpful_transcripts.jsonl", 20
 RETENTION_GENRES = ("story", "reference", "dialogue", "instructions")
 """Of the unrelated texts: these for the retention term, the others for measuring."""
-SPLIT_SEED, SEARCH_SEED, FINAL_SEEDS = 0, 0, (1, 2, 3)
-KL_STATES = 1500
-"""States of each kind of text at which KL and perplexity are measured, drawn once."""
-KL_LIMIT = 0.03
-"""Nats a token that a configuration may move on HH-RLHF helpful answers to be chosen."""
-BATCH_PAIRS, RANK = 8, 128
+SPLIT_SEED, SEARCH_SEED, FINAL_SEEDS = 1, 0, (1, 2, 3)
+FOLDS, FINALISTS = 3, 3
+"""Every configuration is trained without the first fold and scored on it; the best few of those
+within the bound on KL also on the other folds."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A data set and how it is cut; sizes in prompts."""
+    """A data set, and how it is cut."""
 
-    title: str
     file: str
     domain: str | None
     max_length: int
     """Tokens of prompt and answer."""
-    train: int
-    validation: int
     test: int
-    pairs_per_prompt: int = 4
-    """Of training and validation prompts, drawn at random; test prompts keep all."""
+    """Prompts."""
+    kl_limit: float
+    """Nats a token that a configuration may move on HH-RLHF helpful answers to be chosen."""
+    search_pairs: int
+    """Pairs of each prompt that the search trains on, drawn at random."""
 
 
 TASKS = {
-    "dsp": Task("DSP, academy against each other domain", "dsp_responses.json", "academy", 160,
-                300, 98, 100, pairs_per_prompt=2),
-    "hh": Task("HH-RLHF harmless", "hh_rlhf_harmless.jsonl", None, 192, 750, 150, 150),
+    "dsp": Task("dsp_responses.json", "academy", 256, test=100, kl_limit=0.012, search_pairs=2),
+    "hh": Task("hh_rlhf_harmless.jsonl", None, 512, test=300, kl_limit=0.03, search_pairs=1),
 }
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What the validation split decides. α₀ = α̃ = ``alpha``."""
+    """What the development prompts decide. α₀ = α̃ = ``alpha``."""
 
     alpha: float
     learning_rate: float
     epochs: int
     retention: float
     form: str = "mlp"
+    rank: int = 128
+    batch: int = 8
     chi2: float = 0.1
+    normalization: str = "none"
 
     def objective(self) -> ObjectiveConfig:
         return ObjectiveConfig(
-            alpha_0=self.alpha, alpha_tilde=self.alpha, chi2_coef=self.chi2
+            alpha_0=self.alpha, alpha_tilde=self.alpha, chi2_coef=self.chi2,
+            length_normalization=self.normalization,
         )
 
 
 GRID = (
-    Choice(0.3, 1e-3, 1, 10),
-    Choice(0.3, 3e-4, 2, 10),
-    Choice(1.0, 1e-3, 1, 0),
-    Choice(0.1, 3e-4, 2, 10),
     Choice(1.0, 3e-4, 2, 0),
-    Choice(0.3, 3e-4, 1, 10),
-    Choice(0.3, 3e-4, 2, 10, form="linear"),
-    Choice(0.3, 3e-4, 2, 10, chi2=0.0),
-    Choice(0.3, 1e-3, 2, 10),
-    Choice(0.1, 1e-3, 1, 10),
-    Choice(0.3, 1e-3, 1, 0),
-    Choice(1.0, 1e-3, 1, 10),
+    Choice(1.0, 1e-3, 1, 0),
+    Choice(0.3, 3e-4, 2, 10),
 )
 
 
-# --- data and features --------------------------------------------------------------------------
+# --- data, features, training, measures ---------------------------------------------------------
 
 
-class Prepared(NamedTuple):
-    """Tokenized pairs of each part, and what became of the rows."""
+class Bench:
+    """One task on one base."""
 
-    train: Dataset
-    validation: Dataset
-    test: Dataset
-    helpful: Dataset
-    """Answers of HH-RLHF helpful: ordinary assistant's text that nothing here trains on."""
-    summary: str
+    def __init__(self, name: str, options: argparse.Namespace) -> None:
+        self.name, self.task, self.options = name, TASKS[name], options
+        self.tokenizer = load_tokenizer(options.base)
+        pairs, report = tokenize_preferences(
+            load_preferences(options.data / self.task.file, domain=self.task.domain),
+            self.tokenizer, max_length=self.task.max_length,
+        )
+        development, test = split_by_prompt(pairs, self.task.test, seed=SPLIT_SEED)
+        helpful, _ = tokenize_preferences(
+            load_preferences(options.data / HELPFUL_FILE, limit=2 * HELPFUL_PAIRS),
+            self.tokenizer, max_length=self.task.max_length,
+        )
+        self.data = {
+            "development": development, "test": test,
+            "helpful": helpful.select(range(min(HELPFUL_PAIRS, len(helpful)))),
+        }
+        self.rows = report.summary()
+        texts = [json.loads(line) for line in UNRELATED.read_text(encoding="utf-8").splitlines()]
+        self.retention_texts = [t["text"] for t in texts if t["genre"] in RETENTION_GENRES]
+        self.unrelated_texts = [t["text"] for t in texts if t["genre"] not in RETENTION_GENRES]
+        self.fresh = QAdapterModel.from_base(options.base)
+        """Untrained: its log-probabilities are the base's."""
+        self._features: dict[str, FeatureSet] = {}
+
+    def features(self, part: str) -> FeatureSet:
+        if part not in self._features:
+            self._features[part] = load_or_compute(
+                self.fresh, self.data[part], self.tokenizer, max_length=self.task.max_length,
+                cache_dir=self.options.cache, shard_mb=64, show_progress=sys.stderr.isatty(),
+            )
+        return self._features[part]
+
+    def fold(self, number: int) -> tuple[list[int], list[int]]:
+        """Development pairs to train on and to score on."""
+        prompts = self.data["development"]["prompt_id"][:]
+        order = sorted(set(prompts))
+        random.Random(SPLIT_SEED).shuffle(order)
+        held_out = set(order[number::FOLDS])
+        train = [i for i, prompt in enumerate(prompts) if prompt not in held_out]
+        scored = [i for i, prompt in enumerate(prompts) if prompt in held_out]
+        return _thin(train, prompts, self.task.search_pairs), scored
+
+    def train(self, choice: Choice, seed: int, features: FeatureSet) -> QAdapterModel:
+        torch.manual_seed(seed)
+        model = QAdapterModel.from_base(
+            self.fresh.base, AdapterConfig(form=choice.form, rank=choice.rank), choice.objective()
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            args = QAdapterConfig(
+                output_dir=folder, per_device_train_batch_size=choice.batch, seed=seed,
+                learning_rate=choice.learning_rate, num_train_epochs=choice.epochs,
+                retention_coef=choice.retention, max_length=self.task.max_length,
+                save_strategy="no", report_to="none", disable_tqdm=True, logging_strategy="no",
+            )
+            QAdapterTrainer(
+                model, args, train_dataset=features, processing_class=self.tokenizer,
+                retention_dataset=self.retention_texts if choice.retention else None,
+            ).train()
+        return model
+
+    def forgetting(self, model: QAdapterModel, answers: FeatureSet) -> dict[str, float]:
+        """KL and perplexity, of the same states in every call."""
+        kl_answers, _, _ = divergence(model, *_states(answers))
+        kl_helpful, _, _ = divergence(model, *_states(self.features("helpful")))
+        kl_unrelated, perplexity, perplexity_base = divergence(model, *self.unrelated_states)
+        return {
+            "kl_answers": kl_answers, "kl_helpful": kl_helpful, "kl_unrelated": kl_unrelated,
+            "perplexity": perplexity, "perplexity_base": perplexity_base,
+        }
+
+    @functools.cached_property
+    def unrelated_states(self) -> tuple[Tensor, Tensor]:
+        """(h_b [N, D], the token that follows each [N]) of the texts for measuring."""
+        hidden, tokens = [], []
+        for text in self.unrelated_texts:
+            ids = torch.tensor(self.tokenizer(text)["input_ids"])
+            with torch.no_grad():
+                hidden.append(self.fresh.base_hidden(ids[None])[0, :-1])
+            tokens.append(ids[1:])
+        return draw(torch.cat(hidden), torch.cat(tokens))
 
 
-def prepare(task: Task, data: Path, tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    """Read, tokenize and split by prompt, with a seed of its own."""
-    pairs = load_preferences(data / task.file, domain=task.domain)
-    tokenized, report = tokenize_preferences(pairs, tokenizer, max_length=task.max_length)
-    train, validation, test = split_by_prompt(
-        tokenized, (task.validation, task.test), seed=SPLIT_SEED
+def _states(features: FeatureSet) -> tuple[Tensor, Tensor]:
+    return draw(
+        torch.cat([shard.hidden for shard in features.shards]),
+        torch.cat([shard.tokens for shard in features.shards]).long(),
     )
-    first_prompts = set(list(dict.fromkeys(train["prompt_id"]))[: task.train])
-    train = train.select([i for i, p in enumerate(train["prompt_id"]) if p in first_prompts])
-    helpful, _ = tokenize_preferences(
-        load_preferences(data / HELPFUL_FILE, limit=40), tokenizer, max_length=task.max_length
-    )
-    return Prepared(
-        _thin(train, task.pairs_per_prompt), _thin(validation, task.pairs_per_prompt), test,
-        helpful.select(range(min(20, len(helpful)))), report.summary(),
-    )
 
 
-def _thin(pairs: Dataset, most: int) -> Dataset:
+def _thin(indices: Sequence[int], prompts: Sequence[str], most: int) -> list[int]:
     """At most so many pairs of each prompt."""
     of_prompt: dict[str, list[int]] = {}
-    for index, prompt in enumerate(pairs["prompt_id"]):
-        of_prompt.setdefault(prompt, []).append(index)
+    for index in indices:
+        of_prompt.setdefault(prompts[index], []).append(index)
     rng = random.Random(SPLIT_SEED)
-    return pairs.select(
-        sorted(i for own in of_prompt.values() for i in rng.sample(own, min(most, len(own))))
-    )
+    return sorted(i for own in of_prompt.values() for i in rng.sample(own, min(most, len(own))))
 
 
 class Stopwatch:
@@ -173,241 +225,69 @@ class Stopwatch:
         }
 
 
-class Bench:
-    """One task on one base: its data, cached features, training and scores."""
-
-    def __init__(self, name: str, options: argparse.Namespace) -> None:
-        self.name, self.task, self.options = name, TASKS[name], options
-        self.tokenizer = load_tokenizer(options.base)
-        self.data = prepare(self.task, options.data, self.tokenizer)
-        texts = [json.loads(line) for line in UNRELATED.read_text(encoding="utf-8").splitlines()]
-        self.retention_texts = [t["text"] for t in texts if t["genre"] in RETENTION_GENRES]
-        self.unrelated_texts = [t["text"] for t in texts if t["genre"] not in RETENTION_GENRES]
-        self.fresh = QAdapterModel.from_base(options.base)
-        """Untrained: its log-probabilities are the base's."""
-
-    def model(self, choice: Choice, seed: int) -> QAdapterModel:
-        torch.manual_seed(seed)
-        return QAdapterModel.from_base(
-            self.fresh.base, AdapterConfig(form=choice.form, rank=RANK), choice.objective()
-        )
-
-    def features(self, part: str) -> FeatureSet:
-        return load_or_compute(
-            self.fresh, getattr(self.data, part), self.tokenizer, max_length=self.task.max_length,
-            cache_dir=self.options.cache, shard_mb=32, show_progress=sys.stderr.isatty(),
-        )
-
-    @functools.cached_property
-    def unrelated_states(self) -> tuple[Tensor, Tensor]:
-        """(h_b [N, D], the token that follows each [N]) of the texts for measuring."""
-        hidden, tokens = [], []
-        for text in self.unrelated_texts:
-            ids = torch.tensor(self.tokenizer(text)["input_ids"])
-            with torch.no_grad():
-                hidden.append(self.fresh.base_hidden(ids[None])[0, :-1])
-            tokens.append(ids[1:])
-        return draw(torch.cat(hidden), torch.cat(tokens))
-
-    def train(self, choice: Choice, seed: int) -> QAdapterModel:
-        model = self.model(choice, seed)
-        with tempfile.TemporaryDirectory() as folder:
-            args = QAdapterConfig(
-                output_dir=folder, per_device_train_batch_size=BATCH_PAIRS, seed=seed,
-                learning_rate=choice.learning_rate, num_train_epochs=choice.epochs,
-                retention_coef=choice.retention, max_length=self.task.max_length,
-                save_strategy="no", report_to="none", disable_tqdm=True, logging_strategy="no",
-            )
-            QAdapterTrainer(
-                model, args, train_dataset=self.features("train"),
-                processing_class=self.tokenizer,
-                retention_dataset=self.retention_texts if choice.retention else None,
-            ).train()
-        return model
-
-    def measure(self, model: QAdapterModel, part: str, base: PairScores) -> dict[str, Any]:
-        """Accuracies, KL and perplexity on a held-out part."""
-        scores = score_pairs(model, self.features(part))
-        prompts = getattr(self.data, part)["prompt_id"][:]
-        right = wins(scores.reward_margin)
-        kl_answers, _, _ = divergence(model, *sample_states(self.features(part)))
-        kl_helpful, _, _ = divergence(model, *sample_states(self.features("helpful")))
-        kl_unrelated, ppl, ppl_base = divergence(model, *self.unrelated_states)
-        return {
-            "pairs": len(prompts), "prompts": len(set(prompts)),
-            "accuracy": right.mean(), "accuracy_se": clustered_se(right, prompts),
-            "accuracy_length_controlled": length_controlled(right, scores.tokens),
-            "accuracy_policy_sum": wins(scores.logp_margin).mean(),
-            "accuracy_policy_mean": wins(scores.mean_logp_margin).mean(),
-            "gain_over_base_mean": (right - wins(base.mean_logp_margin)).mean(),
-            "gain_over_base_mean_se": clustered_se(right - wins(base.mean_logp_margin), prompts),
-            "kl_answers": kl_answers, "kl_helpful": kl_helpful, "kl_unrelated": kl_unrelated,
-            "perplexity": ppl, "perplexity_base": ppl_base, "right": right,
-        }
-
-    def baselines(self, part: str, base: PairScores) -> dict[str, Any]:
-        """What the base's log-probabilities score, and length in the sense the training pairs
-        have."""
-        prompts = getattr(self.data, part)["prompt_id"][:]
-        train = self.data.train
-        longer = np.mean([
-            np.sign(len(c) - len(r))
-            for c, r in zip(train["chosen_ids"], train["rejected_ids"], strict=True)
-        ])
-        found: dict[str, Any] = {"length_baseline": "longer" if longer > 0 else "shorter"}
-        margins = {
-            "base_sum": base.logp_margin, "base_mean": base.mean_logp_margin,
-            "length": (base.tokens[:, 0] - base.tokens[:, 1]) * (1 if longer > 0 else -1),
-        }
-        for name, margin in margins.items():
-            found[f"accuracy_{name}"] = wins(margin).mean()
-            found[f"accuracy_{name}_se"] = clustered_se(wins(margin), prompts)
-        return found
-
-
-# --- scores -------------------------------------------------------------------------------------
-
-
-class PairScores(NamedTuple):
-    """One entry a pair, in the data set's order; P pairs, chosen first."""
-
-    rewards: np.ndarray
-    """R [P, 2]."""
-    logps: np.ndarray
-    """Σ log π̃ [P, 2]."""
-    tokens: np.ndarray
-    """Of the answers [P, 2]."""
-
-    @property
-    def reward_margin(self) -> np.ndarray:
-        return self.rewards[:, 0] - self.rewards[:, 1]
-
-    @property
-    def logp_margin(self) -> np.ndarray:
-        return self.logps[:, 0] - self.logps[:, 1]
-
-    @property
-    def mean_logp_margin(self) -> np.ndarray:
-        means = self.logps / self.tokens
-        return means[:, 0] - means[:, 1]
-
-
-@torch.no_grad()
-def score_pairs(model: QAdapterModel, features: FeatureSet) -> PairScores:
-    """Without gradients, from cached features."""
-    collate = FeatureCollator()
-    outputs = []
-    with evaluating(model):
-        for start in range(0, len(features), BATCH_PAIRS):
-            pairs = [features[i] for i in range(start, min(start + BATCH_PAIRS, len(features)))]
-            loss = batch_loss(model, collate(pairs))
-            # Columns: number of actions, then losses.PER_PAIR; log-probabilities are its last two.
-            outputs.append(torch.cat([loss.rewards, loss.columns[:, 6:8]], dim=1).double())
-    rewards, logps = torch.cat(outputs).numpy().reshape(-1, 2, 2).swapaxes(0, 1)
-    tokens = np.array([features[i].num_actions for i in range(len(features))])
-    return PairScores(rewards, logps, tokens)
-
-
-def sample_states(features: FeatureSet) -> tuple[Tensor, Tensor]:
-    """(h_b, action) at the same random states in every call."""
-    return draw(
-        torch.cat([shard.hidden for shard in features.shards]),
-        torch.cat([shard.tokens for shard in features.shards]).long(),
-    )
-
-
-def draw(hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(SPLIT_SEED)
-    drawn = torch.randperm(len(tokens), generator=generator)[:KL_STATES]
-    return hidden[drawn], tokens[drawn]
-
-
-def divergence(
-    model: QAdapterModel, hidden: Tensor, tokens: Tensor
-) -> tuple[float, float, float]:
-    """Mean KL(π‖π̃) in nats a token, perplexity of π̃ and of π; float32."""
-    with evaluating(model):
-        scores = Scorer(model).score(model.adapter(hidden), hidden, tokens)
-    return (
-        scores.kl_base_policy.double().mean().item(),
-        (-scores.policy_logprob.double().mean()).exp().item(),
-        (-scores.base_logprob.double().mean()).exp().item(),
-    )
-
-
-def wins(margin_P: np.ndarray) -> np.ndarray:
-    """A tie is half right."""
-    return (np.sign(margin_P) + 1) / 2
-
-
-def length_controlled(right_P: np.ndarray, tokens_P2: np.ndarray) -> float | None:
-    """Mean of the accuracies where the chosen answer is the longer and where it is the shorter
-    one: 0.5 for whatever looks at length alone."""
-    longer = np.sign(tokens_P2[:, 0] - tokens_P2[:, 1])
-    groups = [right_P[longer == sign] for sign in (1, -1)]
-    return None if not all(map(len, groups)) else float(np.mean([g.mean() for g in groups]))
-
-
-def clustered_se(x_P: np.ndarray, clusters: Sequence[str]) -> float:
-    """Standard error of a mean over items that come in clusters (pairs of one prompt)."""
-    _, number = np.unique(list(clusters), return_inverse=True)
-    sums = np.bincount(number, x_P - x_P.mean())
-    return float(np.sqrt((sums**2).sum() * len(sums) / max(len(sums) - 1, 1)) / len(x_P))
-
-
 # --- steps --------------------------------------------------------------------------------------
 
 
 def run_features(bench: Bench, log: Log) -> None:
-    for part in ("train", "validation", "helpful", "test"):
+    for part, dataset in bench.data.items():
         stored = set(bench.options.cache.rglob("*.safetensors"))
         watch = Stopwatch()
         features = bench.features(part)
         if set(bench.options.cache.rglob("*.safetensors")) != stored:
-            dataset = getattr(bench.data, part)
             log.add(
                 "features", bench.name, part=part, pairs=len(features),
                 prompts=len(set(dataset["prompt_id"])), answer_tokens=features.num_actions,
-                max_length=bench.task.max_length, rows=bench.data.summary,
-                **watch.read("feature"),
+                max_length=bench.task.max_length, rows=bench.rows, **watch.read("feature"),
             )
 
 
 def run_search(bench: Bench, log: Log) -> None:
-    done = [row["choice"] for row in log.rows("search", bench.name)]
-    base = None
     for choice in GRID[: bench.options.most]:
-        if dataclasses.asdict(choice) in done:
-            continue
-        if base is None:
-            base = score_pairs(bench.fresh, bench.features("validation"))
-        add_run(bench, log, "search", "validation", choice, SEARCH_SEED, base)
+        search_fold(bench, log, choice, 0)
+    for row in finalists(log.rows("search", bench.name), bench.task.kl_limit):
+        for number in range(1, FOLDS):
+            search_fold(bench, log, Choice(**row["choice"]), number)
 
 
-def add_run(
-    bench: Bench, log: Log, step: str, part: str, choice: Choice, seed: int, base: PairScores
-) -> np.ndarray:
-    """Train, measure, write a line; returns which pairs were right."""
+def search_fold(bench: Bench, log: Log, choice: Choice, number: int) -> None:
+    """Train without one fold, score it, write a line; not again if the line is there."""
+    asked = dataclasses.asdict(choice)
+    if any((row["choice"], row["fold"]) == (asked, number)
+           for row in log.rows("search", bench.name)):
+        return
+    train, scored = bench.fold(number)
+    features, held_out = (bench.features("development").select(i) for i in (train, scored))
     watch = Stopwatch()
-    model = bench.train(choice, seed)
+    model = bench.train(choice, SEARCH_SEED, features)
     seconds = watch.read("training")
-    watch = Stopwatch()
-    measured = bench.measure(model, part, base)
-    right = measured.pop("right")
+    right = wins(score_pairs(model, held_out).reward_margin)
+    base = score_pairs(bench.fresh, held_out)
     log.add(
-        step, bench.name, choice=dataclasses.asdict(choice), seed=seed, **measured,
-        **bench.baselines(part, base), **seconds, **watch.read("evaluation"),
+        "search", bench.name, choice=asked, fold=number, seed=SEARCH_SEED,
+        train_pairs=len(train), pairs=len(scored), right=right.sum(), accuracy=right.mean(),
+        base_right=wins(base.mean_logp_margin).sum(), **bench.forgetting(model, held_out),
+        **seconds,
     )
-    return right
 
 
-def best(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The highest accuracy among those within ``KL_LIMIT``; of equals, the one that moves the base
-    less."""
-    within = [row for row in rows if row["kl_helpful"] <= KL_LIMIT]
-    if not within:
-        raise QAdapterError(f"no configuration of the search stays within KL {KL_LIMIT}")
-    return max(within, key=lambda row: (round(row["accuracy"], 4), -row["kl_helpful"]))
+def finalists(rows: Sequence[dict[str, Any]], kl_limit: float) -> list[dict[str, Any]]:
+    """Best first, by the first fold."""
+    within = [row for row in rows if row["fold"] == 0 and row["kl_helpful"] <= kl_limit]
+    return sorted(within, key=lambda row: -row["accuracy"])[:FINALISTS]
+
+
+def chosen(rows: Sequence[dict[str, Any]], kl_limit: float) -> Choice:
+    """The finalist with the most pairs right over all folds; of equals, the one that moves the
+    base less."""
+    found = []
+    for finalist in finalists(rows, kl_limit):
+        own = [row for row in rows if row["choice"] == finalist["choice"]]
+        kl = float(np.mean([row["kl_helpful"] for row in own]))
+        if len(own) == FOLDS and kl <= kl_limit:
+            found.append((-sum(row["right"] for row in own), kl, finalist["choice"]))
+    if not found:
+        raise QAdapterError(f"no configuration was searched to its end within KL {kl_limit}")
+    return Choice(**min(found, key=lambda f: f[:2])[2])
 
 
 def run_final(bench: Bench, log: Log) -> None:
@@ -416,20 +296,48 @@ def run_final(bench: Bench, log: Log) -> None:
     searched = log.rows("search", bench.name)
     if not searched:
         raise QAdapterError(f"{bench.name}: nothing to choose from: run the search first")
-    choice = Choice(**best(searched)["choice"])
-    base = score_pairs(bench.fresh, bench.features("test"))
-    right_SP = np.stack([
-        add_run(bench, log, "final", "test", choice, seed, base) for seed in FINAL_SEEDS
-    ])
-    prompts = bench.data.test["prompt_id"][:]
-    gain_P = right_SP.mean(0) - wins(base.mean_logp_margin)
+    choice = chosen(searched, bench.task.kl_limit)
+    development, test = bench.features("development"), bench.features("test")
+    prompts = bench.data["test"]["prompt_id"][:]
+    bootstrap = ClusterBootstrap(prompts)
+    base = score_pairs(bench.fresh, test)
+    right = []
+    for seed in FINAL_SEEDS:
+        watch = Stopwatch()
+        model = bench.train(choice, seed, development)
+        seconds = watch.read("training")
+        scores = score_pairs(model, test)
+        right.append(wins(scores.reward_margin))
+        log.add(
+            "final", bench.name, choice=dataclasses.asdict(choice), seed=seed,
+            **accuracies(scores, bootstrap), **bench.forgetting(model, test), **seconds,
+        )
+    right_P = np.mean(right, axis=0)
     log.add(
         "mean", bench.name, choice=dataclasses.asdict(choice), seeds=FINAL_SEEDS,
-        searched=len(searched), pairs=len(prompts), prompts=len(set(prompts)),
-        accuracy=right_SP.mean(), accuracy_se=clustered_se(right_SP.mean(0), prompts),
-        accuracy_seed_sd=right_SP.mean(1).std(ddof=1),
-        gain_over_base_mean=gain_P.mean(), gain_over_base_mean_se=clustered_se(gain_P, prompts),
+        train_pairs=len(development), pairs=len(prompts), prompts=len(set(prompts)),
+        **bootstrap.mean(right_P).as_dict("accuracy"),
+        accuracy_seed_sd=float(np.std([r.mean() for r in right], ddof=1)),
+        **bootstrap.mean(right_P - wins(base.mean_logp_margin)).as_dict("gain_over_base_mean"),
+        **baselines(base, bench.data["development"], bootstrap),
     )
+
+
+def baselines(base: PairScores, training: Dataset, bootstrap: ClusterBootstrap) -> dict[str, Any]:
+    """What the base's log-probabilities score, and length in the sense the training pairs have."""
+    longer = np.mean([
+        np.sign(len(chosen) - len(rejected))
+        for chosen, rejected in zip(training["chosen_ids"], training["rejected_ids"], strict=True)
+    ])
+    sign = 1 if longer > 0 else -1
+    margins = {
+        "base_sum": base.logp_margin, "base_mean": base.mean_logp_margin,
+        "length": sign * (base.tokens[:, 0] - base.tokens[:, 1]),
+    }
+    found: dict[str, Any] = {"length_baseline": "longer" if sign > 0 else "shorter"}
+    for name, margin in margins.items():
+        found |= bootstrap.mean(wins(margin)).as_dict(f"accuracy_{name}")
+    return found
 
 
 STEPS = {"features": run_features, "search": run_search, "final": run_final}
@@ -448,8 +356,8 @@ class Log:
         row = {"step": step, "data": data, **fields, **self.fixed}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, default=float, ensure_ascii=False) + "\n")
-        shown = ("seed", "choice", "pairs", "accuracy", "kl_answers", "training_seconds",
-                 "feature_seconds")
+        shown = ("choice", "fold", "seed", "part", "pairs", "accuracy", "kl_answers", "kl_helpful",
+                 "training_seconds", "feature_seconds")
         told = {key: row[key] for key in shown if key in row}
         print(step, data, json.dumps(told, default=float), flush=True)
 

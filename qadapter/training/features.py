@@ -92,6 +92,22 @@ class FeatureSet(torch.utils.data.Dataset):
             lengths=tuple(shard.lengths[2 * local : 2 * local + 2].tolist()),
         )
 
+    def select(self, indices: Sequence[int]) -> FeatureSet:
+        """A copy of these pairs' features, in this order, in memory."""
+        pairs = [self[i] for i in indices]
+        counts = torch.tensor([n for pair in pairs for n in pair.num_actions], dtype=torch.int64)
+        return FeatureSet([
+            Shard(
+                **{
+                    name: torch.cat([getattr(pair, name) for pair in pairs])
+                    for name in ("hidden", "base_logsumexp", "tokens", "states")
+                },
+                offsets=torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
+                lengths=torch.tensor([pair.lengths for pair in pairs], dtype=torch.int32).flatten(),
+                rows=torch.tensor([pair.row for pair in pairs]),
+            )
+        ])
+
     @property
     def num_actions(self) -> int:
         return sum(len(shard.tokens) for shard in self.shards)

@@ -267,3 +267,16 @@ def test_items_are_pairs(tokenized):
     with pytest.raises(IndexError):
         cached[13]
     assert build_tokenizer().eos_token_id in answers
+
+
+def test_a_selection_holds_the_features_of_its_pairs(tokenized):
+    cached = compute_features(build_model(), tokenized, show_progress=False)
+    chosen = cached.select([5, 0, 11])
+    assert len(chosen) == 3
+    for got, index in zip((chosen[0], chosen[1], chosen[2]), (5, 0, 11), strict=True):
+        expected = cached[index]
+        assert (got.row, got.num_actions, got.lengths) == (
+            expected.row, expected.num_actions, expected.lengths
+        )
+        for name in ("hidden", "base_logsumexp", "tokens", "states"):
+            assert_close(getattr(got, name), getattr(expected, name), rtol=0, atol=0)
