@@ -187,6 +187,35 @@ def draw_logits_loss(records: Sequence[Record], folder: Path) -> None:
     _save(figure, records, f"soft_value on bfloat16 logits, V = {vocab:,}", folder)
 
 
+def print_generation(title: str, records: Sequence[Record]) -> None:
+    """Tokens a second, and the share of the base's."""
+    rows = [
+        (r["provider"], number(r["tokens_per_s"]), number(r["ms_per_token"]), spread(r),
+         number(r["times_base"], "×"))
+        for r in records if r["status"] == "ok"
+    ]
+    print_table(title, ("provider", "tokens/s", "ms a step", "quartiles, ms", "base's time"), rows)
+    for record in records:
+        if record["status"] != "ok":
+            print(f"  not run: {record['provider']}: {record['status']}")
+
+
+def draw_generation(records: Sequence[Record], folder: Path) -> None:
+    """Tokens a second, a panel for each batch size."""
+    usable = [r for r in records if r["status"] == "ok"]
+    if not usable:
+        return
+    model = usable[-1]["shape"]["model"]
+    mine = [r for r in usable if r["shape"]["model"] == model]
+    batches = sorted({r["shape"]["B"] for r in mine})
+    figure, axes = _figure(max(2, len(batches)), (5.2 * max(2, len(batches)), 3.6))
+    for axis, batch in zip(axes, batches, strict=False):
+        rates = {r["provider"]: r["tokens_per_s"] for r in mine if r["shape"]["B"] == batch}
+        bars(axis, rates, list(rates), "tokens a second")
+        axis.set_title(f"batch {batch}", fontsize=10, loc="left")
+    _save(figure, mine, f"Greedy decoding through generate: {model}, bfloat16", folder)
+
+
 def draw_scaling(sweeps: Sequence[Record], records: Sequence[Record], folder: Path) -> None:
     """Time over N and over V with the fitted line."""
     figure, axes = _figure(2, (10, 4))
