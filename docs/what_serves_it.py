@@ -3,7 +3,7 @@
     python docs/what_serves_it.py
 
 Runs tests/test_serving.py; a test marked ``serves(engine, form)`` is a row, with its outcome. The
-table stands between two comments in docs/serving.md.
+table stands between two comments in README.md and in docs/serving.md.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs/serving.md"
+PAGES = (ROOT / "README.md", ROOT / "docs/serving.md")
 TABLE = re.compile(r"(<!-- what serves it -->\n).*?(<!-- end -->)", re.DOTALL)
 PACKAGES = ("transformers", "peft", "torch")
 
@@ -55,15 +55,17 @@ class Rows:
 
 
 def main() -> int:
-    """Run the tests, write the table; the tests' exit code."""
+    """Run the tests, write the tables; the tests' exit code."""
     rows = Rows()
     code = pytest.main(["-q", str(ROOT / "tests/test_serving.py")], plugins=[rows])
-    text = PAGE.read_text(encoding="utf-8")
-    page, found = TABLE.subn(lambda m: m[1] + rows.table() + m[2], text)
-    if found != 1:
-        print(f"{PAGE}: the table's comments are missing", file=sys.stderr)
-        return 1
-    PAGE.write_text(page, encoding="utf-8")
+    for page in PAGES:
+        text, found = TABLE.subn(
+            lambda m: m[1] + rows.table() + m[2], page.read_text(encoding="utf-8")
+        )
+        if found != 1:
+            print(f"{page}: the table's comments are missing", file=sys.stderr)
+            return 1
+        page.write_text(text, encoding="utf-8")
     return int(code)
 
 
