@@ -34,7 +34,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = (
-    "torch", "triton", "transformers", "liger-kernel", "trl", "cut-cross-entropy", "qadapter",
+    "torch", "triton", "transformers", "peft", "liger-kernel", "trl", "cut-cross-entropy",
+    "qadapter",
 )
 MEBIBYTE = 1 << 20
 WARM_ROWS = 32
@@ -187,7 +188,7 @@ def peak_extra_memory(build: Callable[..., Case], arguments: tuple, rows: int, d
             for the rest it would hide what a first call leaves behind.
     """
     if device == "cuda":
-        return _peak_cuda(build(*arguments, rows))
+        return peak_cuda(build(*arguments, rows))
     # Freed blocks go back to the system at once, and a thread's pool can't grow unseen.
     settings = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "0"}
     before = {name: os.environ.get(name) for name in settings}
@@ -202,7 +203,8 @@ def peak_extra_memory(build: Callable[..., Case], arguments: tuple, rows: int, d
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def _peak_cuda(case: Case) -> int:
+def peak_cuda(case: Case) -> int:
+    """The same for a case that is there already, by the caching allocator."""
     case.run(case.prepare())
     prepared = case.prepare()
     torch.cuda.synchronize()

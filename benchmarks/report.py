@@ -249,3 +249,45 @@ def draw_decoding(records: Sequence[Record], folder: Path) -> None:
     axes[0].legend(fontsize=7, frameon=False)
     vocab = usable[0]["shape"]["V"]
     _save(figure, records, f"Two streams to one token, V = {vocab:,}", folder)
+
+
+def print_training_step(records: Sequence[Record]) -> None:
+    """One table a length."""
+    shape = records[0]["shape"]
+    done = [r for r in records if r["status"] == "ok"]
+    print_table(
+        f"training step, {shape['model']}, {shape['pairs']} pairs of up to {shape['T']:,} tokens "
+        f"({shape['tokens']:,} in all, {shape['padded_tokens']:,} padded, N = {shape['N']:,})",
+        ("provider", "ms", "quartiles", "tokens/s", "authors' / it", "of it the loss", "peak MiB",
+         "with weights"),
+        [
+            (r["provider"], number(r["ms"]), spread(r), number(r["tokens_per_s"]),
+             number(r.get("speedup_over_authors"), "×"), number(r.get("loss_percent"), "%"),
+             number(r.get("peak_extra_mib")), number(_whole_peak(r)))
+            for r in done
+        ],
+    )
+    for record in records:
+        if record["status"] != "ok":
+            print(f"  not run: {record['provider']}: {record['status']}")
+
+
+def _whole_peak(record: Record) -> float | None:
+    extra = record.get("peak_extra_mib")
+    return None if extra is None else extra + record["weights_mib"]
+
+
+def draw_training_step(records: Sequence[Record], folder: Path) -> None:
+    """Tokens a second and peak memory with the weights, at the longest length."""
+    usable = [r for r in records if r["status"] == "ok"]
+    if not usable:
+        return
+    shape = max((r["shape"] for r in usable), key=lambda shape: shape["T"])
+    at = {r["provider"]: r for r in usable if r["shape"] == shape}
+    figure, (speed, memory) = _figure(2, (11, 3.4))
+    bars(speed, {name: r["tokens_per_s"] for name, r in at.items()}, list(at), "tokens a second")
+    speed.set_xscale("log")
+    bars(memory, {name: _whole_peak(r) / 1024 for name, r in at.items() if _whole_peak(r)},
+         list(at), "peak memory with the weights, GiB")
+    what = f"{shape['model']}, {shape['pairs']} pairs of up to {shape['T']:,} tokens"
+    _save(figure, usable, f"Training step: {what}", folder)

@@ -24,6 +24,7 @@ import hidden_level
 import linear_loss
 import logits_loss
 import scaling
+import training_step
 from harness import Case, Timing, Unavailable
 
 from qadapter.commands import bench
@@ -144,6 +145,44 @@ def test_cases_take_turns_and_failures_are_results():
     timed = [name for name, _ in seen[2:]]  # after a warm-up each
     assert timed == ["a", "b", "b", "a", "a", "b"]
     assert all(prepared == "ready" for _, prepared in seen)
+
+
+def test_training_step(tmp_path, capsys):
+    rows = run(training_step.main, tmp_path, "--no-memory", "--rounds", "1")
+    assert [r["status"] for r in rows] == ["ok"] * 2 * len(training_step.PROVIDERS)
+    assert {r["provider"] for r in rows} == set(training_step.PROVIDERS)
+    for row in rows:
+        recomputes = row["shape"]["T"] == 96 and "head" not in row["provider"]
+        assert row["gradient_checkpointing"] == recomputes
+        assert row["tokens_per_s"] == pytest.approx(
+            row["shape"]["tokens"] / row["ms"] * 1e3, rel=1e-3
+        )
+        assert 0 <= row["loss_percent"] <= 100 and row["speedup_over_authors"] > 0
+    assert "of it the loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("kind", ["lora", "head"])
+def test_training_steps_minimise_the_same_loss(kind, checkpointed):
+    """In float32, with an adapter that does something: losses and gradients."""
+    bench = training_step.Bench("tiny", kind, 48, "cpu", torch.float32)
+    bench.set_length(48, checkpointed)
+    assert bench.checkpointed == (checkpointed and kind == "lora")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in bench.parameters:
+            parameter.normal_(std=0.2, generator=generator)
+    found = {}
+    for name, step in bench.steps().items():
+        with step.around():
+            loss = step.loss()
+            gradients = torch.autograd.grad(loss, bench.parameters)
+        found[name] = loss.item(), torch.cat([g.flatten() for g in gradients])
+    loss, gradient = found.pop(next(iter(found)))
+    assert gradient.norm() > 0 and found
+    for name, (other_loss, other_gradient) in found.items():
+        assert other_loss == pytest.approx(loss, rel=1e-4), name
+        assert (other_gradient - gradient).norm() < 1e-3 * gradient.norm(), name
 
 
 def allocating(mebibytes: int, rows: int) -> Case:
