@@ -128,6 +128,37 @@ def load_base(
     return LoadedBase(model, found.name, found.location, found.reason)
 
 
+def as_loaded(
+    base: PreTrainedModel | LoadedBase | str | Path, base_kwargs: dict[str, Any]
+) -> LoadedBase:
+    """A base given as a model, by its folder or by its name.
+
+    Args:
+        base_kwargs: for ``load_base``, where ``base`` is a name.
+
+    Raises:
+        QAdapterError: it is none of these, or can't be loaded.
+    """
+    if isinstance(base, LoadedBase):
+        return base
+    if isinstance(base, PreTrainedModel):
+        if base.config.is_encoder_decoder:
+            raise QAdapterError(
+                f"{type(base).__name__} is an encoder-decoder model: a causal language model is "
+                "needed"
+            )
+        if base_kwargs:
+            raise QAdapterError(
+                f"{', '.join(base_kwargs)}: only for a base given by name, not for a model object"
+            )
+        return LoadedBase(base, base.config.name_or_path or type(base).__name__, "model object", "")
+    if not isinstance(base, (str, Path)):
+        raise QAdapterError(
+            f"base must be a causal LM, its folder or its name, got {type(base).__name__}"
+        )
+    return load_base(base, **base_kwargs)
+
+
 def load_tokenizer(
     name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:

@@ -1,13 +1,15 @@
-"""Decoding two streams in one forward: a batch of B rows runs as 2B, adapted first, then base.
+"""Decoding several streams in one forward: a batch of B rows runs as S·B, a group for each stream,
+the adapted one first, the base's last.
 
-The weights are read once; the adapter is gated per row (``qadapter.lora``), and the two hidden
-states meet in one product with the head (design §2, fact 5).
+The weights are read once; adapters are gated per row (``qadapter.lora``), and the hidden states
+meet in one product with the head (design §2, fact 5).
 """
 
 from __future__ import annotations
 
 import contextlib
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,60 +20,69 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from qadapter.adapters import HeadAdapter
 from qadapter.errors import QAdapterError
 from qadapter.head import trunk
+from qadapter.policy import BASE
 
-_FILLED: weakref.WeakKeyDictionary[Cache, str] = weakref.WeakKeyDictionary()
+_FILLED: weakref.WeakKeyDictionary[Cache, tuple[int, ...]] = weakref.WeakKeyDictionary()
 """Which streams the caches hold that callers keep between turns."""
 
 
-class TwoStreamCache(Cache):
-    """Keys and values of both streams: row i of a batch of B has its adapted stream in row i and
-    its base stream in row B + i of every layer.
+class StreamCache(Cache):
+    """Keys and values of S streams: row i of a batch of B has its s-th stream in row s·B + i of
+    every layer.
 
     Args:
         cache: a new ``DynamicCache``, ``StaticCache``, … whose layers are taken over.
+        streams: S.
     """
 
-    def __init__(self, cache: Cache):
+    def __init__(self, cache: Cache, streams: int = 2):
         if not cache.layers:
             raise QAdapterError("the cache has no layers yet: make it with config=model.config")
         super().__init__(
             layers=cache.layers, offloading=cache.offloading,
             offload_only_non_sliding=getattr(cache, "only_non_sliding", True),
         )
+        self.streams = streams
         self.rows = 0
         """B, once something is in."""
 
     @property
     def batch_size(self) -> int:
         rows = super().batch_size
-        return rows // 2 if rows > 0 else rows
+        return rows // self.streams if rows > 0 else rows
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(self._both(beam_idx))
+        super().reorder_cache(self._every(beam_idx))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(self._both(indices))
+        super().batch_select_indices(self._every(indices))
         self.rows = len(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         self.rows *= repeats
 
-    def _both(self, indices: Tensor) -> Tensor:
-        return torch.cat([indices, indices + self.rows])
+    def _every(self, indices: Tensor) -> Tensor:
+        return torch.cat([indices + stream * self.rows for stream in range(self.streams)])
 
 
-def doubled(inputs: dict[str, Any], rows: int) -> dict[str, Any]:
-    """A forward's keyword arguments for 2B rows: tensors with B rows, also in dicts, twice over."""
-    return {name: _doubled(value, rows) for name, value in inputs.items()}
+def repeated(inputs: dict[str, Any], rows: int, times: int) -> dict[str, Any]:
+    """A forward's keyword arguments for more rows: tensors with B rows, also in dicts, as often."""
+    return {name: _repeated(value, rows, times) for name, value in inputs.items()}
 
 
-def _doubled(value: Any, rows: int) -> Any:
+def _repeated(value: Any, rows: int, times: int) -> Any:
     if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == rows:
-        return torch.cat([value, value])
+        return torch.cat([value] * times)
     if isinstance(value, dict):
-        return doubled(value, rows)
+        return repeated(value, rows, times)
     return value
+
+
+def _named(streams: Sequence[int]) -> str:
+    alone = max(streams) == 0
+    names = ["base" if s == BASE else "adapter" if alone else f"adapter {s + 1}" for s in streams]
+    return " and ".join(names)
 
 
 class StreamedGeneration(GenerationMixin):
@@ -80,51 +91,59 @@ class StreamedGeneration(GenerationMixin):
 
     @property
     def adapts_trunk(self) -> bool:
-        """Whether the two streams differ inside the trunk (LoRA), not on its output alone."""
+        """Whether the streams differ inside the trunk (LoRA), not on its output alone."""
         return not isinstance(self.adapter, HeadAdapter)
 
-    def _streams(self, strength: float | Tensor | None) -> str:
-        """What the trunk has to run for a policy: "adapter", "base" or "both"."""
+    def _streams(self, strength: float | Tensor | None) -> tuple[int, ...]:
+        """What the trunk has to run for a policy: adapters by their numbers, then ``BASE``."""
         if not self.adapts_trunk:
-            return "base"
-        weight_a, weight_b = self.policy.stream_weights(strength)
-        if isinstance(weight_a, Tensor):
-            return "both"
-        return "adapter" if weight_b == 0 else "base" if weight_a == 0 else "both"
+            return (BASE,)
+        *adapters, base = self.policy.trunk_weights(strength)
+        weights = {**dict(enumerate(adapters)), BASE: base}
+        # A weight for each row is not looked at: that would wait for the GPU at every step.
+        return tuple(s for s, w in weights.items() if isinstance(w, Tensor) or w != 0) or (BASE,)
 
-    def _run(self, streams: str, **inputs: Any) -> BaseModelOutputWithPast:
-        """The trunk. For "both", 2B rows: the adapted stream's, then the base's."""
+    def _run(self, streams: tuple[int, ...], **inputs: Any) -> BaseModelOutputWithPast:
+        """The trunk, for S streams with S·B rows."""
         body = trunk(self.base)
-        if streams == "adapter":
-            self._check_cache(streams, inputs.get("past_key_values"))
-            return body(**inputs)
-        if streams == "base":
+        shaped = inputs["input_ids"]
+        if shaped is None:
+            shaped = inputs["inputs_embeds"]
+        rows, tokens = shaped.shape[:2]
+        if streams == (BASE,):
             off = self.adapter.off() if self.adapts_trunk else contextlib.nullcontext()
             self._check_cache(streams, inputs.get("past_key_values"))
             with torch.no_grad(), off:
                 return body(**inputs)
-        shaped = inputs["input_ids"] if inputs["input_ids"] is not None else inputs["inputs_embeds"]
-        rows, tokens = shaped.shape[:2]
-        cache, use_cache = inputs.pop("past_key_values"), inputs["use_cache"]
+        if len(streams) == 1:
+            self._check_cache(streams, inputs.get("past_key_values"))
+            with self.adapter.on(streams, rows, tokens):
+                return body(**inputs)
+        count = len(streams)
+        cache, use_cache = inputs.pop("past_key_values", None), inputs["use_cache"]
         if cache is None and (self.config.use_cache if use_cache is None else use_cache):
-            cache = TwoStreamCache(DynamicCache(config=self.base.config))
+            cache = StreamCache(DynamicCache(config=self.base.config), count)
         self._check_cache(streams, cache)
         if cache is not None:
             cache.rows = rows
-        with self.adapter.on_first_half(2 * rows, tokens):
-            outputs = body(past_key_values=cache, **doubled(inputs, rows))
+        with self.adapter.on(streams, count * rows, tokens):
+            outputs = body(past_key_values=cache, **repeated(inputs, rows, count))
         for name in ("hidden_states", "attentions"):
             if outputs.get(name) is not None:  # the customised model's: its adapted stream
                 outputs[name] = tuple(x[:rows] for x in outputs[name])
         return outputs
 
-    def _check_cache(self, streams: str, cache: Any) -> None:
-        if isinstance(cache, Cache) and isinstance(cache, TwoStreamCache) != (streams == "both"):
+    def _check_cache(self, streams: tuple[int, ...], cache: Any) -> None:
+        if not isinstance(cache, Cache):
+            return
+        count = len(streams)
+        held = cache.streams if isinstance(cache, StreamCache) else 1
+        if held != count:
             raise QAdapterError(
-                "this policy runs both streams: pass past_key_values="
-                "qadapter.decoding.TwoStreamCache(DynamicCache(config=model.config))"
-                if streams == "both" else
-                f"this policy runs the {streams} stream alone: a TwoStreamCache can't serve it"
+                f"this policy runs {count} streams: pass past_key_values=qadapter.decoding."
+                f"StreamCache(DynamicCache(config=model.config), {count})"
+                if count > 1 else
+                f"this policy runs the {_named(streams)} stream alone: a StreamCache can't serve it"
             )
 
     def _prepare_cache_for_generation(
@@ -137,19 +156,21 @@ class StreamedGeneration(GenerationMixin):
             filled = _FILLED.setdefault(given, streams)
             if filled != streams and given.get_seq_length():
                 raise QAdapterError(
-                    f"past_key_values hold the {filled} stream, this policy runs {streams}"
+                    f"past_key_values hold the {_named(filled)} stream, this policy runs "
+                    f"{_named(streams)}"
                 )
             _FILLED[given] = streams
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode,
-            2 * batch_size if streams == "both" else batch_size, max_cache_length,
+            len(streams) * batch_size, max_cache_length,
         )
-        if streams == "both" and given is None and model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"] = TwoStreamCache(model_kwargs["past_key_values"])
+        made = model_kwargs.get("past_key_values")
+        if len(streams) > 1 and given is None and made is not None:
+            model_kwargs["past_key_values"] = StreamCache(made, len(streams))
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; its paged cache holds one stream."""
-        if self._streams(None) == "both":
+        if len(self._streams(None)) > 1:
             raise QAdapterError(
                 "continuous batching runs one stream and this policy needs both: use generate, or "
                 "strength 0, or 1 in the policy parametrization at the trained alphas"

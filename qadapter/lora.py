@@ -1,4 +1,4 @@
-"""LoRA in the trunk: a PEFT adapter that can be gated off, for a whole batch or half of its rows.
+"""LoRA in the trunk: PEFT adapters that can be gated off, for a whole batch or groups of its rows.
 
 The base stream is the same weights with the adapter off. PEFT's ``disable_adapter()`` walks the
 model, flips ``requires_grad`` and takes some 50 ms on 224 layers (peft#3447); flipping one flag on
@@ -9,23 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import peft
 import torch
 from peft import PeftConfig
-from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.pytorch_utils import Conv1D
 
 from qadapter.errors import QAdapterError
+from qadapter.gating import GatedDropout, PutStreams, RowsOfStreams, frozen_module, sums_adapters
 from qadapter.head import trunk
+from qadapter.policy import BASE
 
 PRESETS = {
     "paper": {
@@ -56,7 +55,8 @@ def preset(name: str) -> PeftConfig:
 
 
 class LoraAdapter:
-    """A PEFT adapter injected into a base's trunk. Not a module: its weights are the base's.
+    """PEFT adapters injected into a base's trunk, mostly one. Not a module: its weights are the
+    base's.
 
     Args:
         base: a frozen causal LM; PEFT's layers take the places of those they adapt.
@@ -76,26 +76,49 @@ class LoraAdapter:
                 raise QAdapterError(f"{field}={getattr(config, field)!r} can't be used: {reason}")
         if config.peft_type == peft.PeftType.ADALORA:
             raise QAdapterError("AdaLoRA needs a schedule of ranks of its own: use LoRA")
-        config = copy.deepcopy(config)
-        config.task_type = config.task_type or peft.TaskType.CAUSAL_LM
-        config.inference_mode = False
-        config.base_model_name_or_path = config.revision = None  # PEFT would name the base
         before = _probe(base)
+        frozen = {id(p) for p in base.parameters()}
         try:
-            self.peft_model = peft.get_peft_model(base, config)
+            self.peft_model = peft.get_peft_model(base, _trainable(config))
         except (ValueError, NotImplementedError, TypeError) as error:
             raise QAdapterError(f"PEFT can't adapt {name}: {error}") from error
         self.config = self.peft_model.peft_config["default"]
-        # The base is frozen: what requires grad now is the adapter's.
-        self._weights = [p for p in base.parameters() if p.requires_grad]
+        self.names = ["default"]
+        """Of the adapters, as PEFT calls them."""
+        self._weights = [p for p in base.parameters() if id(p) not in frozen]
+        self._rows = RowsOfStreams()
+        self._originals: list[tuple[Tensor, Tensor]] = []
+        self._find_layers(base)
+        self._check(base, before)
+
+    def add(self, config: PeftConfig, weights: dict[str, Tensor]) -> None:
+        """One more adapter on the same base; all are frozen from then on.
+
+        Args:
+            config: of the kind of those that are there.
+            weights: as ``state_dict`` gives them.
+
+        Raises:
+            QAdapterError: PEFT can't hold both.
+        """
+        base, name = self.peft_model.get_base_model(), f"adapter_{len(self.names)}"
+        frozen = {id(p) for p in base.parameters()}
+        try:
+            self.peft_model.add_adapter(name, _trainable(config))
+        except (ValueError, NotImplementedError, TypeError) as error:
+            raise QAdapterError(f"PEFT can't hold these adapters together: {error}") from error
+        set_peft_model_state_dict(self.peft_model, weights, adapter_name=name)
+        self.names.append(name)
+        self._weights += [p for p in base.parameters() if id(p) not in frozen]
+        base.requires_grad_(False)
+        self._find_layers(base)
+
+    def _find_layers(self, base: PreTrainedModel) -> None:
         self.layers = [
             m for m in base.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))
         ]
-        self._rows = _HalfOfTheRows()
-        self._originals: list[tuple[Tensor, Tensor]] = []
         for layer in self.layers:
             self._gate_rows(layer)
-        self._check(base, before)
 
     # --- the two streams --------------------------------------------------------------------
 
@@ -112,23 +135,31 @@ class LoraAdapter:
                 layer._disable_adapters = False
 
     @contextlib.contextmanager
-    def on_first_half(self, rows: int, tokens: int) -> Iterator[None]:
-        """Both streams in one forward: the first half of a batch's rows is adapted, the other half
-        is the base's. For inference.
+    def on(self, streams: Sequence[int], rows: int, tokens: int) -> Iterator[None]:
+        """One stream; or several in one forward, a group of a batch's rows each, for inference.
 
         Args:
+            streams: adapters, or ``BASE``, in the order of the groups, which are of one size.
             rows, tokens: shape of the input.
         """
-        self._check_apart()
-        self._rows.shape = (rows, tokens)
+        if len(self.names) > 1:
+            names = [self.names[stream] for stream in streams if stream != BASE]
+            for layer in self.layers:
+                # One that sums its adapters takes all of them, each with its gate.
+                layer._active_adapter = names if sums_adapters(layer) else names[:1]
+        if len(streams) > 1:
+            self._check_apart()
+            self._rows.set(streams, rows, tokens)
         try:
             yield
         finally:
-            self._rows.shape = None
+            self._rows.clear()
 
     def merge(self) -> None:
         """Add the adapter to the weights it adapts; the frozen ones are kept, on the CPU."""
         self._check_apart()
+        if len(self.names) > 1:
+            raise QAdapterError("several adapters are several streams: they can't be merged")
         if any(getattr(layer, "quantization_backend", None) is not None for layer in self.layers):
             raise QAdapterError("the base is quantized: its adapter can't be merged exactly")
         layers = [layer for layer in self.layers if isinstance(layer, BaseTunerLayer)]
@@ -159,14 +190,14 @@ class LoraAdapter:
             )
 
     def _gate_rows(self, layer: nn.Module) -> None:
-        plain = isinstance(layer, LoraLayer) and not isinstance(layer, ParamWrapper)
-        if plain and isinstance(layer.get_base_layer(), (nn.Linear, Conv1D)):
-            if not layer.lora_variant:
-                # A LoRA of zeros is zero: its input is where the rows are told apart.
-                dropouts = layer.lora_dropout
-                dropouts["default"] = _GatedDropout(dropouts["default"], self._rows)
-                return
-        layer.register_forward_hook(_PutBaseRows(self._rows), with_kwargs=True)
+        if sums_adapters(layer):
+            # A LoRA of zeros is zero: its input is where the rows are told apart.
+            for stream, name in enumerate(self.names):
+                dropout = layer.lora_dropout[name] if name in layer.lora_dropout else None
+                if dropout is not None and not isinstance(dropout, GatedDropout):
+                    layer.lora_dropout[name] = GatedDropout(dropout, self._rows, stream)
+        elif not any(isinstance(h, PutStreams) for h in layer._forward_hooks.values()):
+            layer.register_forward_hook(PutStreams(self._rows, self.names), with_kwargs=True)
 
     # --- parameters -------------------------------------------------------------------------
 
@@ -184,7 +215,7 @@ class LoraAdapter:
             self._check_apart()
         for layer in self.layers:
             layer.train(mode)
-            _frozen(layer).eval()
+            frozen_module(layer).eval()
         for module in self.peft_model.modules():
             # These switch checkpointing by their own mode; the modules inside keep theirs.
             if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
@@ -197,8 +228,10 @@ class LoraAdapter:
                         "gradient_checkpointing"
                     )
 
-    def state_dict(self, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Weights by their names in PEFT's files.
+    def state_dict(
+        self, state_dict: dict[str, Tensor] | None = None, adapter: int = 0
+    ) -> dict[str, Tensor]:
+        """Weights of one adapter by their names in PEFT's files.
 
         Args:
             state_dict: of the whole ``QAdapterModel``, where a trainer gathered it.
@@ -209,7 +242,8 @@ class LoraAdapter:
                 for name, x in state_dict.items()
             }
         return get_peft_model_state_dict(
-            self.peft_model, state_dict, save_embedding_layers=False
+            self.peft_model, state_dict, adapter_name=self.names[adapter],
+            save_embedding_layers=False,
         )
 
     def load_state_dict(self, weights: dict[str, Tensor]) -> None:
@@ -236,56 +270,12 @@ class LoraAdapter:
             raise QAdapterError(f"this {kind} can't be a Q-adapter: {reason}")
 
 
-class _HalfOfTheRows:
-    """What all gates of one model look at: the batch's shape while its second half is the base."""
-
-    shape: tuple[int, int] | None = None
-
-    def half(self, x: Tensor) -> int:
-        """Where the base's rows begin in a tensor [rows, ...] or [rows·tokens, D]."""
-        rows, tokens = self.shape
-        expected = rows if x.dim() > 2 else rows * tokens
-        if x.shape[0] != expected:
-            raise QAdapterError(
-                "the adapter sits in layers that see tokens out of order (routed experts?): its "
-                "two streams can't share a forward; decode it at strength 0, or 1 with its α's"
-            )
-        return expected // 2
-
-
-class _GatedDropout(nn.Module):
-    def __init__(self, dropout: nn.Module, rows: _HalfOfTheRows):
-        super().__init__()
-        self.dropout = dropout
-        self.rows = rows
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.dropout(x)
-        if self.rows.shape is None:
-            return x
-        half = self.rows.half(x)
-        # Padded, not multiplied by a mask: 0·inf in a base row would not be 0.
-        return nn.functional.pad(x[:half], [0, 0] * (x.dim() - 1) + [0, x.shape[0] - half])
-
-
-class _PutBaseRows:
-    """Forward hook of layers whose adapter is no sum that an input of zeros switches off: the
-    wrapped layer runs again and gives the base's rows."""
-
-    def __init__(self, rows: _HalfOfTheRows):
-        self.rows = rows
-
-    def __call__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor):
-        if self.rows.shape is None:
-            return None
-        half = self.rows.half(output)
-        return torch.cat([output[:half], _frozen(layer)(*args, **kwargs)[half:]])
-
-
-def _frozen(layer: nn.Module) -> nn.Module:
-    """The base's module that an adapted layer wraps."""
-    wrapper = isinstance(layer, AuxiliaryTrainingWrapper)
-    return layer.original_module if wrapper else layer.base_layer
+def _trainable(config: PeftConfig) -> PeftConfig:
+    config = copy.deepcopy(config)
+    config.task_type = config.task_type or peft.TaskType.CAUSAL_LM
+    config.inference_mode = False
+    config.base_model_name_or_path = config.revision = None  # PEFT would name the base
+    return config
 
 
 @torch.no_grad()

@@ -10,6 +10,8 @@ weight is not zero. Only where both streams have a weight they both run, in one 
 from __future__ import annotations
 
 import copy
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +23,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from qadapter import storage
 from qadapter.adapters import AdapterConfig, HeadAdapter
-from qadapter.base import LoadedBase, load_base
+from qadapter.base import LoadedBase, as_loaded
 from qadapter.decoding import StreamedGeneration
 from qadapter.errors import QAdapterError
 from qadapter.head import LanguageModelHead
 from qadapter.objective import ObjectiveConfig, find_actions, sequence_loss
-from qadapter.policy import Policy
+from qadapter.policy import BASE, Policy
 from qadapter_kernels import linear_soft_value, soft_value
 from qadapter_kernels.reference import Coefficients, accumulation_dtype
 
@@ -96,7 +98,7 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
                 can't be one.
         """
         config = _adapter_config(adapter)
-        loaded = _as_loaded(base, base_kwargs)
+        loaded = as_loaded(base, base_kwargs)
         identity = storage.BaseIdentity.of(loaded)
         return cls._assemble(loaded, config, objective or ObjectiveConfig(), identity)
 
@@ -145,7 +147,7 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         saved = storage.read(adapter_dir, objective)
         if base is None and saved.base_name is None:
             raise QAdapterError(f"{adapter_dir} names no base: pass base=")
-        loaded = _as_loaded(base if base is not None else saved.base_name, base_kwargs)
+        loaded = as_loaded(base if base is not None else saved.base_name, base_kwargs)
         identity = storage.BaseIdentity.of(loaded)
         if saved.base is not None:
             saved.base.require(identity, adapter_dir)
@@ -209,8 +211,9 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         """
         if strength is not None and (alpha_0 is not None or alpha_tilde is not None):
             raise ValueError("give either strength or alpha_0 and alpha_tilde, not both")
-        self.policy = Policy(
-            self.objective, 1.0 if strength is None else strength, alpha_0, alpha_tilde
+        self.policy = dataclasses.replace(
+            self.policy, strength=1.0 if strength is None else strength, alpha_0=alpha_0,
+            alpha_tilde=alpha_tilde,
         )
         return self.policy
 
@@ -236,12 +239,12 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        hidden = outputs.last_hidden_state[:, keep]
-        adapter_hidden, base_hidden = {
-            "both": lambda: hidden.chunk(2), "adapter": lambda: (hidden, None),
-            "base": lambda: (None, hidden),
-        }[streams]()
-        logits = self.policy_logits(base_hidden, adapter_hidden, strength=strength)
+        hidden = outputs.last_hidden_state[:, keep].chunk(len(streams))
+        if self.adapts_trunk:
+            weights = self.policy.trunk_weights(strength)
+            logits = self._mix([weights[stream] for stream in streams], hidden)
+        else:
+            logits = self.policy_logits(hidden[0], strength=strength)
         loss = None
         if labels is not None:
             loss = nn.functional.cross_entropy(
@@ -265,32 +268,34 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
                 only if its weight is 0.
         """
         weight_a, weight_b = self.policy.stream_weights(strength)
-        dtype = self.head.weight.dtype
-        if isinstance(weight_a, Tensor):  # one strength for each row of the batch
-            weight_a, weight_b = (
-                w.to(base_hidden.device, accumulation_dtype(dtype)).view(
-                    (-1,) + (1,) * (base_hidden.dim() - 1)
-                )
-                for w in (weight_a, weight_b)
-            )
-        elif weight_a == 0 and weight_b == 1:  # the base itself, bit for bit
-            return self.head(base_hidden)
-        if adapter_hidden is None:
-            adapter_hidden = self.adapter(base_hidden)
-        if not isinstance(weight_b, Tensor) and weight_b == 0:
-            if weight_a == 1:
-                return self.head(adapter_hidden)
-            base_hidden = adapter_hidden  # its weight is 0
-        adapter_hidden, base_hidden = (
-            h.to(accumulation_dtype(dtype)) for h in (adapter_hidden, base_hidden)
-        )
+        terms = []
+        if isinstance(weight_a, Tensor) or weight_a != 0:
+            if adapter_hidden is None:
+                adapter_hidden = self.adapter(base_hidden)
+            terms.append((weight_a, adapter_hidden))
+        if isinstance(weight_b, Tensor) or weight_b != 0 or not terms:
+            terms.append((weight_b, base_hidden))
+        return self._mix(*zip(*terms, strict=True))
+
+    def _mix(
+        self, weights: Sequence[float | Tensor], hidden: Sequence[Tensor]
+    ) -> Tensor:
+        """Logits of a weighted sum of streams [..., D]; weights are numbers or [B]."""
+        if len(hidden) == 1 and not isinstance(weights[0], Tensor) and weights[0] == 1:
+            return self.head(hidden[0])  # nothing is rounded on the way: the base, bit for bit
+        dtype = accumulation_dtype(self.head.weight.dtype)
+        per_row = (-1,) + (1,) * (hidden[0].dim() - 1)
+        weights = [
+            w.to(hidden[0].device, dtype).view(per_row) if isinstance(w, Tensor) else w
+            for w in weights
+        ]
+        terms = list(zip(weights, hidden, strict=True))
         if self.head.softcap is not None:
-            # The cap is not linear: the two streams are combined as logits.
-            a, b = (self.head(h).to(h.dtype) for h in (adapter_hidden, base_hidden))
-            return (weight_a * a + weight_b * b).to(dtype)
-        mixed = weight_a * adapter_hidden + weight_b * base_hidden
-        products = nn.functional.linear(mixed.to(dtype), self.head.weight)
-        return self.head.finish(products, weight_a + weight_b).to(dtype)
+            # The cap is not linear: the streams are combined as logits.
+            return sum(w * self.head(h).to(dtype) for w, h in terms).to(self.head.weight.dtype)
+        mixed = sum(w * h.to(dtype) for w, h in terms)
+        products = nn.functional.linear(mixed.to(self.head.weight.dtype), self.head.weight)
+        return self.head.finish(products, sum(weights)).to(self.head.weight.dtype)
 
     @torch.no_grad()
     def token_rewards(
@@ -306,11 +311,8 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         """
         actions = find_actions(input_ids, completion_mask, self.objective.mask_alignment)
         states = actions.sequence_N, actions.state_N
-        base_hidden = self.base_hidden(input_ids, attention_mask)[states]
-        if self.adapts_trunk:
-            adapter_hidden = self._adapter_hidden(input_ids, attention_mask)[states]
-        else:
-            adapter_hidden = self.adapter(base_hidden)
+        streams = self.hidden_streams(input_ids, attention_mask)
+        adapter_hidden, base_hidden = (hidden[states] for hidden in streams)
         soft = self.soft_value(adapter_hidden, base_hidden, actions.token_N)
         offsets = actions.offsets_S1
         if input_ids.shape[0] % 2:  # the sequence loss pairs sequences; an empty one evens them
@@ -343,9 +345,7 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
 
     def base_hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The frozen base's last hidden states [B, T, D], after the final norm."""
-        return self._run(
-            "base", input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state
+        return self._trunk_hidden(BASE, input_ids, attention_mask)
 
     def hidden_streams(
         self, input_ids: Tensor, attention_mask: Tensor | None = None
@@ -353,12 +353,14 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         """(h_a, h_b), each [B, T, D]; gradients reach the adapter through h_a alone."""
         base_hidden = self.base_hidden(input_ids, attention_mask)
         if self.adapts_trunk:
-            return self._adapter_hidden(input_ids, attention_mask), base_hidden
+            return self._trunk_hidden(0, input_ids, attention_mask), base_hidden
         return self.adapter(base_hidden), base_hidden
 
-    def _adapter_hidden(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def _trunk_hidden(
+        self, stream: int, input_ids: Tensor, attention_mask: Tensor | None
+    ) -> Tensor:
         return self._run(
-            "adapter", input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+            (stream,), input_ids=input_ids, attention_mask=attention_mask, use_cache=False
         ).last_hidden_state
 
     def soft_value(
@@ -403,34 +405,20 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> None:
         raise QAdapterError("the base is frozen: resize its embeddings before from_base, not after")
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # where the base has experts; without, the setting means nothing
+
+    def set_experts_implementation(self, experts_implementation: str | dict) -> None:
+        """How the base computes its routed experts, as in transformers."""
+        super().set_experts_implementation(experts_implementation)
+        self.base.set_experts_implementation(experts_implementation)
+
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         self.base.tie_weights(*args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing to initialise: the base is loaded and the adapter builds itself."""
-
-
-def _as_loaded(
-    base: PreTrainedModel | LoadedBase | str | Path, base_kwargs: dict[str, Any]
-) -> LoadedBase:
-    if isinstance(base, LoadedBase):
-        return base
-    if isinstance(base, PreTrainedModel):
-        if base.config.is_encoder_decoder:
-            raise QAdapterError(
-                f"{type(base).__name__} is an encoder-decoder model: a causal language model is "
-                "needed"
-            )
-        if base_kwargs:
-            raise QAdapterError(
-                f"{', '.join(base_kwargs)}: only for a base given by name, not for a model object"
-            )
-        return LoadedBase(base, base.config.name_or_path or type(base).__name__, "model object", "")
-    if not isinstance(base, (str, Path)):
-        raise QAdapterError(
-            f"base must be a causal LM, its folder or its name, got {type(base).__name__}"
-        )
-    return load_base(base, **base_kwargs)
 
 
 def _adapter_config(adapter: Any) -> AdapterConfig | PeftConfig:

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from qadapter.objective import ObjectiveConfig
 
+BASE = -1
+"""Number of the base's stream; adapters are numbered from 0."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
@@ -49,6 +52,54 @@ class Policy:
         weight_a = self.objective.adapter_coef / alpha_tilde
         weight_b = (self.objective.base_coef + alpha_0) / alpha_tilde
         return strength * weight_a, strength * weight_b + (1 - strength)
+
+    def trunk_weights(self, strength: float | Tensor | None = None) -> tuple[float | Tensor, ...]:
+        """The same for the streams that the trunk runs: every adapter's, the base's last."""
+        return self.stream_weights(strength)
+
+
+@dataclasses.dataclass(frozen=True)
+class ComposedPolicy(Policy):
+    """The policy of q = Σ wᵢ·qᵢ; and, with a strength for each adapter, π^(1−Σsᵢ)·Π π̃ᵢ^sᵢ.
+
+    Args:
+        parts: the objectives the adapters were trained with.
+        weights: wᵢ.
+    """
+
+    parts: tuple[ObjectiveConfig, ...] = ()
+    weights: tuple[float, ...] = ()
+
+    def trunk_weights(self, strength: float | Tensor | None = None) -> tuple[float | Tensor, ...]:
+        """Weights of the adapters' streams and of the base's.
+
+        Args:
+            strength: as in ``stream_weights``; or [B, n], a dial of each adapter for every row: a
+                row of zeros is the base, a single 1 the policy of that adapter alone.
+        """
+        if isinstance(strength, Tensor) and strength.dim() == 2:
+            if strength.shape[1] != len(self.parts):
+                raise ValueError(
+                    f"strength [B, n] needs n = {len(self.parts)}, got {strength.shape[1]}"
+                )
+            alone = [
+                Policy(part, 1.0, self.alpha_0, self.alpha_tilde).stream_weights(dial_B)
+                for part, dial_B in zip(self.parts, strength.unbind(1), strict=True)
+            ]
+            adapters, bases = zip(*alone, strict=True)
+            return (*adapters, sum(bases) - (len(bases) - 1))
+        weight_a, weight_b = self.stream_weights(strength)
+        c = self.objective
+        adapters = [
+            weight_a * (w * part.adapter_coef / c.adapter_coef)
+            for w, part in zip(self.weights, self.parts, strict=True)
+        ]
+        spare = sum(
+            w * part.base_coef for w, part in zip(self.weights, self.parts, strict=True)
+        ) - c.base_coef
+        if abs(spare) < 1e-12 * abs(c.base_coef):
+            spare = 0.0  # weights that sum to 1, but for their rounding
+        return (*adapters, weight_b + weight_a * (spare / c.adapter_coef))
 
 
 def _check_strength(strength: float) -> None:

@@ -64,6 +64,10 @@ class NaivePolicy(PreTrainedModel, GenerationMixin):
         w = torch.as_tensor(strength, dtype=torch.float32).reshape(-1, 1, 1)
         return CausalLMOutputWithPast(logits=w * z + (1 - w) * log_pi)
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # its models do
+
     def get_output_embeddings(self) -> nn.Module:
         return self.base.get_output_embeddings()
 

@@ -22,8 +22,9 @@ from transformers import (
 )
 
 from qadapter import ObjectiveConfig, QAdapterError, QAdapterModel
-from qadapter.decoding import TwoStreamCache
+from qadapter.decoding import StreamCache
 from qadapter.lora import LoraAdapter
+from qadapter.policy import BASE
 
 POLICY = ObjectiveConfig(alpha_0=0.5, alpha_tilde=2.0)
 AUTHORS = ObjectiveConfig.authors()
@@ -31,9 +32,12 @@ LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.1}
 ADAPTERS = {
     "lora": LORA,
     "dora": LORA | {"use_dora": True},
-    "all linear": LORA | {"target_modules": "all-linear", "use_rslora": True},
+    "all linear": {"r": 4, "target_modules": "all-linear", "use_rslora": True},
     "embeddings": LORA | {"target_modules": ["embed_tokens", "o_proj"]},
     "norm": LORA | {"modules_to_save": ["norm"]},
+    "experts": {"r": 4, "target_modules": [], "target_parameters": [
+        "mlp.experts.gate_up_proj", "mlp.experts.down_proj",
+    ]},
     "parameters": {"r": 4, "target_modules": [], "target_parameters": ["q_proj.weight"]},
 }
 
@@ -72,7 +76,7 @@ def trunk_rows(model) -> list[int]:
 # --- logits ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("adapter", [name for name in ADAPTERS if name != "experts"])
 @pytest.mark.parametrize("objective", [POLICY, AUTHORS], ids=["policy", "q"])
 def test_policy_of_every_kind_of_adapter(objective, adapter):
     model, naive = lora_pair(objective, adapter)
@@ -86,7 +90,8 @@ def test_policy_of_every_kind_of_adapter(objective, adapter):
 
 
 @pytest.mark.parametrize(
-    "architecture", ["qwen3", "gemma2", "mistral", "phi", "granite", "cohere"]
+    "architecture",
+    ["qwen3", "gemma2", "mistral", "phi", "granite", "cohere", "mixtral", "qwen3_moe"],
 )
 def test_policy_of_every_architecture(architecture):
     model, naive = lora_pair(AUTHORS, architecture=architecture)
@@ -97,6 +102,18 @@ def test_policy_of_every_architecture(architecture):
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
     settings = LENGTH | {"strength": 0.7}
     assert torch.equal(model.generate(**inputs, **settings), naive.generate(**inputs, **settings))
+
+
+@pytest.mark.parametrize("adapter", ["all linear", "experts"])
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
+def test_policy_of_adapted_experts(architecture, adapter):
+    """Routers give tuples, and experts see all tokens of a batch as one list."""
+    model, naive = lora_pair(AUTHORS, adapter, architecture)
+    inputs = left_padded(ROWS)
+    real = inputs["attention_mask"].bool()
+    ours = model(**inputs, strength=0.7).logits.log_softmax(-1)[real]
+    theirs = naive(**inputs, strength=0.7).logits.log_softmax(-1)[real]
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
 def test_trained_policy_and_base_need_one_stream():
@@ -115,7 +132,7 @@ def test_both_streams_are_those_of_the_model_alone():
     """Bitwise: an adapter gated off per row is no approximation."""
     model, naive = lora_pair(AUTHORS)
     ids = torch.tensor(ROWS[0] + ROWS[1])[None]
-    outputs = model._run("both", input_ids=ids, past_key_values=None, use_cache=False)
+    outputs = model._run((0, BASE), input_ids=ids, past_key_values=None, use_cache=False)
     h_a, h_b = outputs.last_hidden_state.chunk(2)
     torch.testing.assert_close(h_b, naive.base.model(ids).last_hidden_state, atol=1e-6, rtol=1e-5)
     expected = naive.adapted.base_model.model.model(ids).last_hidden_state
@@ -127,7 +144,7 @@ def test_outputs_are_those_of_the_adapted_stream():
     inputs = left_padded(ROWS)
     outputs = model(**inputs, output_hidden_states=True, logits_to_keep=2)
     assert outputs.logits.shape[:2] == (3, 2)
-    expected = model._run("adapter", **inputs, output_hidden_states=True).hidden_states
+    expected = model._run((0,), **inputs, output_hidden_states=True).hidden_states
     real = inputs["attention_mask"].bool()
     for ours, theirs in zip(outputs.hidden_states, expected, strict=True):
         torch.testing.assert_close(ours[real], theirs[real], atol=1e-5, rtol=1e-5)
@@ -232,8 +249,8 @@ def test_continuous_batching_of_one_stream():
 def test_cache_carries_over_turns(pair):
     model, naive = pair
     for make in (
-        lambda: TwoStreamCache(DynamicCache(config=model.config)),
-        lambda: TwoStreamCache(StaticCache(config=model.config, max_cache_len=64)),
+        lambda: StreamCache(DynamicCache(config=model.config)),
+        lambda: StreamCache(StaticCache(config=model.config, max_cache_len=64)),
     ):
         cache, ids = make(), torch.tensor([ROWS[0]])
         for turn in ([], [40, 41, 42]):
@@ -248,7 +265,7 @@ def test_forward_by_hand_keeps_both_streams(pair):
     ids = torch.tensor(ROWS[0])[None].repeat(2, 1)
     first = model(ids[:, :4], strength=0.4, use_cache=True)
     cache = first.past_key_values
-    assert isinstance(cache, TwoStreamCache) and cache.rows == 2
+    assert isinstance(cache, StreamCache) and cache.rows == 2
     cache.reorder_cache(torch.tensor([1, 0]))
     cache.batch_select_indices(torch.tensor([0]))
     cache.batch_repeat_interleave(3)
@@ -261,7 +278,7 @@ def test_forward_by_hand_keeps_both_streams(pair):
 
 def test_reordered_caches_keep_streams_apart():
     layers = DynamicCache(config=tiny_base().config)
-    cache = TwoStreamCache(layers)
+    cache = StreamCache(layers)
     cache.rows = 2
     marks = torch.arange(4.0).view(4, 1, 1, 1)  # rows 0, 1 adapted, rows 2, 3 of the base
     cache.update(marks, marks, 0)
@@ -273,22 +290,22 @@ def test_reordered_caches_keep_streams_apart():
 def test_wrong_caches_are_refused():
     model, _ = lora_pair(POLICY)
     ids, plain = torch.tensor([ROWS[0]]), DynamicCache(config=model.config)
-    with pytest.raises(QAdapterError, match="TwoStreamCache"):
+    with pytest.raises(QAdapterError, match="StreamCache"):
         model.generate(ids, **LENGTH, strength=0.4, past_key_values=plain)
     with pytest.raises(QAdapterError, match="adapter stream alone"):
-        model.generate(ids, **LENGTH, past_key_values=TwoStreamCache(plain))
+        model.generate(ids, **LENGTH, past_key_values=StreamCache(plain))
     filled = DynamicCache(config=model.config)
     answer = model.generate(ids, **LENGTH, past_key_values=filled)
     with pytest.raises(QAdapterError, match="hold the adapter stream, this policy runs base"):
         model.generate(answer, **LENGTH, past_key_values=filled, strength=0.0)
     with pytest.raises(QAdapterError, match="no layers yet"):
-        TwoStreamCache(DynamicCache())
+        StreamCache(DynamicCache())
 
 
 def test_experts_that_see_tokens_out_of_order_are_refused():
     """Row 1 of 2 is not the base's where a layer sees tokens of both in an order of its own."""
     model, _ = lora_pair(AUTHORS)
     layer = model.base.model.layers[0].self_attn.q_proj
-    with model.adapter.on_first_half(4, 3), pytest.raises(QAdapterError, match="out of order"):
+    with model.adapter.on((0, BASE), 4, 3), pytest.raises(QAdapterError, match="out of order"):
         layer(torch.zeros(5, 32))
     assert isinstance(model.adapter, LoraAdapter)

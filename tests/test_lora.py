@@ -23,6 +23,7 @@ from qadapter import (
     q_adapter_loss,
 )
 from qadapter.data import PreferenceCollator
+from qadapter.policy import BASE
 from qadapter.training.losses import batch_loss
 
 IDS = torch.tensor([[5, 9, 11, 3, 20, 7]])
@@ -101,7 +102,7 @@ def test_gating_changes_no_requires_grad_and_survives_errors():
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     with pytest.raises(ZeroDivisionError), model.adapter.off():
         _ = 1 / 0
-    with pytest.raises(ZeroDivisionError), model.adapter.on_first_half(2, 6):
+    with pytest.raises(ZeroDivisionError), model.adapter.on((0, BASE), 2, 6):
         _ = 1 / 0
     model.hidden_streams(IDS)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before

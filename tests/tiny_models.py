@@ -36,8 +36,11 @@ ARCHITECTURES = {
     "gpt_neox": {},
     "granite": {"logits_scaling": 4.0},
     "cohere": {"logit_scale": 0.25},
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
+                  "moe_intermediate_size": 24},
 }
-"""Architectures and what is peculiar to each: a cap, a window, a bias, a scale."""
+"""Architectures and what is peculiar to each: a cap, a window, a bias, a scale, experts."""
 
 
 def tiny_base(architecture: str = "llama", seed: int = 0, **changes):

@@ -1,0 +1,106 @@
+"""Adapted and frozen rows in one forward: every PEFT layer gives each group of a batch's rows the
+adapter of its stream, or none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from qadapter.errors import QAdapterError
+from qadapter.policy import BASE
+
+
+class RowsOfStreams:
+    """What all gates of one model look at: which rows of a batch belong to which stream, while
+    several run in it."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def set(self, streams: Sequence[int], rows: int, tokens: int) -> None:
+        self.streams: Sequence[int] = streams
+        self.rows, self.tokens = rows, tokens
+
+    def clear(self) -> None:
+        self.set((), 0, 0)
+
+    def of(self, x: Tensor, stream: int) -> slice:
+        """A stream's rows in a tensor [rows, ...] or [rows·tokens, D]."""
+        expected = self.rows if x.dim() > 2 else self.rows * self.tokens
+        if x.shape[0] != expected:
+            raise QAdapterError(
+                "the adapter sits in layers that see tokens out of order (routed experts?): its "
+                "two streams can't share a forward; decode it at strength 0, or 1 with its α's"
+            )
+        size = expected // len(self.streams)
+        place = self.streams.index(stream)
+        return slice(place * size, (place + 1) * size)
+
+
+class GatedDropout(nn.Module):
+    def __init__(self, dropout: nn.Module, rows: RowsOfStreams, stream: int):
+        super().__init__()
+        self.dropout = dropout
+        self.rows = rows
+        self.stream = stream
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dropout(x)
+        if not self.rows.streams:
+            return x
+        own = self.rows.of(x, self.stream)
+        # Padded, not multiplied by a mask: 0·inf in another stream's row would not be 0.
+        padding = [0, 0] * (x.dim() - 1) + [own.start, x.shape[0] - own.stop]
+        return nn.functional.pad(x[own], padding)
+
+
+class PutStreams:
+    """Forward hook of layers whose adapter is no sum that an input of zeros switches off: the layer
+    runs once more for every other stream, and each gives its own rows."""
+
+    def __init__(self, rows: RowsOfStreams, names: list[str]):
+        self.rows = rows
+        self.names = names
+
+    def __call__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any):
+        if not self.rows.streams:
+            return None
+        outputs, active = [], layer.active_adapters
+        for stream in self.rows.streams:
+            if stream == BASE:
+                outputs.append(frozen_module(layer)(*args, **kwargs))
+            elif self.names[stream] in active:
+                outputs.append(output)
+            else:
+                layer._active_adapter = [self.names[stream]]
+                outputs.append(layer.forward(*args, **kwargs))
+                layer._active_adapter = active
+        if isinstance(output, tuple):
+            return tuple(self._put(parts) for parts in zip(*outputs, strict=True))
+        return self._put(outputs)
+
+    def _put(self, outputs: Sequence[Tensor]) -> Tensor:
+        streams = zip(outputs, self.rows.streams, strict=True)
+        return torch.cat([x[self.rows.of(x, stream)] for x, stream in streams])
+
+
+def sums_adapters(layer: nn.Module) -> bool:
+    """Whether a layer's output is the base's plus, for each adapter, a product with its input."""
+    plain = isinstance(layer, LoraLayer) and not isinstance(layer, ParamWrapper)
+    return (
+        plain and isinstance(layer.get_base_layer(), (nn.Linear, Conv1D))
+        and not layer.lora_variant
+    )
+
+
+def frozen_module(layer: nn.Module) -> nn.Module:
+    """The base's module that an adapted layer wraps."""
+    wrapper = isinstance(layer, AuxiliaryTrainingWrapper)
+    return layer.original_module if wrapper else layer.base_layer
