@@ -1,0 +1,124 @@
+"""The parts that preference data is cut into, and the texts that retention is measured on."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from qadapter.compare.config import DataConfig, RetentionTexts
+from qadapter.data import load_preferences, split_by_prompt, tokenize_preferences
+from qadapter.errors import QAdapterError
+from qadapter.evaluation.answers import Prompt
+
+BUILT_IN = Path(__file__).parents[1] / "demo" / "data" / "unrelated.jsonl"
+
+
+class Part(NamedTuple):
+    """The same pairs twice."""
+
+    tokens: Dataset
+    """Tokenized, as training and scoring take them."""
+    pairs: Dataset
+    """As ``load_preferences`` gives them: for judges, and for prompts as they were written."""
+
+    def prompts(self, count: int, seed: int) -> tuple[list[str], list[Prompt]]:
+        """(prompt_id, prompt) of up to ``count`` different prompts."""
+        first: dict[str, Prompt] = {}
+        column = "prompt_ids" if "prompt_ids" in self.pairs.column_names else "prompt"
+        for name, prompt in zip(self.pairs["prompt_id"], self.pairs[column], strict=True):
+            first.setdefault(name, prompt)
+        names = sorted(first)
+        names = sorted(random.Random(seed).sample(names, min(count, len(names))))
+        return names, [first[name] for name in names]
+
+
+class PreferenceData(NamedTuple):
+    """Parts that share no prompt."""
+
+    train: Part
+    validation: Part
+    test: Part
+    judge: Part
+    summary: str
+    """What was kept and dropped."""
+
+
+def prepare(
+    config: DataConfig, file: str, tokenizer: PreTrainedTokenizerBase, key: str
+) -> PreferenceData:
+    """Read, tokenize and cut by prompt.
+
+    Args:
+        file: the data set, where it is. key: where this stands in the configuration, for messages.
+
+    Raises:
+        QAdapterError: data that can't be read, or too few prompts for the parts.
+    """
+    pairs = load_preferences(
+        file, split=config.dataset_split, columns=config.columns,
+        domain=config.domain, rejected_domains=config.rejected_domains, limit=config.max_rows,
+    )
+    tokens, report = tokenize_preferences(pairs, tokenizer, max_length=config.max_length)
+    try:
+        parts = split_by_prompt(
+            tokens, (config.validation, config.test, config.judge), config.split_seed
+        )
+    except QAdapterError as error:
+        raise QAdapterError(f"{key}: {error}") from error
+    train, *held_out = parts
+    if config.train is not None:
+        chosen = sorted(set(train["prompt_id"]))
+        random.Random(config.split_seed).shuffle(chosen)
+        train = _of_prompts(train, chosen[: config.train])
+    usable = pairs.select([i for i, p in enumerate(pairs["problem"]) if p is None])
+    return PreferenceData(
+        *(
+            Part(thin, _of_prompts(usable, thin["prompt_id"]))
+            for thin in (_thin(part, config) for part in (train, *held_out))
+        ),
+        summary=report.summary(),
+    )
+
+
+def _of_prompts(dataset: Dataset, prompt_ids: Iterable[str]) -> Dataset:
+    wanted = set(prompt_ids)
+    return dataset.select([i for i, p in enumerate(dataset["prompt_id"]) if p in wanted])
+
+
+def _thin(dataset: Dataset, config: DataConfig) -> Dataset:
+    """At most so many pairs of each prompt, drawn."""
+    most, own = config.pairs_per_prompt, {}
+    for index, prompt in enumerate(dataset["prompt_id"]):
+        own.setdefault(prompt, []).append(index)
+    rng = random.Random(config.split_seed)
+    return dataset.select(sorted(
+        i for indices in own.values()
+        for i in (indices if most is None else rng.sample(indices, min(most, len(indices))))
+    ))
+
+
+def load_texts(texts: RetentionTexts, file: str) -> list[str]:
+    """Texts to measure retention on.
+
+    Raises:
+        QAdapterError: a file that is missing, empty or of another form.
+    """
+    path = BUILT_IN if texts.file == "built-in" else Path(file)
+    try:
+        lines = [x for x in path.read_text(encoding="utf-8").splitlines() if x.strip()]
+        if path.suffix == ".jsonl":
+            lines = [json.loads(line)["text"] for line in lines]
+    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+        raise QAdapterError(
+            f"evaluation.retention: {path} can't be read as texts (.txt: one a line; .jsonl: key "
+            f"text): {error!r}"
+        ) from error
+    if not lines:
+        raise QAdapterError(f"evaluation.retention: {path} is empty")
+    return lines[: texts.max_texts]

@@ -1,0 +1,263 @@
+"""Training one row of a comparison: every method ends in a ``QAdapterModel``.
+
+The same adapter on the same base, the same pairs, the same number of tokens seen. Q-Adapter trains
+with ``QAdapterTrainer``. SFT, replay and RLOO train with TRL, on ``PolicyForCausalLM``. DPO trains
+with TRL's ``DPOTrainer`` for LoRA; a head adapter's runs on cached features with
+``QAdapterTrainer``, whose loss at α₀ = α̃ = β, γ = 1 and no χ² term is DPO's (design §2, fact 1).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from qadapter.compare.config import DPO, RLOO, SFT, Method, QAdapter, Replay
+from qadapter.compare.workbench import Workbench
+from qadapter.errors import QAdapterError
+from qadapter.model import QAdapterModel
+from qadapter.objective import ObjectiveConfig
+from qadapter.training import QAdapterConfig, QAdapterTrainer
+
+Probe = Callable[[QAdapterModel], dict[str, Any]]
+
+
+class Trained(NamedTuple):
+    model: QAdapterModel
+    trained_by: str
+    steps: int
+    tokens: int
+    """Seen, prompts included."""
+    seconds: float
+    processor_seconds: float
+    """Of all threads; what it costs on a machine that others share."""
+    curve: list[dict[str, Any]]
+    """What the probe found during training, with ``step`` and ``tokens``."""
+
+
+def train(bench: Workbench, method: Method, seed: int, probe: Probe) -> Trained:
+    """Train a fresh adapter by a method.
+
+    Args:
+        probe: measures the model at a few steps; its time is not counted.
+
+    Raises:
+        QAdapterError: TRL is needed and not installed.
+    """
+    model = bench.model(_objective(method), seed)
+    recorder = _Recorder(model, probe, bench.config.training.curve_points)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, name = _trainer(bench, method, seed, model, folder)
+        for callback in (ProgressCallback, PrinterCallback):
+            trainer.remove_callback(callback)
+        trainer.add_callback(recorder)
+        start, start_cpu = time.perf_counter(), time.process_time()
+        trainer.train()
+    tokens = recorder.tokens or round(bench.budget)
+    for point in recorder.curve:
+        point["tokens"] = round(tokens * point["step"] / trainer.state.global_step)
+    return Trained(
+        model.eval(), name, trainer.state.global_step, tokens,
+        time.perf_counter() - start - recorder.seconds,
+        time.process_time() - start_cpu - recorder.processor_seconds, recorder.curve,
+    )
+
+
+def _objective(method: Method) -> ObjectiveConfig:
+    """What the trained model is decoded and scored with. SFT and RLOO have no reward of their own:
+    at α₀ = α̃ = 1 theirs reads as DPO's does, log π̃ − log π."""
+    if isinstance(method, QAdapter):
+        return method.objective()
+    alpha = method.beta if isinstance(method, DPO) else 1.0
+    return ObjectiveConfig(alpha_0=alpha, alpha_tilde=alpha, chi2_coef=0.0)
+
+
+def _trainer(
+    bench: Workbench, method: Method, seed: int, model: QAdapterModel, folder: str
+) -> tuple[Trainer, str]:
+    spec = bench.config.training
+    shared = {
+        "output_dir": folder, "seed": seed, "learning_rate": method.learning_rate
+        or spec.learning_rate, "lr_scheduler_type": spec.lr_scheduler_type,
+        "warmup_steps": spec.warmup_steps, "max_grad_norm": spec.max_grad_norm,
+        "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "logging_steps": 1,
+    }
+    if isinstance(method, QAdapter):
+        return _qadapter_trainer(bench, method, model, shared), "QAdapterTrainer"
+    if isinstance(method, DPO) and (not model.adapts_trunk or method.retention_coef > 0):
+        name = "QAdapterTrainer at chi2_coef 0, alpha_0 = alpha_tilde = beta: DPO's loss"
+        return _qadapter_trainer(bench, method, model, shared), name
+    try:
+        import trl
+    except ImportError as error:
+        raise QAdapterError(
+            f"{method.kind} trains with TRL: pip install 'qadapter[compare]'"
+        ) from error
+    # Gradients of a frozen trunk need no recomputing, and the base keeps its own dtype.
+    shared |= {"bf16": False, "gradient_checkpointing": False, "logging_nan_inf_filter": False}
+    build, name = {
+        SFT: (_sft, "SFTTrainer"), Replay: (_sft, "SFTTrainer"), DPO: (_dpo, "DPOTrainer"),
+        RLOO: (_rloo, "RLOOTrainer"),
+    }[type(method)]
+    return build(bench, method, model, shared), f"TRL {trl.__version__} {name}"
+
+
+def _qadapter_trainer(
+    bench: Workbench, method: QAdapter | DPO, model: QAdapterModel, shared: dict[str, Any]
+) -> Trainer:
+    spec = bench.config.training
+    args = QAdapterConfig(
+        **shared, num_train_epochs=spec.num_train_epochs, max_length=bench.config.data.max_length,
+        per_device_train_batch_size=spec.per_device_train_batch_size, cache_features="disk",
+        retention_coef=method.retention_coef,
+    )
+    return QAdapterTrainer(
+        model, args, train_dataset=bench.new.train.tokens, processing_class=bench.tokenizer
+    )
+
+
+# --- TRL ----------------------------------------------------------------------------------------
+
+
+def _view(model: QAdapterModel, reference: bool = False) -> PreTrainedModel:
+    from qadapter.compare.policy_view import PolicyForCausalLM
+
+    return PolicyForCausalLM(model, reference)
+
+
+def _sft(
+    bench: Workbench, method: SFT | Replay, model: QAdapterModel, shared: dict[str, Any]
+) -> Trainer:
+    """On preferred answers; replay mixes in what the base itself says to the old data's prompts."""
+    import trl
+
+    tokens, spec = bench.new.train.tokens, bench.config.training
+    sequences = list(zip(tokens["prompt_ids"], tokens["chosen_ids"], strict=True))
+    if isinstance(method, Replay):
+        count = round(len(sequences) * method.replay_fraction / (1 - method.replay_fraction))
+        own = bench.replayed
+        sequences += [own[i % len(own)] for i in range(count)]
+    batch = 2 * spec.per_device_train_batch_size
+    mean = sum(len(prompt) + len(answer) for prompt, answer in sequences) / len(sequences)
+    args = trl.SFTConfig(
+        **shared, max_steps=max(1, round(bench.budget / (mean * batch))),
+        per_device_train_batch_size=batch, max_length=None, completion_only_loss=True,
+    )
+    dataset = Dataset.from_list([
+        {
+            "input_ids": [*prompt, *answer],
+            "completion_mask": [0] * len(prompt) + [1] * len(answer),
+        }
+        for prompt, answer in sequences
+    ])
+    return _with_our_forward(
+        trl.SFTTrainer, _view(model), args=args, train_dataset=dataset,
+        processing_class=bench.tokenizer,
+    )
+
+
+def _dpo(bench: Workbench, method: DPO, model: QAdapterModel, shared: dict[str, Any]) -> Trainer:
+    import trl
+
+    class PreparedDPOTrainer(trl.DPOTrainer):
+        """Takes pairs that are tokenized and cut already, so that all methods see the same."""
+
+        def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
+            return dataset
+
+    spec = bench.config.training
+    args = trl.DPOConfig(
+        **shared, beta=method.beta, num_train_epochs=spec.num_train_epochs, max_length=None,
+        per_device_train_batch_size=spec.per_device_train_batch_size,
+        precompute_ref_log_probs=True,  # before the first step the policy is the base
+    )
+    return _with_our_forward(
+        PreparedDPOTrainer, _view(model), args=args, processing_class=bench.tokenizer,
+        train_dataset=bench.new.train.tokens.select_columns(
+            ["prompt_ids", "chosen_ids", "rejected_ids"]
+        ),
+    )
+
+
+def _rloo(bench: Workbench, method: RLOO, model: QAdapterModel, shared: dict[str, Any]) -> Trainer:
+    import trl
+
+    spec, part = bench.config.training, bench.new.train
+    batch = 2 * spec.per_device_train_batch_size
+    lengths = [len(ids) for ids in part.tokens["prompt_ids"]]
+    mean = sum(lengths) / len(lengths) + method.max_completion_length
+    args = trl.RLOOConfig(
+        **shared, beta=method.beta, num_generations=method.num_generations,
+        max_completion_length=method.max_completion_length, per_device_train_batch_size=batch,
+        max_steps=max(1, round(bench.budget / (mean * batch))),
+    )
+    _, prompts = part.prompts(len(part.pairs), 0)
+    if not isinstance(prompts[0], str) and not isinstance(prompts[0][0], Mapping):
+        raise QAdapterError("rloo needs prompts as text or messages: these are token ids")
+
+    def reward(prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> list[float]:
+        texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+        return bench.reward(prompts, texts)
+
+    view = _view(model)
+    view.config._name_or_path = bench.loaded.location  # TRL loads its reference model by name
+    with _padding_on_the_left(bench.tokenizer):
+        trainer = _with_our_forward(
+            trl.RLOOTrainer, view, args=args, reward_funcs=[reward],
+            train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+            processing_class=bench.tokenizer,
+        )
+    trainer.ref_model = _view(model, reference=True).eval()
+    return trainer
+
+
+def _with_our_forward(
+    trainer_class: type[Trainer], view: PreTrainedModel, **kwargs: Any
+) -> Trainer:
+    """TRL's trainer of a view, without the ``forward`` it puts in place of the view's own."""
+    trainer = trainer_class(view, **kwargs)
+    del view.forward
+    return trainer
+
+
+@contextlib.contextmanager
+def _padding_on_the_left(tokenizer: Any) -> Iterator[None]:
+    before = tokenizer.padding_side
+    try:
+        yield
+    finally:
+        tokenizer.padding_side = before
+
+
+class _Recorder(TrainerCallback):
+    """Probes the model at evenly spaced steps, and reads off how many tokens were seen."""
+
+    def __init__(self, model: QAdapterModel, probe: Probe, points: int):
+        self.model, self.probe, self.points = model, probe, points
+        self.curve: list[dict[str, Any]] = []
+        self.tokens = 0
+        self.seconds = self.processor_seconds = 0.0
+
+    def on_step_end(self, args, state, control, **kwargs: Any) -> None:
+        total = state.max_steps
+        wanted = {round(total * k / self.points) for k in range(1, self.points + 1)}
+        if state.global_step not in wanted:
+            return
+        start, start_cpu = time.perf_counter(), time.process_time()
+        training = self.model.training
+        # Sampling and dropout of the training go on as if nothing had been measured.
+        with torch.random.fork_rng():
+            self.curve.append({"step": state.global_step, **self.probe(self.model)})
+        self.model.train(training)
+        self.seconds += time.perf_counter() - start
+        self.processor_seconds += time.process_time() - start_cpu
+
+    def on_log(self, args, state, control, logs=None, **kwargs: Any) -> None:
+        self.tokens = int((logs or {}).get("num_tokens", self.tokens))

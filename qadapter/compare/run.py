@@ -1,0 +1,172 @@
+"""A whole comparison into one folder, resumable.
+
+    config.json            the configuration and the files' hashes; a later run must agree
+    base/SPLIT.json        the base as it is
+    NAME/seed-K/           the adapter, training.json, and SPLIT.json once it is measured
+    base_answers/          the base's own draws, sampled once
+    test_touched.json      when the test split was first scored, and what was scored
+
+A file is written whole when its step is done: a killed run continues with the next step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qadapter.compare.config import (
+    BASE,
+    SPLITS,
+    CompareConfig,
+    Row,
+    changes,
+    fingerprint_files,
+)
+from qadapter.compare.measure import evaluate, probe, strengths_of
+from qadapter.compare.methods import train
+from qadapter.compare.workbench import Workbench
+from qadapter.errors import QAdapterError
+from qadapter.evaluation.judges import preference_texts
+from qadapter.evaluation.report import write_json
+from qadapter.model import QAdapterModel
+
+CONFIG_NAME, TOUCHED_NAME, TRAINING_NAME = "config.json", "test_touched.json", "training.json"
+
+
+def run_comparison(
+    config: CompareConfig, folder: str | Path, *, split: str = "validation",
+    environment: dict[str, Any] | None = None, say: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Train and measure whatever is not there yet.
+
+    Args:
+        folder: of the results; made, or continued.
+        split: what finished runs are measured on. "validation" is for choosing; "test" is recorded
+            as touched, and measures what is trained already or trains it.
+        environment: versions and machine, kept with every result.
+        say: gets a line a step.
+
+    Raises:
+        QAdapterError: the folder holds a comparison of another configuration (what changed is
+            named); anything the configuration names that can't be used.
+    """
+    if split not in SPLITS:
+        raise QAdapterError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    folder = Path(folder).expanduser()
+    _claim(config, folder)
+    rows = config.rows()
+    todo = [
+        (row, seed) for row in rows for seed in row.seeds
+        if not (run_folder(folder, row.name, seed) / f"{split}.json").is_file()
+    ]
+    base_file = folder / BASE / f"{split}.json"
+    if not todo and base_file.is_file():
+        say(f"everything is measured on the {split} split already")
+        return folder
+    bench = Workbench(config, folder, say)
+    for kind, data in bench.kinds.items():
+        say(f"{kind} preference: {data.summary}")
+        say(f"{kind} preference: " + ", ".join(
+            f"{name} {len(getattr(data, name).tokens):,}"
+            for name in ("train", "validation", "test", "judge")
+        ) + " pairs")
+    if split == "test":
+        _record_touch(folder, rows)
+    environment = environment or {}
+    if not base_file.is_file():
+        say("measuring the base")
+        found = evaluate(bench, bench.fresh, split, [0.0], config.evaluation.seed)
+        write_json(base_file, {
+            "name": BASE, **found, "judges": _judges(bench, split), "environment": environment,
+        })
+    for number, (row, seed) in enumerate(todo, 1):
+        where = run_folder(folder, row.name, seed)
+        told = f"[{number}/{len(todo)}] {row.name}, seed {seed}"
+        model = _trained(bench, row, seed, where, environment, lambda x, t=told: say(f"{t}: {x}"))
+        start = time.perf_counter()
+        strengths = strengths_of(bench, row.name, seed, row.seeds)
+        found = evaluate(bench, model, split, strengths, seed)
+        write_json(where / f"{split}.json", {
+            "name": row.name, "seed": seed, **found, "seconds": time.perf_counter() - start,
+            "environment": environment,
+        })
+        say(f"{told}: measured in {time.perf_counter() - start:.0f} s")
+    return folder
+
+
+def run_folder(folder: Path, name: str, seed: int) -> Path:
+    """Where one run's files are."""
+    return folder / name.replace(" ", "-").replace("/", "-") / f"seed-{seed}"
+
+
+def _trained(
+    bench: Workbench, row: Row, seed: int, where: Path, environment: dict[str, Any],
+    say: Callable[[str], None],
+) -> QAdapterModel:
+    """The run's model: trained now, or loaded if it was."""
+    if (where / TRAINING_NAME).is_file():
+        return QAdapterModel.from_pretrained(where, bench.base().model)
+    say("training")
+    trained = train(bench, row.method, seed, lambda model: probe(bench, model))
+    trained.model.save_pretrained(where)
+    facts = trained._asdict()
+    del facts["model"]
+    write_json(where / TRAINING_NAME, {
+        "name": row.name, "seed": seed, "method": row.method.kind,
+        "options": dataclasses.asdict(row.method), "sweep": row.sweep, "value": row.value,
+        "trainable_parameters": sum(
+            p.numel() for p in trained.model.parameters() if p.requires_grad
+        ),
+        "budget_tokens": round(bench.budget), **facts, "environment": environment,
+    })
+    say(f"{trained.steps} steps, {trained.tokens:,} tokens in {trained.seconds:.0f} s "
+        f"({trained.processor_seconds:.0f} processor seconds), {trained.trained_by}")
+    return trained.model
+
+
+def _judges(bench: Workbench, split: str) -> dict[str, Any]:
+    """How far each judge can be trusted: its accuracy on pairs of the split."""
+    return {
+        kind: {
+            judge.name: judge.accuracy(
+                preference_texts(getattr(bench.kinds[kind], split).pairs, bench.tokenizer)
+            ).as_dict("accuracy")
+            for judge in judges
+        }
+        for kind, judges in bench.judges.items()
+    }
+
+
+def _claim(config: CompareConfig, folder: Path) -> None:
+    """Take the folder for this comparison, or make sure that it is this one's."""
+    written = {**config.as_dict(), "files_sha256": fingerprint_files(config)}
+    written = json.loads(json.dumps(written))
+    path = folder / CONFIG_NAME
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = changes(before, written)
+        if changed:
+            raise QAdapterError(
+                f"{folder} holds a comparison with another configuration: {'; '.join(changed)}. "
+                "Choose another output_dir, or put it back"
+            )
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise QAdapterError(f"{folder} is not empty and holds no comparison: choose another folder")
+    try:
+        write_json(path, written)
+    except OSError as error:
+        raise QAdapterError(f"{folder} can't be written: {error}") from error
+
+
+def _record_touch(folder: Path, rows: list[Row]) -> None:
+    """The test split is for once: whoever scores it again can be seen to."""
+    path = folder / TOUCHED_NAME
+    touched = json.loads(path.read_text(encoding="utf-8"))["touched"] if path.is_file() else []
+    touched.append({
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "methods": [row.name for row in rows],
+    })
+    write_json(path, {"touched": touched})

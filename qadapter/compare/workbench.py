@@ -1,0 +1,181 @@
+"""What all runs of a comparison share: the base, the data, and what is made once from them."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import LoraConfig
+from transformers import PreTrainedTokenizerBase
+
+from qadapter.adapters import AdapterConfig
+from qadapter.base import LoadedBase, load_base, load_tokenizer
+from qadapter.compare.config import CompareConfig, DataConfig
+from qadapter.compare.data import PreferenceData, load_texts, prepare
+from qadapter.errors import QAdapterError
+from qadapter.evaluation import Answer, generate_answers
+from qadapter.evaluation.answers import Prompt
+from qadapter.evaluation.judges import (
+    HiddenStateJudge,
+    PreferenceTexts,
+    RewardJudge,
+    WordPresenceJudge,
+    preference_texts,
+)
+from qadapter.evaluation.report import write_json
+from qadapter.model import QAdapterModel
+from qadapter.objective import ObjectiveConfig
+
+
+class Workbench:
+    """One comparison's base and data.
+
+    Args:
+        folder: of the results; the base's own answers are kept in it.
+        say: gets a line about anything slow.
+    """
+
+    def __init__(self, config: CompareConfig, folder: Path, say: Callable[[str], None]) -> None:
+        self.config, self.folder, self.say = config, folder, say
+        self.loaded = self._load_base()
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.loaded.name)
+        self.new = self._prepare(config.data, "data")
+        self.old = None if config.old is None else self._prepare(config.old, "old")
+        self.texts = {t.name: load_texts(t, config.find(t.file))
+                      for t in config.evaluation.retention}
+        self._fresh: QAdapterModel | None = None
+
+    def _load_base(self) -> LoadedBase:
+        name = self.config.find(self.config.model_name_or_path)
+        return load_base(name, dtype=self.config.dtype, say=self.say)
+
+    def _prepare(self, data: DataConfig, key: str) -> PreferenceData:
+        return prepare(data, self.config.find(data.dataset_name), self.tokenizer, key)
+
+    # --- models -----------------------------------------------------------------------------
+
+    def adapter_config(self) -> AdapterConfig | LoraConfig:
+        spec = self.config.adapter
+        if spec.kind == "head":
+            return AdapterConfig(form=spec.form, rank=spec.rank)
+        return LoraConfig(
+            r=spec.r, lora_alpha=spec.lora_alpha, lora_dropout=spec.lora_dropout,
+            target_modules=list(spec.target_modules), task_type="CAUSAL_LM",
+        )
+
+    def base(self) -> LoadedBase:
+        """A base to put an adapter on: the shared one, unless layers are put into it."""
+        return self.loaded if self.config.adapter.kind == "head" else self._load_base()
+
+    def model(self, objective: ObjectiveConfig, seed: int) -> QAdapterModel:
+        """An untrained adapter; its start depends on the seed alone."""
+        base = self.base()
+        torch.manual_seed(seed)
+        return QAdapterModel.from_base(base, self.adapter_config(), objective)
+
+    @property
+    def fresh(self) -> QAdapterModel:
+        """The base, as a model whose adapter does nothing."""
+        if self._fresh is None:
+            self._fresh = QAdapterModel.from_base(self.loaded, AdapterConfig(rank=1))
+        return self._fresh
+
+    # --- judges and answers -----------------------------------------------------------------
+
+    @functools.cached_property
+    def judges(self) -> dict[str, list[RewardJudge]]:
+        """"new" and "old" preference → two judges that fail differently, trained on pairs that no
+        policy sees."""
+        found = {}
+        for name, data in self.kinds.items():
+            self.say(f"training the judges of the {name} preference")
+            texts = preference_texts(data.judge.pairs, self.tokenizer)
+            found[name] = [self.hidden_state_judge(texts), _fitted(WordPresenceJudge(), texts)]
+        return found
+
+    @property
+    def kinds(self) -> dict[str, PreferenceData]:
+        """"new" and, if there is one, "old"."""
+        return {"new": self.new} | ({} if self.old is None else {"old": self.old})
+
+    def hidden_state_judge(self, texts: PreferenceTexts) -> HiddenStateJudge:
+        judge = HiddenStateJudge(
+            self.loaded.model, self.tokenizer, max_length=self.config.data.max_length,
+            batch_size=self.config.evaluation.batch_size,
+        )
+        return _fitted(judge, texts)
+
+    @functools.cached_property
+    def reward(self) -> Callable[[Sequence[Prompt], Sequence[str]], list[float]]:
+        """The reward model of the online method: Bradley–Terry on the *training* pairs, in standard
+        deviations of its scores there."""
+        self.say("training the reward model on the training pairs")
+        texts = preference_texts(self.new.train.pairs, self.tokenizer)
+        judge = self.hidden_state_judge(texts)
+        scores = judge.scores(texts.prompts * 2, texts.chosen + texts.rejected)
+        mean, spread = float(scores.mean()), float(scores.std()) or 1.0
+
+        def reward(prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
+            return ((judge.scores(prompts, answers) - mean) / spread).tolist()
+
+        return reward
+
+    def sample(
+        self, model: QAdapterModel, prompts: Sequence[Prompt], draws: int, *, seed: int,
+        strength: float | None = None,
+    ) -> list[list[Answer]]:
+        """Sampled answers, [draws][prompts]."""
+        spec = self.config.evaluation
+        return [
+            generate_answers(
+                model, self.tokenizer, prompts, max_new_tokens=spec.max_new_tokens,
+                batch_size=4 * spec.batch_size, seed=seed + draw, strength=strength,
+                do_sample=True, temperature=spec.temperature, top_p=1.0, top_k=0,
+            )
+            for draw in range(draws)
+        ]
+
+    def base_answers(
+        self, name: str, prompts: Sequence[Prompt], draws: int, seed: int
+    ) -> list[list[Answer]]:
+        """The base's answers, from the file in the results' folder if they are there."""
+        path = self.folder / "base_answers" / f"{name}.json"
+        if path.is_file():
+            written = json.loads(path.read_text(encoding="utf-8"))["draws"]
+            return [[Answer(**answer) for answer in draw] for draw in written]
+        self.say(f"the base answers {len(prompts)} prompts, {draws} times: {name}")
+        found = self.sample(self.fresh, prompts, draws, seed=seed, strength=0.0)
+        write_json(path, {"draws": [[vars(a) for a in draw] for draw in found]})
+        return found
+
+    @functools.cached_property
+    def replayed(self) -> list[tuple[list[int], list[int]]]:
+        """(prompt ids, answer ids): the base's own answers to the old data's training prompts."""
+        if self.old is None:
+            raise QAdapterError("replay needs old data (the key old)")
+        seen: dict[str, list[int]] = {}
+        for name, ids in zip(
+            self.old.train.tokens["prompt_id"], self.old.train.tokens["prompt_ids"], strict=True
+        ):
+            seen.setdefault(name, list(ids))
+        prompts = list(seen.values())
+        [draw] = self.base_answers("replay", prompts, 1, self.config.evaluation.seed + 10_000)
+        return [(p, a.token_ids) for p, a in zip(prompts, draw, strict=True)]
+
+    @functools.cached_property
+    def budget(self) -> float:
+        """Tokens each method sees: of both answers of all training pairs, prompts included."""
+        tokens = self.new.train.tokens
+        lengths = [np.array([len(x) for x in tokens[f"{name}_ids"]])
+                   for name in ("prompt", "chosen", "rejected")]
+        epoch = (2 * lengths[0] + lengths[1] + lengths[2]).sum()
+        return float(epoch * self.config.training.num_train_epochs)
+
+
+def _fitted(judge, texts: PreferenceTexts):
+    judge.fit(texts)
+    return judge
