@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -15,6 +17,7 @@ from typing import Any, NamedTuple
 
 import huggingface_hub
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -157,6 +160,13 @@ def as_loaded(
             f"base must be a causal LM, its folder or its name, got {type(base).__name__}"
         )
     return load_base(base, **base_kwargs)
+
+
+def shell_of(base: nn.Module) -> nn.Module:
+    """A copy of a model's modules that shares all its tensors: parameters can be replaced in it
+    without the base noticing."""
+    tensors = itertools.chain(base.parameters(), base.buffers())
+    return copy.deepcopy(base, {id(x): x for x in tensors})
 
 
 def load_tokenizer(

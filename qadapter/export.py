@@ -23,6 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qadapter.adapters import HeadAdapter, LinearHeadAdapter
+from qadapter.base import shell_of
 from qadapter.errors import QAdapterError
 from qadapter.exporting import checkpoints
 from qadapter.exporting.approximation import Approximation, fit_linear
@@ -154,6 +155,11 @@ def _plan_trunk(model: QAdapterModel, form: str, approximate: bool) -> _TrunkExp
     if form == "lm_head_lora":
         raise QAdapterError('form "lm_head_lora" is for head adapters; LoRA in the trunk takes '
                             '"merged" or "peft"')
+    if len(model.adapter.names) > 1:
+        raise QAdapterError(
+            f"a composition of {len(model.adapter.names)} adapters in the trunk runs as many "
+            "streams, and no single model is all of them: serve it with QAdapterModel itself"
+        )
     p_a, p_b = model.policy.stream_weights()
     if p_b != 0:
         raise QAdapterError(
@@ -198,12 +204,12 @@ class _HeadExport:
         return reference
 
     def checkpoint(self) -> PreTrainedModel:
-        shell = checkpoints.shell_of(self.model.base)
+        shell = shell_of(self.model.base)
         checkpoints.replace_head(shell, self.policy.merged_weight(), self.policy.merged_bias())
         return shell
 
     def write_peft(self, folder: Path, base_name: str | None, revision: str | None) -> None:
-        shell = checkpoints.shell_of(self.model.base)
+        shell = shell_of(self.model.base)
         name = checkpoints.output_layer(shell)
         config = LoraConfig(
             r=self.rank, lora_alpha=self.rank, lora_dropout=0.0, target_modules=[name],
@@ -294,7 +300,7 @@ def _write_base(model: QAdapterModel, folder: Path) -> str:
     """A base that is in memory only, as a folder that stock libraries load."""
     base = model.base
     if model.adapts_trunk:
-        base = checkpoints.shell_of(model.adapter.peft_model).unload()
+        base = model.adapter.bare_base()
     base.save_pretrained(folder)
     return str(folder)
 

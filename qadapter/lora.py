@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qadapter.base import shell_of
 from qadapter.errors import QAdapterError
 from qadapter.gating import GatedDropout, PutStreams, RowsOfStreams, frozen_module, sums_adapters
 from qadapter.head import trunk
@@ -199,6 +200,14 @@ class LoraAdapter:
         elif not any(isinstance(h, PutStreams) for h in layer._forward_hooks.values()):
             layer.register_forward_hook(PutStreams(self._rows, self.names), with_kwargs=True)
 
+    def bare_base(self) -> PreTrainedModel:
+        """The base without adapters, as another model that shares its tensors. (PEFT's ``unload``
+        leaves the trained copies of ``modules_to_save`` in it.)"""
+        base = shell_of(self.peft_model.get_base_model())
+        _unwrap(base)
+        del base.peft_config
+        return base
+
     # --- parameters -------------------------------------------------------------------------
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -276,6 +285,14 @@ def _trainable(config: PeftConfig) -> PeftConfig:
     config.inference_mode = False
     config.base_model_name_or_path = config.revision = None  # PEFT would name the base
     return config
+
+
+def _unwrap(module: nn.Module) -> None:
+    for name, child in list(module.named_children()):
+        while isinstance(child, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            child = frozen_module(child)
+        setattr(module, name, child)
+        _unwrap(child)
 
 
 @torch.no_grad()

@@ -152,6 +152,12 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         if saved.base is not None:
             saved.base.require(identity, adapter_dir)
             identity = saved.base
+        if isinstance(saved.adapter, storage.Composition):
+            from qadapter.composition import load
+
+            if is_trainable:
+                raise QAdapterError(f"{adapter_dir}: a composition is frozen: train its adapters")
+            return load(saved, loaded, identity)
         model = cls._assemble(loaded, saved.adapter, saved.objective, identity)
         storage.load_weights(adapter_dir, model.adapter)
         model.adapter.requires_grad_(is_trainable)
@@ -170,6 +176,12 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         """
         if not is_main_process:
             return
+        self._write(save_directory, state_dict)
+        if push_to_hub:
+            repo_id = hub_kwargs.pop("repo_id", Path(save_directory).name)
+            storage.upload(save_directory, repo_id, **hub_kwargs)
+
+    def _write(self, folder: str | Path, state_dict: dict[str, Tensor] | None) -> None:
         if self.adapts_trunk:
             weights = self.adapter.state_dict(state_dict)
         else:
@@ -177,11 +189,8 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
             if state_dict is not None:
                 weights = {name: state_dict[f"adapter.{name}"] for name in weights}
         storage.write(
-            save_directory, weights, self.adapter_config, self.objective, self.base_identity
+            folder, weights, self.adapter_config, self.objective, self.base_identity
         )
-        if push_to_hub:
-            repo_id = hub_kwargs.pop("repo_id", Path(save_directory).name)
-            storage.upload(save_directory, repo_id, **hub_kwargs)
 
     def export(self, output_dir: str | Path, form: str = "merged", **options: Any) -> Any:
         """Write the policy as it is set for engines that don't know us; ``qadapter.export``."""

@@ -47,6 +47,10 @@ class Policy:
         strength = self.strength if strength is None else strength
         if not isinstance(strength, Tensor):
             _check_strength(strength)
+        elif strength.dim() != 1:
+            raise ValueError(
+                f"strength must be a number or [B] for one adapter, got {list(strength.shape)}"
+            )
         alpha_0 = self.objective.alpha_0 if self.alpha_0 is None else self.alpha_0
         alpha_tilde = self.objective.alpha_tilde if self.alpha_tilde is None else self.alpha_tilde
         weight_a = self.objective.adapter_coef / alpha_tilde

@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,10 +82,18 @@ class BaseIdentity:
 
 
 @dataclasses.dataclass(frozen=True)
+class Composition:
+    """Adapters in folders of their own, and the weights of their Q-functions."""
+
+    folders: tuple[Path, ...]
+    weights: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class SavedAdapter:
     """What ``qadapter_config.json`` and, for LoRA, ``adapter_config.json`` say."""
 
-    adapter: AdapterConfig | PeftConfig
+    adapter: AdapterConfig | PeftConfig | Composition
     objective: ObjectiveConfig
     base: BaseIdentity | None
     """None for a plain PEFT adapter: it doesn't say enough to tell one base from another."""
@@ -117,20 +126,12 @@ def write(
         QAdapterError: the folder can't be written (no space left, no permission, …).
     """
     folder = Path(folder)
-    names = ("qadapter", "torch", "transformers")
-    description = {
-        "format_version": FORMAT_VERSION,
-        "adapter": describe(adapter),
-        "objective": dataclasses.asdict(objective),
-        "base": dataclasses.asdict(base),
-        "versions": {name: importlib.metadata.version(name) for name in names},
-    }
     weights = {name: x.detach().to("cpu").contiguous() for name, x in weights.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
             save_file(weights, Path(scratch) / WEIGHTS_NAME, metadata={"format": "pt"})
-            text = json.dumps(description, indent=2) + "\n"
+            text = _description(describe(adapter), objective, base)
             (Path(scratch) / CONFIG_NAME).write_text(text, encoding="utf-8")
             names = [WEIGHTS_NAME, CONFIG_NAME]
             if not isinstance(adapter, AdapterConfig):
@@ -142,6 +143,42 @@ def write(
                 os.replace(Path(scratch) / name, folder / name)
     except (OSError, SafetensorError) as error:
         raise QAdapterError(f"{folder}: the adapter can't be saved: {error}") from error
+
+
+def write_composition(
+    folder: str | Path, parts: Sequence[tuple[PeftConfig, ObjectiveConfig, dict[str, Tensor]]],
+    weights: Sequence[float], objective: ObjectiveConfig, base: BaseIdentity,
+) -> None:
+    """Write adapters of the trunk (configuration, objective, weights), a folder for each, and how
+    they are composed.
+
+    Raises:
+        QAdapterError: the folder can't be written.
+    """
+    folder = Path(folder)
+    names = [f"adapter-{number}" for number in range(len(parts))]
+    for name, (config, own, tensors) in zip(names, parts, strict=True):
+        write(folder / name, tensors, config, own, base)
+    adapter = {"kind": "composition", "adapters": names, "weights": list(weights)}
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
+            file = Path(scratch) / CONFIG_NAME
+            file.write_text(_description(adapter, objective, base), encoding="utf-8")
+            os.replace(file, folder / CONFIG_NAME)
+    except OSError as error:
+        raise QAdapterError(f"{folder}: the composition can't be saved: {error}") from error
+
+
+def _description(adapter: dict[str, Any], objective: ObjectiveConfig, base: BaseIdentity) -> str:
+    names = ("qadapter", "torch", "transformers")
+    description = {
+        "format_version": FORMAT_VERSION,
+        "adapter": adapter,
+        "objective": dataclasses.asdict(objective),
+        "base": dataclasses.asdict(base),
+        "versions": {name: importlib.metadata.version(name) for name in names},
+    }
+    return json.dumps(description, indent=2) + "\n"
 
 
 def read(adapter_dir: str | Path, objective: ObjectiveConfig | None = None) -> SavedAdapter:
@@ -170,8 +207,7 @@ def read(adapter_dir: str | Path, objective: ObjectiveConfig | None = None) -> S
             raise QAdapterError(f"{path}: format version {version}, this is {FORMAT_VERSION}")
         base, adapter = BaseIdentity(**description["base"]), description["adapter"]
         saved = SavedAdapter(
-            adapter=AdapterConfig(**adapter) if adapter["kind"] == "head"
-            else _read_peft(adapter_dir),
+            adapter=_read_adapter(adapter_dir, adapter),
             objective=ObjectiveConfig(**description["objective"]),
             base=base, base_name=base.name, versions=description["versions"],
         )
@@ -180,6 +216,23 @@ def read(adapter_dir: str | Path, objective: ObjectiveConfig | None = None) -> S
     if objective not in (None, saved.objective):
         raise QAdapterError(f"{path}: the adapter was trained with another objective")
     return saved
+
+
+def _read_adapter(
+    adapter_dir: str | Path, adapter: dict[str, Any]
+) -> AdapterConfig | PeftConfig | Composition:
+    if adapter["kind"] == "head":
+        return AdapterConfig(**adapter)
+    if adapter["kind"] != "composition":
+        return _read_peft(adapter_dir)
+    if len(adapter["adapters"]) != len(adapter["weights"]):
+        raise ValueError("not a weight for each of its adapters")
+    folders = []
+    for name in adapter["adapters"]:
+        files = [_locate(adapter_dir, f"{name}/{file}") for file in
+                 (CONFIG_NAME, PEFT_CONFIG_NAME, WEIGHTS_NAME)]
+        folders.append(files[0].parent)
+    return Composition(tuple(folders), tuple(map(float, adapter["weights"])))
 
 
 def _read_peft(adapter_dir: str | Path) -> PeftConfig:
@@ -198,16 +251,25 @@ def load_weights(adapter_dir: str | Path, adapter: HeadAdapter | LoraAdapter) ->
     Raises:
         QAdapterError: missing, damaged, or of other names or shapes; the message names the file.
     """
-    path = _locate(adapter_dir, WEIGHTS_NAME)
-    try:
-        weights = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise QAdapterError(f"{path}: damaged or not a safetensors file: {error}") from error
+    path, weights = _locate(adapter_dir, WEIGHTS_NAME), read_weights(adapter_dir)
     expected = {name: tuple(x.shape) for name, x in adapter.state_dict().items()}
     found = {name: tuple(x.shape) for name, x in weights.items()}
     if expected != found:
         raise QAdapterError(f"{path}: holds {found}, but its configuration describes {expected}")
     adapter.load_state_dict(weights)
+
+
+def read_weights(adapter_dir: str | Path) -> dict[str, Tensor]:
+    """What ``adapter_model.safetensors`` holds.
+
+    Raises:
+        QAdapterError: missing or damaged.
+    """
+    path = _locate(adapter_dir, WEIGHTS_NAME)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise QAdapterError(f"{path}: damaged or not a safetensors file: {error}") from error
 
 
 def upload(folder: str | Path, repo_id: str, **kwargs: Any) -> None:

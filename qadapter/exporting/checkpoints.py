@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
@@ -17,13 +16,6 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from qadapter.errors import QAdapterError
-
-
-def shell_of(base: nn.Module) -> nn.Module:
-    """A copy of a model's modules that shares all its tensors: parameters can be replaced in it
-    without the base noticing."""
-    tensors = itertools.chain(base.parameters(), base.buffers())
-    return copy.deepcopy(base, {id(x): x for x in tensors})
 
 
 def output_layer(model: PreTrainedModel) -> str:

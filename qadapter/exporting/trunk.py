@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qadapter.exporting.checkpoints import output_layer, replace_head, shell_of
+from qadapter.base import shell_of
+from qadapter.exporting.checkpoints import output_layer, replace_head
 from qadapter.model import QAdapterModel
 from qadapter.storage import WEIGHTS_NAME
 
