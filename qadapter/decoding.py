@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from qadapter.adapters import HeadAdapter
 from qadapter.errors import QAdapterError
 from qadapter.head import trunk
 from qadapter.policy import BASE
+
+if TYPE_CHECKING:
+    from transformers.generation.continuous_batching import PagedAttentionCache
 
 _FILLED: weakref.WeakKeyDictionary[Cache, tuple[int, ...]] = weakref.WeakKeyDictionary()
 """Which streams the caches hold that callers keep between turns."""
@@ -119,6 +122,8 @@ class StreamedGeneration(GenerationMixin):
             self._check_cache(streams, inputs.get("past_key_values"))
             with self.adapter.on(streams, rows, tokens):
                 return body(**inputs)
+        if "cache" in inputs:  # continuous batching's, of requests packed into one row
+            return self._run_paged(streams, **inputs)
         count = len(streams)
         cache, use_cache = inputs.pop("past_key_values", None), inputs["use_cache"]
         if cache is None and (self.config.use_cache if use_cache is None else use_cache):
@@ -132,6 +137,21 @@ class StreamedGeneration(GenerationMixin):
             if outputs.get(name) is not None:  # the customised model's: its adapted stream
                 outputs[name] = tuple(x[:rows] for x in outputs[name])
         return outputs
+
+    def _run_paged(
+        self, streams: tuple[int, ...], cache: PagedAttentionCache, **inputs: Any
+    ) -> BaseModelOutputWithPast:
+        """One stream after the other, each in its layers of the cache."""
+        from qadapter.batching import StreamOfCache
+
+        layers = self.base.config.get_text_config().num_hidden_layers
+        hidden = [
+            self._run(
+                (stream,), cache=StreamOfCache(cache, place * layers), **inputs
+            ).last_hidden_state
+            for place, stream in enumerate(streams)
+        ]
+        return BaseModelOutputWithPast(last_hidden_state=torch.cat(hidden))
 
     def _check_cache(self, streams: tuple[int, ...], cache: Any) -> None:
         if not isinstance(cache, Cache):
@@ -169,13 +189,14 @@ class StreamedGeneration(GenerationMixin):
             model_kwargs["past_key_values"] = StreamCache(made, len(streams))
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; its paged cache holds one stream."""
-        if len(self._streams(None)) > 1:
-            raise QAdapterError(
-                "continuous batching runs one stream and this policy needs both: use generate, or "
-                "strength 0, or 1 in the policy parametrization at the trained alphas"
-            )
-        return super().init_continuous_batching(*args, **kwargs)
+        """As in transformers. A policy of several streams has to stay as it is until the manager
+        stops: its cache is made for them."""
+        streams = self._streams(None)
+        if len(streams) == 1:
+            return super().init_continuous_batching(*args, **kwargs)
+        from qadapter.batching import PagedStreams
+
+        return PagedStreams(self, streams).init_continuous_batching(*args, **kwargs)
 
     def _get_candidate_generator(self, *, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
         # The dial is this model's: an assistant proposes tokens in its own way.

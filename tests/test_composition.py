@@ -9,6 +9,7 @@ import pytest
 import torch
 from naive import LENGTH, ROWS, NaivePolicy, left_padded, uncached
 from tiny_models import tiny_base
+from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qadapter import AdapterConfig, ObjectiveConfig, QAdapterError, QAdapterModel
@@ -256,6 +257,20 @@ def test_only_streams_with_a_weight_run():
         composed(**inputs)
         composed(**inputs, strength=0.0)
         assert rows == runs
+
+
+def test_composed_loras_batch_continuously():
+    models, theirs, base = loras(POLICY, POLICY)
+    composed, weights = compose(models, (0.4, 0.9)), (0.4, 0.9)
+    naive = NaiveSum(theirs, base, (POLICY, POLICY), weights, POLICY)
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    outputs = composed.generate_batch(
+        inputs=ROWS, generation_config=config, progress_bar=False,
+        continuous_batching_config=ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=8),
+    )
+    for row, output in zip(ROWS, outputs.values(), strict=True):
+        expected = naive.generate(torch.tensor([row]), max_new_tokens=6, do_sample=False)
+        assert output.generated_tokens == expected[0, len(row):].tolist()
 
 
 def test_loras_are_left_as_they_are_and_share_the_base():

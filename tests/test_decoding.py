@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from qadapter import ObjectiveConfig, QAdapterError, QAdapterModel
+from qadapter.batching import PagedStreams
 from qadapter.decoding import StreamCache
 from qadapter.lora import LoraAdapter
 from qadapter.policy import BASE
@@ -226,21 +227,35 @@ def test_streamer(pair):
     assert streamer.tokens == naive.generate(ids, **LENGTH, strength=0.4)[0].tolist()
 
 
-def test_continuous_batching_of_one_stream():
-    model, naive = lora_pair(POLICY)
-    config = GenerationConfig(
-        max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0
-    )
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen3_moe"])
+@pytest.mark.parametrize("strength, streams", [(0.0, 1), (1.0, 1), (0.4, 2)])
+def test_continuous_batching(architecture, strength, streams):
+    model, naive = lora_pair(POLICY, architecture=architecture)
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    model.set_policy(strength=strength)
+    assert len(model._streams(None)) == streams
+    rows = [*ROWS, ROWS[0] + ROWS[1] + ROWS[2]]
     outputs = model.generate_batch(
-        inputs=ROWS, generation_config=config, progress_bar=False,
-        continuous_batching_config=ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64),
+        inputs=rows, generation_config=config, progress_bar=False,
+        # Few tokens a step: prompts are cut, and prefilled beside requests that are decoded.
+        continuous_batching_config=ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=8),
     )
-    for row, output in zip(ROWS, outputs.values(), strict=True):
-        expected = naive.generate(torch.tensor([row]), max_new_tokens=6, do_sample=False)
+    assert len(outputs) == len(rows)
+    for row, output in zip(rows, outputs.values(), strict=True):
+        expected = naive.generate(
+            torch.tensor([row]), max_new_tokens=6, do_sample=False, strength=strength
+        )
         assert output.generated_tokens == expected[0, len(row):].tolist()
+
+
+def test_a_policy_stays_while_it_is_served():
+    model, _ = lora_pair(POLICY)
     model.set_policy(strength=0.4)
-    with pytest.raises(QAdapterError, match="runs one stream"):
-        model.generate_batch(inputs=ROWS, generation_config=config, progress_bar=False)
+    served = PagedStreams(model, model._streams(None))
+    assert served.config.num_hidden_layers == 2 * model.config.num_hidden_layers
+    model.set_policy(strength=1.0)
+    with pytest.raises(QAdapterError, match="set anew"):
+        served(input_ids=torch.tensor([ROWS[0]]))
 
 
 # --- caches ---------------------------------------------------------------------------------
