@@ -30,7 +30,9 @@ from qadapter.evaluation.scoring import evaluating
 from qadapter.head import trunk
 from qadapter.model import QAdapterModel
 
-PENALTIES = (1.0, 0.1, 0.01, 0.001)
+Encoded = tuple[tuple[int, ...], int]
+"""Token ids of prompt and answer, and where the answer begins."""
+PENALTIES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.01, 0.001)
 """Weights of the L2 penalty that cross-validation chooses from, strongest first."""
 FOLDS, MIN_PAIRS = 5, 20
 
@@ -104,33 +106,31 @@ class HiddenStateJudge(TrainedJudge):
         self, prompts: Sequence[Prompt], answers: Sequence[str], progress: Progress | None = None
     ) -> Tensor:
         encoded = [self._encode(*x) for x in zip(prompts, answers, strict=True)]
-        order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]))
-        rows: dict[int, Tensor] = {}
+        # An answer in several pairs (DSP's are) is read once.
+        order = sorted(set(encoded), key=lambda x: (-len(x[0]), x))
+        rows: dict[Encoded, Tensor] = {}
         with evaluating(self.model):
             for first in range(0, len(order), self.batch_size):
-                indices = order[first : first + self.batch_size]
-                for i, row_D in zip(indices, self._pool([encoded[i] for i in indices]),
-                                    strict=True):
-                    rows[i] = row_D
+                batch = order[first : first + self.batch_size]
+                rows |= zip(batch, self._pool(batch), strict=True)
                 if progress is not None:
                     progress(len(rows), len(order))
-        return torch.stack([rows[i] for i in range(len(encoded))])
+        return torch.stack([rows[x] for x in encoded])
 
-    def _encode(self, prompt: Prompt, answer: str) -> tuple[list[int], int]:
-        """(ids, where the answer begins)."""
+    def _encode(self, prompt: Prompt, answer: str) -> Encoded:
         prompt_ids = encode_prompt(self.tokenizer, prompt)
         answer_ids = self.tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"]
         answer_ids = answer_ids[: self.max_length // 2]
         prompt_ids = prompt_ids[-(self.max_length - len(answer_ids)) :]
         # An empty answer is what the model sees where an answer would begin.
-        return prompt_ids + answer_ids, len(prompt_ids) - (not answer_ids)
+        return tuple(prompt_ids + answer_ids), len(prompt_ids) - (not answer_ids)
 
-    def _pool(self, batch: list[tuple[list[int], int]]) -> Tensor:
+    def _pool(self, batch: list[Encoded]) -> Tensor:
         """Mean hidden states of the answers, [N, D] in float64 on the CPU."""
         device = self.model.get_input_embeddings().weight.device
         width = max(len(ids) for ids, _ in batch)
         input_ids = torch.tensor(
-            [ids + [0] * (width - len(ids)) for ids, _ in batch], device=device
+            [[*ids, *[0] * (width - len(ids))] for ids, _ in batch], device=device
         )
         position_T = torch.arange(width, device=device)
         end_N1 = torch.tensor([[len(ids)] for ids, _ in batch], device=device)
@@ -171,10 +171,10 @@ class WordPresenceJudge(TrainedJudge):
             found = [self.column[word] for word in sorted(_words(answer)) if word in self.column]
             rows += [row] * len(found)
             columns += found
-            values += [len(found) ** -0.5] * len(found)
+            values += [max(len(found), 1) ** -0.5] * len(found)  # it may have no known word
         return torch.sparse_coo_tensor(
             torch.tensor([rows, columns], dtype=torch.int64), torch.tensor(values).double(),
-            (len(answers), len(self.column)),
+            (len(answers), len(self.column)), check_invariants=True,
         ).coalesce()
 
 

@@ -1,0 +1,295 @@
+"""A language model behind an OpenAI-compatible endpoint as the judge.
+
+The prompt and the reading of replies stand in a file (``endpoint_prompt.yaml``) that can be
+replaced. Every judgement is written down as it arrives: a run that was broken off goes on where it
+stopped, and nothing is paid for twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+
+from qadapter.errors import QAdapterError
+from qadapter.evaluation.answers import Prompt
+from qadapter.evaluation.judges.interface import Judge, Progress, check_lengths
+from qadapter.evaluation.judges.texts import prompt_text
+
+PROMPT_FILE = Path(__file__).with_name("endpoint_prompt.yaml")
+ATTEMPTS = 3
+"""Times a comparison is asked while its reply can't be read."""
+_PLACES = ("prompt", "answer_a", "answer_b")
+
+
+@dataclass(frozen=True)
+class JudgePrompt:
+    """The content of a prompt file."""
+
+    user: str
+    verdict: str
+    first: str
+    second: str
+    tie: str
+    system: str = ""
+    request: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: str | Path = PROMPT_FILE) -> JudgePrompt:
+        """
+        Raises:
+            QAdapterError: unreadable, or not what a prompt file must hold.
+        """
+        try:
+            values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+            found = cls(**values)
+            groups = re.compile(found.verdict).groups
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, re.error) as error:
+            raise QAdapterError(f"judge prompt {path} can't be used: {error}") from error
+        if missing := [name for name in _PLACES if f"{{{name}}}" not in found.user]:
+            raise QAdapterError(f"judge prompt {path}: user has no {{{missing[0]}}}")
+        if groups != 1:
+            raise QAdapterError(f"judge prompt {path}: verdict must have one group, has {groups}")
+        return found
+
+    def messages(self, prompt: str, first: str, second: str) -> list[dict[str, str]]:
+        values = dict(zip(_PLACES, (prompt, first, second), strict=True))
+        # In one pass: an answer that holds "{answer_b}" stays as it is.
+        user = re.sub(
+            r"\{(" + "|".join(_PLACES) + r")\}", lambda match: values[match[1]], self.user
+        )
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, {"role": "user", "content": user}]
+
+    def read_verdict(self, reply: str) -> float | None:
+        """1 if the first answer is better, 0 if the second is, 0.5 for a tie; None: unreadable."""
+        matches = re.findall(self.verdict, reply)
+        said = {self.first: 1.0, self.second: 0.0, self.tie: 0.5}
+        return said.get(matches[-1]) if matches else None
+
+
+@dataclass
+class Usage:
+    """What was asked for. ``unread`` comparisons have no verdict; ``without_usage`` replies did not
+    say how many tokens they took."""
+
+    replies: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    without_usage: int = 0
+    unread: int = 0
+    disagreements: int = 0
+    """Pairs whose two orders did not get the same verdict."""
+    first_wins: float = 0.0
+    """Verdicts for the answer shown first, a tie as one half: half of all without a bias."""
+    verdicts: int = 0
+
+    def cost(self, input_price: float, output_price: float) -> float:
+        """At prices per million tokens."""
+        return (self.prompt_tokens * input_price + self.completion_tokens * output_price) / 1e6
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self) | {
+            "share_for_first": self.first_wins / self.verdicts if self.verdicts else None
+        }
+
+
+class _Question(NamedTuple):
+    key: str
+    prompt: str
+    first: str
+    second: str
+
+
+class EndpointJudge(Judge):
+    """Asks a chat model which of two answers is better, in both orders.
+
+    Answers that are alike are a tie without a request.
+
+    Args:
+        model: the endpoint's name for it.
+        base_url: of the endpoint, ending in ``/v1``; default: OPENAI_BASE_URL, else OpenAI's own.
+        judgements_file: JSON Lines that judgements are read from and added to; None: kept in memory
+            only.
+        prompt: what is asked, and how replies are read.
+        concurrency: requests at a time.
+        max_retries: after a 429, a 5xx or a lost connection, with growing waits; then an error.
+        timeout: of a request, in seconds.
+
+    Raises:
+        QAdapterError: no client library, no key (OPENAI_API_KEY), a damaged judgements file.
+    """
+
+    def __init__(
+        self, model: str, *, base_url: str | None = None,
+        judgements_file: str | Path | None = None, prompt: JudgePrompt | None = None,
+        concurrency: int = 4, max_retries: int = 6, timeout: float = 120.0,
+    ):
+        try:
+            import openai
+        except ImportError as error:
+            raise QAdapterError(
+                "judging by an endpoint needs the openai client: pip install 'qadapter[judge]'"
+            ) from error
+        try:
+            self.client = openai.OpenAI(
+                base_url=base_url, max_retries=max_retries, timeout=timeout
+            )
+        except openai.OpenAIError as error:
+            raise QAdapterError(
+                "judging by an endpoint needs its key in OPENAI_API_KEY (anything for a server "
+                f"that asks for none): {error}"
+            ) from error
+        self.model, self.concurrency = model, concurrency
+        self.name = f"{model} (endpoint)"
+        self.prompt = JudgePrompt.read() if prompt is None else prompt
+        self.judgements_file = None if judgements_file is None else Path(judgements_file)
+        self.judgements = {} if self.judgements_file is None else _read(self.judgements_file)
+        self.usage = Usage()
+
+    def compare(
+        self, prompts: Sequence[Prompt], answers_a: Sequence[str], answers_b: Sequence[str],
+        progress: Progress | None = None,
+    ) -> np.ndarray:
+        check_lengths(prompts, answers_a, answers_b)
+        questions: list[tuple[_Question, _Question] | None] = []
+        for prompt, a, b in zip(map(prompt_text, prompts), answers_a, answers_b, strict=True):
+            alike = a.strip() == b.strip()
+            questions.append(
+                None if alike else (self._question(prompt, a, b), self._question(prompt, b, a))
+            )
+        asked = {q.key: q for pair in questions if pair is not None for q in pair}
+        self._ask_all([q for q in asked.values() if q.key not in self.judgements], progress)
+        self._count(asked, [pair for pair in questions if pair is not None])
+        return np.array([
+            0.5 if pair is None else self._verdict(*pair) for pair in questions
+        ], dtype=np.float64)
+
+    def _question(self, prompt: str, first: str, second: str) -> _Question:
+        """The key names all that the reply depends on."""
+        parts = [self.model, str(self.client.base_url), asdict(self.prompt), prompt, first, second]
+        text = json.dumps(parts, sort_keys=True)
+        key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+        return _Question(key, prompt, first, second)
+
+    def _ask_all(self, questions: list[_Question], progress: Progress | None) -> None:
+        if not questions:
+            return
+        pool = ThreadPoolExecutor(self.concurrency)
+        try:
+            futures = [pool.submit(self._ask, question) for question in questions]
+            # Written here and not in the threads: one line at a time.
+            for done, future in enumerate(as_completed(futures), 1):
+                judgement = future.result()
+                self.judgements[judgement["key"]] = judgement
+                if self.judgements_file is not None:
+                    _append(self.judgements_file, judgement)
+                if progress is not None:
+                    progress(done, len(questions))
+        finally:
+            # What was not begun is dropped; what is under way is waited for.
+            pool.shutdown(cancel_futures=True)
+
+    def _ask(self, question: _Question) -> dict[str, Any]:
+        """One judgement; asked again while the reply can't be read."""
+        import openai
+
+        messages = self.prompt.messages(question.prompt, question.first, question.second)
+        judgement: dict[str, Any] = {
+            "key": question.key, "verdict": None, "reply": None, "replies": 0,
+            "prompt_tokens": 0, "completion_tokens": 0, "without_usage": 0,
+        }
+        while judgement["verdict"] is None and judgement["replies"] < ATTEMPTS:
+            try:
+                reply = self.client.chat.completions.create(
+                    model=self.model, messages=messages, **self.prompt.request
+                )
+            except openai.OpenAIError as error:
+                kept = "" if self.judgements_file is None else (
+                    f"; the judgements so far are in {self.judgements_file}: the same command goes "
+                    "on from them"
+                )
+                raise QAdapterError(
+                    f"the judge at {self.client.base_url} failed: {error}{kept}"
+                ) from error
+            except json.JSONDecodeError:
+                reply = None  # says JSON in its header and is none: as good as an unreadable reply
+            text, tokens = _read_reply(reply)
+            judgement["replies"] += 1
+            judgement["reply"], judgement["verdict"] = text, self.prompt.read_verdict(text or "")
+            if tokens is None:
+                judgement["without_usage"] += 1
+            else:
+                judgement["prompt_tokens"] += tokens[0]
+                judgement["completion_tokens"] += tokens[1]
+        return judgement
+
+    def _verdict(self, forth: _Question, back: _Question) -> float:
+        """For the first answer of ``forth``."""
+        one, two = (self.judgements[q.key]["verdict"] for q in (forth, back))
+        if one is None or two is None:
+            return float("nan")
+        return one if one == 1 - two else 0.5
+
+    def _count(
+        self, asked: dict[str, _Question], pairs: list[tuple[_Question, _Question]]
+    ) -> None:
+        usage = self.usage
+        for key in asked:
+            judgement = self.judgements[key]
+            for name in ("replies", "prompt_tokens", "completion_tokens", "without_usage"):
+                setattr(usage, name, getattr(usage, name) + judgement[name])
+            if judgement["verdict"] is None:
+                usage.unread += 1
+            else:
+                usage.verdicts += 1
+                usage.first_wins += judgement["verdict"]
+        for forth, back in pairs:
+            one, two = (self.judgements[q.key]["verdict"] for q in (forth, back))
+            usage.disagreements += None not in (one, two) and one != 1 - two
+
+
+def _read_reply(reply: Any) -> tuple[str | None, tuple[int, int] | None]:
+    """(text, (prompt tokens, completion tokens)) of whatever the server sent."""
+    choices = getattr(reply, "choices", None)
+    message = getattr(choices[0], "message", None) if choices else None
+    text = getattr(message, "content", None)
+    usage = getattr(reply, "usage", None)
+    tokens = getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None)
+    return (
+        text if isinstance(text, str) else None,
+        tokens if all(isinstance(count, int) for count in tokens) else None,
+    )
+
+
+def _append(path: Path, judgement: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(judgement, ensure_ascii=False) + "\n")
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    """Judgements by key. A last line that was broken off is cut away, so that what is appended
+    stands on a line of its own."""
+    if not path.exists():
+        return {}
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    judgements = {}
+    for number, line in enumerate(whole.decode("utf-8").splitlines(), 1):
+        try:
+            judgement = json.loads(line)
+            judgements[judgement["key"]] = judgement
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise QAdapterError(f"{path}:{number} is no judgement: {error}") from error
+    return judgements

@@ -1,0 +1,97 @@
+"""A reward model with a sequence-classification head as the judge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from qadapter.errors import QAdapterError
+from qadapter.evaluation.answers import Prompt
+from qadapter.evaluation.judges.interface import Progress, RewardJudge, check_lengths
+from qadapter.evaluation.judges.texts import prompt_text
+from qadapter.evaluation.scoring import evaluating
+
+
+class SequenceClassificationJudge(RewardJudge):
+    """The one logit of an ``AutoModelForSequenceClassification``.
+
+    Prompt and answer go through the reward model's own chat template where it has one; else they
+    are its tokenizer's pair of texts.
+
+    Args:
+        model_name_or_path: a folder or a hub name.
+        max_length: most tokens; what is too long loses its start. Default: what the tokenizer says,
+            if it says anything below a million.
+        device: default: a GPU where there is one.
+
+    Raises:
+        QAdapterError: it can't be loaded, or has more than one label.
+    """
+
+    def __init__(
+        self, model_name_or_path: str, *, revision: str | None = None, dtype: str = "auto",
+        trust_remote_code: bool = False, max_length: int | None = None, batch_size: int = 8,
+        device: str | None = None,
+    ):
+        options = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **options)
+            model = AutoModelForSequenceClassification.from_pretrained(
+                model_name_or_path, dtype=dtype, **options
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise QAdapterError(
+                f"the reward model {model_name_or_path} can't be loaded: {error}"
+            ) from error
+        if model.config.num_labels != 1:
+            raise QAdapterError(
+                f"{model_name_or_path} has {model.config.num_labels} labels; a reward model has one"
+            )
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = model.to(device).eval()
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        # The head finds an answer's last token by what padding is.
+        self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.tokenizer.truncation_side, self.tokenizer.padding_side = "left", "right"
+        known = self.tokenizer.model_max_length
+        self.max_length = max_length or (known if known < 10**6 else None)
+        self.batch_size = batch_size
+        self.name = f"{model_name_or_path.rstrip('/').rsplit('/', 1)[-1]} (reward model)"
+
+    def scores(
+        self, prompts: Sequence[Prompt], answers: Sequence[str], progress: Progress | None = None
+    ) -> np.ndarray:
+        check_lengths(prompts, answers)
+        order = sorted(range(len(answers)), key=lambda i: -len(answers[i]))
+        found = np.empty(len(answers))
+        with evaluating(self.model):
+            for first in range(0, len(order), self.batch_size):
+                indices = order[first : first + self.batch_size]
+                batch = self._encode([prompts[i] for i in indices], [answers[i] for i in indices])
+                logits = self.model(**batch.to(self.model.device)).logits
+                found[indices] = logits[:, 0].double().cpu().numpy()
+                if progress is not None:
+                    progress(first + len(indices), len(order))
+        return found
+
+    def _encode(self, prompts: list[Prompt], answers: list[str]):
+        options = {
+            "padding": True, "truncation": self.max_length is not None,
+            "max_length": self.max_length, "return_tensors": "pt",
+        }
+        texts = [prompt_text(prompt) for prompt in prompts]
+        if not self.tokenizer.chat_template:
+            return self.tokenizer(texts, answers, **options)
+        rendered = [
+            self.tokenizer.apply_chat_template(
+                [*([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt),
+                 {"role": "assistant", "content": answer}], tokenize=False,
+            )
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        # The template wrote the special tokens.
+        return self.tokenizer(rendered, add_special_tokens=False, **options)

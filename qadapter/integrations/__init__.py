@@ -1,0 +1,1 @@
+"""Other people's tools on our models. Each needs an extra of its own."""
