@@ -161,7 +161,7 @@ class LoraAdapter:
         self._check_apart()
         if len(self.names) > 1:
             raise QAdapterError("several adapters are several streams: they can't be merged")
-        if any(getattr(layer, "quantization_backend", None) is not None for layer in self.layers):
+        if getattr(self.peft_model.get_base_model(), "is_quantized", False):
             raise QAdapterError("the base is quantized: its adapter can't be merged exactly")
         layers = [layer for layer in self.layers if isinstance(layer, BaseTunerLayer)]
         self._originals = [
