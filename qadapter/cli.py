@@ -74,6 +74,12 @@ def evaluate(ctx: typer.Context) -> None:
 
 
 @app.command(context_settings=_PASS_ON)
+def compare(ctx: typer.Context) -> None:
+    """Compare methods on the same pairs under equal budgets, over seeds."""
+    _hand_over("compare", ctx)
+
+
+@app.command(context_settings=_PASS_ON)
 def generate(ctx: typer.Context) -> None:
     """Answer prompts, or chat."""
     _hand_over("generate", ctx)

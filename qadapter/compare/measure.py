@@ -90,10 +90,8 @@ def _answers(
 
     judged = {}
     for judge in bench.judges[kind]:
-        ours, theirs = (
-            score_draws(judge, prompts, [[a.text for a in draw] for draw in draws])
-            for draws in (own, base)
-        )
+        ours = score_draws(judge, prompts, [[a.text for a in draw] for draw in own])
+        theirs = bench.base_scores(judge, f"{split}-{kind}", prompts, base)
         judged[judge.name] = judged_gain(ours, theirs, clusters=names).as_dict()
     return {
         "judged": judged,

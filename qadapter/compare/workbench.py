@@ -25,6 +25,7 @@ from qadapter.evaluation.judges import (
     RewardJudge,
     WordPresenceJudge,
     preference_texts,
+    score_draws,
 )
 from qadapter.evaluation.report import write_json
 from qadapter.model import QAdapterModel
@@ -48,6 +49,7 @@ class Workbench:
         self.texts = {t.name: load_texts(t, config.find(t.file))
                       for t in config.evaluation.retention}
         self._fresh: QAdapterModel | None = None
+        self._base_scores: dict[tuple[str, str], np.ndarray] = {}
 
     def _load_base(self) -> LoadedBase:
         name = self.config.find(self.config.model_name_or_path)
@@ -151,6 +153,17 @@ class Workbench:
         found = self.sample(self.fresh, prompts, draws, seed=seed, strength=0.0)
         write_json(path, {"draws": [[vars(a) for a in draw] for draw in found]})
         return found
+
+    def base_scores(
+        self, judge: RewardJudge, name: str, prompts: Sequence[Prompt], draws: list[list[Answer]]
+    ) -> np.ndarray:
+        """A judge's scores of the base's answers, [draws, prompts]; the same for every run."""
+        key = judge.name, name
+        if key not in self._base_scores:
+            self._base_scores[key] = score_draws(
+                judge, prompts, [[answer.text for answer in draw] for draw in draws]
+            )
+        return self._base_scores[key]
 
     @functools.cached_property
     def replayed(self) -> list[tuple[list[int], list[int]]]:

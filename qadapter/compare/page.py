@@ -1,0 +1,261 @@
+"""The report as one file with tables and pictures, no network and no script; and its numbers."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from qadapter.compare.pictures import Picture, draw_all
+from qadapter.compare.results import (
+    Comparison,
+    Measure,
+    Result,
+    Spread,
+    answers,
+    judged,
+    policy_accuracy,
+    preference,
+    retention,
+)
+from qadapter.evaluation.report import write_json, write_text
+
+_STYLE = """
+:root { color-scheme: light; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 80rem; padding: 1.5rem 1rem 4rem; background: #fff;
+  color: #16181d; font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; margin: 0 0 .25rem; }
+h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
+p, figcaption { max-width: 60rem; }
+.dim, figcaption { color: #5a606b; font-size: .92rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .88rem; }
+th, td { padding: .25rem .8rem .25rem 0; text-align: right; vertical-align: top;
+  border-bottom: 1px solid #e4e7ec; font-variant-numeric: tabular-nums; }
+th:first-child, td:first-child { text-align: left; font-weight: 600; }
+th { font-weight: 600; }
+figure { margin: 1rem 0 2rem; }
+figure svg { max-width: 100%; height: auto; }
+pre { background: #f7f8fa; padding: 1rem; overflow-x: auto; font-size: .82rem; }
+"""
+
+
+class Column(NamedTuple):
+    key: str
+    label: str
+    measure: Measure
+    digits: int = 3
+
+
+def columns(comparison: Comparison) -> list[Column]:
+    """What the main table shows."""
+    texts, kinds = comparison.texts, list(comparison.judges)
+    found = [
+        Column("accuracy_reward", "accuracy, implicit reward",
+               preference("new", "preference_accuracy")),
+        Column("accuracy_reward_length_controlled", "… length-controlled",
+               preference("new", "preference_accuracy_length_controlled")),
+        Column("accuracy_policy_mean", "accuracy, log-probability a token",
+               policy_accuracy("new")),
+    ]
+    if "old" in kinds:
+        found.append(Column("old_accuracy_policy_mean", "… on the old preference",
+                            policy_accuracy("old")))
+    found += [Column(f"{kind}_win_rate", f"win rate, {kind}", judged(kind, "win_rate"))
+              for kind in kinds]
+    found += [Column(f"{kind}_gain", f"judged gain, {kind} [SD]", judged(kind, "gain"), 2)
+              for kind in kinds]
+    for name in texts:
+        found.append(Column(f"kl:{name}", f"KL, {name}", retention(name, "kl_per_token"), 4))
+    found += [
+        Column("kl_new_answers", "KL, its own answers", answers("new", "kl_of_own_answers"), 4),
+        Column(f"top1:{texts[0]}", f"same top token, {texts[0]}",
+               retention(texts[0], "top1_agreement")),
+        Column(f"perplexity:{texts[0]}", f"perplexity, {texts[0]}", _perplexity(texts[0]), 2),
+        Column("words", "words an answer", answers("new", "statistics", "words_mean"), 1),
+        Column("distinct_3", "distinct word triples",
+               answers("new", "statistics", "distinct_3")),
+    ]
+    return found
+
+
+def _perplexity(texts: str) -> Measure:
+    def number(run, point):
+        side = "perplexity_base" if point["strength"] == 0 else "perplexity"
+        return retention(texts, side)(run, point)
+
+    return number
+
+
+def write_report(comparison: Comparison, folder: str | Path) -> Path:
+    """Write ``report-SPLIT.html``, ``summary-SPLIT.json`` and the pictures; returns the page."""
+    folder = Path(folder)
+    pictures = draw_all(comparison, folder / f"pictures-{comparison.split}")
+    write_json(folder / f"summary-{comparison.split}.json", summary(comparison))
+    path = folder / f"report-{comparison.split}.html"
+    write_text(path, page(comparison, pictures))
+    return path
+
+
+def summary(comparison: Comparison) -> dict[str, Any]:
+    """The main table as JSON types: row → column → mean, sd, low, high."""
+    shown = columns(comparison)
+    return {
+        "title": comparison.title, "split": comparison.split,
+        "judges": comparison.judges, "test_touched": comparison.touched,
+        "rows": {
+            r.row.name: {
+                "method": r.row.method.kind if r.row.method else "base",
+                "seeds": [run["seed"] for run in r.runs if "seed" in run],
+                **{c.key: x._asdict() for c in shown if (x := r.number(c.measure)) is not None},
+            }
+            for r in comparison.results
+        },
+        "length_baseline": _length_baseline(comparison),
+    }
+
+
+def _length_baseline(comparison: Comparison) -> dict[str, Any]:
+    found = comparison.results[0].runs[0]["preferences"]
+    return {
+        kind: {name: numbers[name] for name in ("longer_wins", "shorter_wins", "random_baseline")}
+        for kind, numbers in found.items()
+    }
+
+
+def page(comparison: Comparison, pictures: Sequence[Picture]) -> str:
+    """The report, as HTML."""
+    results, shown = comparison.results, columns(comparison)
+    parts = [
+        f"<h1>{_text(comparison.title)}</h1>",
+        f'<p class="dim">{_text(_subtitle(comparison))}</p>',
+        "<h2>What was learned, what was kept</h2>",
+        _table(["", *(c.label for c in shown)], [
+            [r.row.name, *(_cell(r.number(c.measure), c.digits) for c in shown)]
+            for r in comparison.main
+        ]),
+        f'<p class="dim">{_text(_note(comparison))}</p>',
+        *(_figure(p) for p in pictures),
+        "<h2>Each judge apart</h2>", _judges(comparison),
+        "<h2>The dial</h2>", _dial(comparison, shown),
+    ]
+    if comparison.config["sweeps"]:
+        parts += ["<h2>Sweeps</h2>", _table(["", *(c.label for c in shown)], [
+            [r.row.name, *(_cell(r.number(c.measure), c.digits) for c in shown)]
+            for r in results if r.row.sweep is not None
+        ])]
+    parts += ["<h2>Training</h2>", _training(results), "<h2>Configuration</h2>",
+              f"<pre>{_text(yaml.safe_dump(comparison.config, sort_keys=False))}</pre>",
+              "<h2>Machine and versions</h2>",
+              f"<pre>{_text(yaml.safe_dump(results[0].runs[0]['environment']))}</pre>"]
+    body = "\n".join(parts)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{_text(comparison.title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f"<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def _subtitle(comparison: Comparison) -> str:
+    config = comparison.config
+    touched = f"; the test split was scored {len(comparison.touched)} time(s)"
+    seeds = ", ".join(map(str, config["seeds"]))
+    return (
+        f"Base {config['model_name_or_path']}; {comparison.split} split; seeds {seeds}"
+        + (touched if comparison.split == "test" else "")
+    )
+
+
+def _note(comparison: Comparison) -> str:
+    lengths = "; ".join(
+        f"{kind} preference: the longer answer wins {x['longer_wins']:.3f}, the shorter "
+        f"{x['shorter_wins']:.3f}, a coin {x['random_baseline']:.3f}"
+        for kind, x in _length_baseline(comparison).items()
+    )
+    return (
+        "Means over training seeds; ± standard deviation between them; brackets: the mean of the "
+        "runs' 95% intervals, bootstrap over prompts or texts. KL is KL(base‖customised) in nats a "
+        "token (of its own answers: KL(customised‖base) at their states). Win rate and gain are "
+        "over the base's own answers, by two judges together, trained on pairs no policy saw; a "
+        "gain is in standard deviations of the base's scores. The row base is another draw of the "
+        f"base's: what no change at all looks like. Without any model: {lengths}."
+    )
+
+
+def _judges(comparison: Comparison) -> str:
+    header, rows = ["", "judge", "win rate", "gain [SD]"], []
+    blocks = []
+    for kind, judges in comparison.judges.items():
+        for judge, accuracy in judges.items():
+            rows = [
+                [r.row.name, judge, _cell(r.number(judged(kind, "win_rate", judge)), 3),
+                 _cell(r.number(judged(kind, "gain", judge)), 2)]
+                for r in comparison.main
+            ]
+            low, high = accuracy["accuracy_ci"] or (float("nan"),) * 2
+            blocks += [
+                f"<p>{_text(kind)} preference, {_text(judge)}: ranks "
+                f"{accuracy['accuracy']:.3f} [{low:.3f}, {high:.3f}] of the split's own pairs "
+                "right.</p>", _table(header, rows),
+            ]
+    return "\n".join(blocks)
+
+
+def _dial(comparison: Comparison, shown: Sequence[Column]) -> str:
+    moving = [c for c in shown if "accuracy" not in c.key]
+    rows = [
+        [r.row.name, f"{w:g}", *(_cell(x, c.digits) for x, c in zip(found, moving, strict=True))]
+        for r in comparison.main if len(r.strengths) > 1
+        for w, found in r.dial(*(c.measure for c in moving))
+    ]
+    return _table(["", "strength", *(c.label for c in moving)], rows)
+
+
+def _training(results: Sequence[Result]) -> str:
+    rows = []
+    for result in results:
+        for t in result.trainings:
+            options = {k: v for k, v in t["options"].items() if v is not None}
+            rows.append([
+                result.row.name, str(t["seed"]), t["trained_by"], f"{t['steps']:,}",
+                f"{t['tokens']:,}", f"{t['trainable_parameters']:,}", f"{t['seconds']:.0f}",
+                f"{t['processor_seconds']:.0f}",
+                ", ".join(f"{k} {v}" for k, v in options.items()),
+            ])
+    return _table(
+        ["", "seed", "trained by", "steps", "tokens seen", "trainable parameters", "seconds",
+         "processor seconds", "options"], rows,
+    )
+
+
+def _cell(found: Spread | None, digits: int) -> str:
+    if found is None:
+        return "—"
+    text = f"{found.mean:.{digits}f}"
+    if found.sd is not None:
+        text += f" ± {found.sd:.{digits}f}"
+    if found.low is not None:
+        text += f" [{found.low:.{digits}f}, {found.high:.{digits}f}]"
+    return text
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{_text(x)}</th>" for x in header)
+    body = "\n".join(
+        "<tr>" + "".join(f"<td>{_text(x)}</td>" for x in row) + "</tr>" for row in rows
+    )
+    return f'<div class="wide"><table>\n<tr>{head}</tr>\n{body}\n</table></div>'
+
+
+def _figure(picture: Picture) -> str:
+    return (f"<figure>\n{picture.svg}\n<figcaption>{_text(picture.caption)}</figcaption>\n"
+            "</figure>")
+
+
+def _text(text: str) -> str:
+    return html.escape(text, quote=True)

@@ -1,0 +1,235 @@
+"""The pictures of a comparison, from its results alone.
+
+Colours are Okabe and Ito's, told apart with any colour vision; every method has a marker of its own
+besides.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from qadapter.compare.results import Comparison, Measure, Result, judged, retention
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+MARKERS = "osD^vPX*"
+_KL = "KL(base‖customised) [nats a token]"
+_GAIN = "judged gain over the base [SD of its scores]"
+
+
+class Picture(NamedTuple):
+    """``name`` is the file's, without suffix; ``caption`` says how to read it."""
+
+    name: str
+    caption: str
+    svg: str
+
+
+def draw_all(comparison: Comparison, folder: str | Path | None = None) -> list[Picture]:
+    """Every picture that the results hold something for.
+
+    Args:
+        folder: gets a PNG of each; none to write nothing.
+    """
+    drawings: list[tuple[str, str, Callable[[Comparison], Figure | None]]] = [
+        ("retention", "Retention during training: how far each method has moved from the base on "
+         f"{comparison.texts[0]}, which it does not train on. Lower keeps more.", draw_retention),
+        ("win_rates", "How often an answer is preferred to the base's own, by the judges together, "
+         "for the new preference and for the one the base had learned before. Small dots: seeds; "
+         "whiskers: the mean of their 95% intervals over prompts.", draw_win_rates),
+        ("frontier", "What is gained against what is moved: each curve is one method's dial, "
+         "strength 1 filled. Up and to the left is better. Whiskers: 95% intervals over prompts.",
+         draw_frontier),
+    ]
+    for name, sweep in comparison.config["sweeps"].items():
+        also = ", and the dial of one trained adapter" if sweep["option"] == "alpha" else ""
+        drawings.append((
+            f"sweep_{name}", f"{sweep['of']} trained at several values of {sweep['option']}{also}.",
+            lambda c, name=name: draw_sweep(c, name),
+        ))
+    pictures = []
+    for name, caption, draw in drawings:
+        figure = draw(comparison)
+        if figure is None:
+            continue
+        if folder is not None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            figure.savefig(Path(folder) / f"{name}.png")
+        pictures.append(Picture(name, caption, _svg(figure)))
+    return pictures
+
+
+def draw_retention(comparison: Comparison) -> Figure | None:
+    trained = [r for r in comparison.main if r.trainings]
+    if not trained:
+        return None
+    figure, (left, right) = _figure(2)
+    for number, result in enumerate(trained):
+        steps = [point["tokens"] for point in result.trainings[0]["curve"]]
+        for axes, key in ((left, "kl_per_token"), (right, "top1_agreement")):
+            curves = [
+                [point[key] for point in training["curve"]] for training in result.trainings
+            ]
+            curves = [curve for curve in curves if len(curve) == len(steps)]
+            means = [sum(values) / len(values) for values in zip(*curves, strict=True)]
+            thousands = [step / 1000 for step in steps]
+            _line(axes, number, thousands, means, result.row.name)
+            if len(curves) > 1:
+                axes.fill_between(thousands, *_range(curves), color=_color(number), alpha=0.15,
+                                  linewidth=0)
+    _name(left, "tokens seen [thousands]", _KL)
+    _name(right, "tokens seen [thousands]", "same top token as the base")
+    left.set_yscale("log")
+    _legend(figure, left)
+    return figure
+
+
+def draw_win_rates(comparison: Comparison) -> Figure | None:
+    kinds = [kind for kind in ("new", "old") if kind in comparison.judges]
+    rows = [r for r in comparison.main if r.number(judged(kinds[0], "win_rate")) is not None]
+    if not rows:
+        return None
+    figure, panels = _figure(len(kinds), height=1.2 + 0.42 * len(rows))
+    for axes, kind in zip(panels, kinds, strict=True):
+        measure = judged(kind, "win_rate")
+        for number, result in enumerate(rows):
+            found = result.number(measure)
+            if found is None:
+                continue
+            color = _color(number - 1) if result.trainings else "0.45"
+            if found.low is not None:
+                axes.plot([found.low, found.high], [number, number], color=color, linewidth=1.5)
+            seeds = [
+                measure(run, point)[0] for run in result.runs for point in run["dial"]
+                if point["strength"] == result.trained
+            ]
+            axes.plot(seeds, [number] * len(seeds), ".", color=color, markersize=4, alpha=0.7)
+            axes.plot(found.mean, number, MARKERS[(number - 1) % len(MARKERS)], color=color,
+                      markersize=8)
+        axes.axvline(0.5, color="0.5", linestyle=":", linewidth=1)
+        axes.set_yticks(range(len(rows)), [r.row.name for r in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        _name(axes, "win rate over the base", None)
+        axes.set_title(f"{kind} preference", loc="left")
+        axes.grid(axis="x", color="0.9", linewidth=0.8)
+    return figure
+
+
+def draw_frontier(comparison: Comparison) -> Figure | None:
+    trained = [r for r in comparison.main if r.trainings]
+    gain, drift = judged("new", "gain"), retention(comparison.texts[0], "kl_per_token")
+    if not trained:
+        return None
+    figure, [axes] = _figure(1)
+    for number, result in enumerate(trained):
+        _dial(axes, number, result, drift, gain)
+    axes.axhline(0, color="0.5", linestyle=":", linewidth=1)
+    axes.set_xscale("log")
+    _name(axes, f"{_KL}, {comparison.texts[0]}", _GAIN)
+    _legend(figure, axes)
+    return figure
+
+
+def draw_sweep(comparison: Comparison, name: str) -> Figure | None:
+    points = comparison.sweep(name)
+    if len(points) < 2:
+        return None
+    sweep = comparison.config["sweeps"][name]
+    figure, panels = _figure(2)
+    measures = (judged("new", "gain"), retention(comparison.texts[0], "kl_per_token"))
+    for axes, measure, label in zip(panels, measures, (_GAIN, _KL), strict=True):
+        found = [(value, result.number(measure)) for value, result in points]
+        found = [(value, x) for value, x in found if x is not None]
+        _line(axes, 0, *zip(*((value, x.mean) for value, x in found), strict=True),
+              f"trained at this {sweep['option']}")
+        for value, x in found:
+            if x.low is not None:
+                axes.plot([value, value], [x.low, x.high], color=_color(0), linewidth=1)
+        if sweep["option"] == "alpha":
+            origin = next(r for r in comparison.results if r.row.name == sweep["of"])
+            alpha = comparison.config["methods"][sweep["of"]]["alpha_tilde"]
+            dial = [(alpha / w, x.mean) for w, [x] in origin.dial(measure) if x and w > 0]
+            _line(axes, 1, *zip(*dial, strict=True), f"{sweep['of']} by the dial: {alpha:g}/w")
+        values = [value for value, _ in points]
+        if min(values) > 0:
+            axes.set_xscale("log")
+        else:
+            axes.set_xscale("symlog", linthresh=min(v for v in values if v > 0))
+        _name(axes, sweep["option"], label)
+    panels[1].set_yscale("log")
+    _legend(figure, panels[0])
+    return figure
+
+
+# --- parts --------------------------------------------------------------------------------------
+
+
+def _dial(axes: Axes, number: int, result: Result, x: Measure, y: Measure) -> None:
+    found = [(w, a, b) for w, (a, b) in result.dial(x, y) if a and b and a.mean > 0]
+    color, marker = _color(number), MARKERS[number % len(MARKERS)]
+    axes.plot([a.mean for _, a, _ in found], [b.mean for _, _, b in found], color=color,
+              linewidth=1.2, alpha=0.8)
+    for w, a, b in found:
+        own = w == 1
+        axes.plot(a.mean, b.mean, marker, color=color, markersize=9 if own else 6,
+                  markerfacecolor=color if own else "white",
+                  label=result.row.name if own else None)
+        if own and b.low is not None:
+            axes.plot([a.mean, a.mean], [b.low, b.high], color=color, linewidth=0.8, alpha=0.6)
+
+
+def _line(
+    axes: Axes, number: int, x: Sequence[float], y: Sequence[float], label: str
+) -> None:
+    axes.plot(x, y, color=_color(number), marker=MARKERS[number % len(MARKERS)], markersize=5,
+              linewidth=1.5, label=label)
+
+
+def _range(curves: list[list[float]]) -> tuple[list[float], list[float]]:
+    columns = list(zip(*curves, strict=True))
+    return [min(c) for c in columns], [max(c) for c in columns]
+
+
+def _color(number: int) -> str:
+    return COLORS[number % len(COLORS)]
+
+
+def _figure(panels: int, height: float = 4.0) -> tuple[Figure, list[Axes]]:
+    # Not pyplot: it would pick a display and keep every figure open.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2 if panels == 1 else 10.0, height), dpi=130, layout="constrained")
+    found = figure.subplots(1, panels, squeeze=False)[0]
+    for axes in found:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="0.9", linewidth=0.8)
+        axes.set_axisbelow(True)
+    return figure, list(found)
+
+
+def _name(axes: Axes, x_label: str, y_label: str | None) -> None:
+    axes.set_xlabel(x_label)
+    if y_label is not None:
+        axes.set_ylabel(y_label)
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="outside lower center",
+                  ncols=min(6, len(labels)), fontsize=9)
+
+
+def _svg(figure: Figure) -> str:
+    import matplotlib
+
+    # Text stays text, so that it can be searched and read out.
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg")
+    return buffer.getvalue()[buffer.getvalue().index("<svg"):]

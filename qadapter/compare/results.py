@@ -1,0 +1,202 @@
+"""What a results folder holds, as numbers over seeds: what the table, pictures and page show."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qadapter.compare.config import BASE, CompareConfig, Row
+from qadapter.compare.run import CONFIG_NAME, TOUCHED_NAME, TRAINING_NAME, run_folder
+from qadapter.errors import QAdapterError
+
+
+class Spread(NamedTuple):
+    """A number over seeds. ``sd``: between seeds, None for one; ``low`` and ``high``: means of the
+    runs' 95% intervals (over prompts or texts), None where there are none."""
+
+    mean: float
+    sd: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """All finished runs of one row; for the base, one without training."""
+
+    row: Row
+    trainings: list[dict[str, Any]]
+    runs: list[dict[str, Any]]
+    """What ``measure.evaluate`` gave, one a seed."""
+
+    @property
+    def strengths(self) -> list[float]:
+        return sorted({point["strength"] for run in self.runs for point in run["dial"]})
+
+    @property
+    def trained(self) -> float:
+        """The setting that tables show: the trained policy, or the base itself."""
+        return 0.0 if self.row.name == BASE else 1.0
+
+    def number(self, measure: Measure) -> Spread | None:
+        """A measure at the trained policy, over all seeds."""
+        return _at(self.runs, self.trained, measure)
+
+    def dial(self, *measures: Measure) -> list[tuple[float, list[Spread | None]]]:
+        """(strength, the measures there) along the dial, over the seeds that have all of it."""
+        whole = [run for run in self.runs if len(run["dial"]) == len(self.strengths)]
+        return [(w, [_at(whole, w, m) for m in measures]) for w in self.strengths]
+
+
+Measure = Callable[[dict[str, Any], dict[str, Any]], "tuple[float, list[float] | None] | None"]
+"""A run and one point of its dial → a number and its interval."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A results folder, for one split."""
+
+    title: str
+    split: str
+    results: list[Result]
+    """The base first."""
+    config: dict[str, Any]
+    judges: dict[str, dict[str, dict[str, Any]]]
+    """Kind of preference → judge → its accuracy on the split's own pairs."""
+    touched: list[dict[str, Any]]
+
+    @property
+    def main(self) -> list[Result]:
+        """Without the rows that only a sweep asks for."""
+        return [result for result in self.results if result.row.sweep is None]
+
+    @property
+    def texts(self) -> list[str]:
+        return list(self.results[0].runs[0]["dial"][0]["retention"])
+
+    def sweep(self, name: str) -> list[tuple[float, Result]]:
+        """(value, result) along a sweep; a method that has one of its values is a part of it."""
+        sweep = self.config["sweeps"][name]
+        found = {r.row.value: r for r in self.results if r.row.sweep == name}
+        own = self.config["methods"][sweep["of"]]
+        option = "alpha_tilde" if sweep["option"] == "alpha" else sweep["option"]
+        for result in self.results:
+            if result.row.name == sweep["of"] and own[option] in sweep["values"]:
+                found[own[option]] = result
+        return sorted(found.items())
+
+
+def read_results(config: CompareConfig, folder: str | Path, split: str) -> Comparison:
+    """Read what is finished.
+
+    Raises:
+        QAdapterError: nothing is.
+    """
+    folder = Path(folder)
+    base = _read(folder / BASE / f"{split}.json")
+    if base is None:
+        raise QAdapterError(f"{folder}: nothing is measured on the {split} split")
+    results = [Result(Row(BASE, None, ()), [], [base])]
+    for row in config.rows():
+        found = [
+            (_read(where / TRAINING_NAME), _read(where / f"{split}.json"))
+            for where in (run_folder(folder, row.name, seed) for seed in row.seeds)
+        ]
+        found = [(training, run) for training, run in found if training and run]
+        if found:
+            results.append(Result(row, *map(list, zip(*found, strict=True))))
+    touched = _read(folder / TOUCHED_NAME) or {"touched": []}
+    return Comparison(
+        config.title, split, results, _read(folder / CONFIG_NAME) or {}, base["judges"],
+        touched["touched"],
+    )
+
+
+def _at(runs: list[dict[str, Any]], strength: float, measure: Measure) -> Spread | None:
+    found = [
+        measure(run, point) for run in runs for point in run["dial"]
+        if point["strength"] == strength
+    ]
+    return spread(x for x in found if x is not None)
+
+
+def spread(found: Iterable[tuple[float, list[float] | None]]) -> Spread | None:
+    """Mean and standard deviation over seeds, and the mean interval; None for nothing."""
+    found = [(x, ci) for x, ci in found if x is not None and math.isfinite(x)]
+    if not found:
+        return None
+    values, intervals = [x for x, _ in found], [ci for _, ci in found if ci]
+    low = high = None
+    if len(intervals) == len(found):
+        low, high = (statistics.fmean(ci[i] for ci in intervals) for i in (0, 1))
+    sd = statistics.stdev(values) if len(values) > 1 else None
+    return Spread(statistics.fmean(values), sd, low, high)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+# --- measures -----------------------------------------------------------------------------------
+
+
+def preference(kind: str, name: str) -> Measure:
+    """One of ``PreferenceResult``'s numbers, at the trained policy."""
+
+    def number(run, point):
+        found = run["preferences"].get(kind, {})
+        return None if found.get(name) is None else (found[name], found.get(f"{name}_ci"))
+
+    return number
+
+
+def policy_accuracy(kind: str) -> Measure:
+    """Accuracy by log-probability, mean a token: of the policy, or of the base itself."""
+
+    def number(run, point):
+        side = "base" if point["strength"] == 0 else "policy"
+        return preference(kind, f"preference_accuracy_{side}_mean")(run, point)
+
+    return number
+
+
+def retention(texts: str, name: str) -> Measure:
+    """One of ``RetentionResult``'s numbers on one of the sets of texts."""
+
+    def number(run, point):
+        found = point["retention"][texts]
+        return None if found.get(name) is None else (found[name], found.get(f"{name}_ci"))
+
+    return number
+
+
+def answers(kind: str, *keys: str) -> Measure:
+    """A number about the sampled answers to prompts of one kind."""
+
+    def number(run, point):
+        found = point["answers"].get(kind)
+        for key in keys:
+            found = (found or {}).get(key)
+        return None if found is None else (found, None)
+
+    return number
+
+
+def judged(kind: str, name: str, judge: str | None = None) -> Measure:
+    """"gain" or "win_rate" over the base by one judge, or the mean of all judges; its interval is
+    the mean of theirs."""
+
+    def number(run, point):
+        by_judge = point["answers"].get(kind, {}).get("judged", {})
+        found = [x for key, x in by_judge.items() if judge in (None, key)]
+        found = spread((x[name], x.get(f"{name}_ci")) for x in found if x.get(name) is not None)
+        if found is None:
+            return None
+        return found.mean, None if found.low is None else [found.low, found.high]
+
+    return number
