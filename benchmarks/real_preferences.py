@@ -98,13 +98,23 @@ class Choice:
         return ObjectiveConfig(
             alpha_0=self.alpha, alpha_tilde=self.alpha, chi2_coef=self.chi2,
             length_normalization=self.normalization,
+            # Divided by the length, V of the prompt would no longer be the same for both answers.
+            bootstrap="next" if self.normalization == "none" else "current",
         )
 
 
 GRID = (
     Choice(1.0, 3e-4, 2, 0),
-    Choice(1.0, 1e-3, 1, 0),
+    Choice(1.0, 3e-4, 2, 10),
     Choice(0.3, 3e-4, 2, 10),
+    Choice(1.0, 1e-3, 1, 0),
+    Choice(0.3, 3e-4, 2, 30),
+    Choice(0.3, 3e-4, 2, 30, rank=512),
+    Choice(0.1, 3e-4, 2, 30),
+    Choice(0.3, 3e-4, 2, 30, form="linear", rank=512),
+    Choice(10.0, 3e-4, 2, 0, normalization="completion"),
+    Choice(1.0, 3e-4, 2, 0, rank=512),
+    Choice(1.0, 1e-3, 2, 0, batch=32),
 )
 
 

@@ -18,9 +18,10 @@ Accuracies count the pairs whose preferred answer scores higher, a tie as one ha
 intervals of a bootstrap over prompts. *Implicit reward*: summed over the answer's tokens, as
 trained. *Length*: the longer or the shorter answer, whichever is preferred more often in training.
 *Length-controlled*: the mean of the accuracies where the preferred answer is the longer one and
-where it is the shorter one. KL(base‖customised) and perplexity are per token, in float32, on 1,500
-states of each of these: held-out answers of the same data; HH-RLHF helpful answers (no part of any
-training); texts of four genres, of which the retention term saw none (it has four others).
+where it is the shorter one. *Short pairs*: those of at most 150 tokens, prompt included.
+KL(base‖customised) and perplexity are per token, in float32, on 1,500 states of each of these:
+held-out answers of the same data; HH-RLHF helpful answers (no part of any training); texts of four
+genres, of which the retention term saw none (it has four others).
 
 Every choice was made on the development prompts: each configuration was trained without a third of
 them and scored on that third; the best few of those within the bound on KL (on helpful answers, the
@@ -87,10 +88,11 @@ def _final(rows: Sequence[Row]) -> str:
         f"| gain over the base's mean log-probability | {_estimate(mean, 'gain_over_base_mean')} |",
         "",
         _table(
-            ["seed", "accuracy", "length-controlled", "policy Σ / mean", *_FORGETTING, "train s"],
+            ["seed", "accuracy", "length-controlled", "short pairs", "policy Σ / mean",
+             *_FORGETTING, "train s"],
             [
                 [str(row["seed"]), _estimate(row, "accuracy"),
-                 _estimate(row, "accuracy_length_controlled"),
+                 _estimate(row, "accuracy_length_controlled"), f"{row['accuracy_short']:.3f}",
                  f"{row['accuracy_policy_sum']:.3f} / {row['accuracy_policy_mean']:.3f}",
                  *_forgetting([row]), f"{row['training_cpu_seconds']:.0f}"]
                 for row in runs

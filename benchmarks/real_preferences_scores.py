@@ -18,6 +18,8 @@ from qadapter.training.losses import batch_loss
 BATCH_PAIRS = 8
 KL_STATES = 1500
 """States of each kind of text at which KL and perplexity are measured, drawn once."""
+SHORT = 150
+"""Most tokens of a pair's longer sequence for it to count as short."""
 
 
 class PairScores(NamedTuple):
@@ -29,6 +31,8 @@ class PairScores(NamedTuple):
     """Σ log π̃ [P, 2]."""
     tokens: np.ndarray
     """Of the answers [P, 2]."""
+    lengths: np.ndarray
+    """Tokens of prompt and answer [P, 2]."""
 
     @property
     def reward_margin(self) -> np.ndarray:
@@ -56,8 +60,11 @@ def score_pairs(model: QAdapterModel, features: FeatureSet) -> PairScores:
             # Columns: number of actions, then losses.PER_PAIR; log-probabilities are its last two.
             outputs.append(torch.cat([loss.rewards, loss.columns[:, 6:8]], dim=1).double())
     rewards, logps = torch.cat(outputs).numpy().reshape(-1, 2, 2).swapaxes(0, 1)
-    tokens = np.array([features[i].num_actions for i in range(len(features))])
-    return PairScores(rewards, logps, tokens)
+    tokens, lengths = (
+        np.array([getattr(features[i], name) for i in range(len(features))])
+        for name in ("num_actions", "lengths")
+    )
+    return PairScores(rewards, logps, tokens, lengths)
 
 
 def wins(margin_P: np.ndarray) -> np.ndarray:
@@ -70,8 +77,11 @@ def accuracies(scores: PairScores, bootstrap: ClusterBootstrap) -> dict[str, Any
     right_P = wins(scores.reward_margin)
     longer_P = scores.tokens[:, 0] - scores.tokens[:, 1]
     controlled = bootstrap.mean_of_means(right_P, [longer_P > 0, longer_P < 0])
+    short_P = scores.lengths.max(1) <= SHORT
     return (
         bootstrap.mean(right_P).as_dict("accuracy")
+        | bootstrap.mean(right_P, short_P).as_dict("accuracy_short")
+        | {"short_pairs": int(short_P.sum())}
         | controlled.as_dict("accuracy_length_controlled")
         | {"accuracy_policy_sum": wins(scores.logp_margin).mean(),
            "accuracy_policy_mean": wins(scores.mean_logp_margin).mean()}
