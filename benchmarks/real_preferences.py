@@ -8,6 +8,7 @@ training on all development pairs.
     python benchmarks/real_preferences.py features    # the frozen base runs once; cached on disk
     python benchmarks/real_preferences.py search      # development prompts; resumes
     python benchmarks/real_preferences.py final       # test prompts, once
+    python benchmarks/real_preferences.py probe       # a reward model on the same features
     python benchmarks/real_preferences.py report      # results/real_preferences.md, from the lines
 
 Rewards and log-probabilities come from the cached features, in the base's bfloat16, as in training.
@@ -36,7 +37,15 @@ from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 from harness import RESULTS, ROOT, environment
 from real_preferences_report import write_report
-from real_preferences_scores import PairScores, accuracies, divergence, draw, score_pairs, wins
+from real_preferences_scores import (
+    PairScores,
+    accuracies,
+    divergence,
+    draw,
+    probe_margins,
+    score_pairs,
+    wins,
+)
 from torch import Tensor
 
 from qadapter import AdapterConfig, ObjectiveConfig, QAdapterModel
@@ -350,7 +359,19 @@ def baselines(base: PairScores, training: Dataset, bootstrap: ClusterBootstrap) 
     return found
 
 
-STEPS = {"features": run_features, "search": run_search, "final": run_final}
+def run_probe(bench: Bench, log: Log) -> None:
+    """A baseline of the report: it chooses nothing."""
+    margin_P = probe_margins(
+        bench.features("development"), bench.data["development"]["prompt_id"][:],
+        bench.features("test"),
+    )
+    bootstrap = ClusterBootstrap(bench.data["test"]["prompt_id"][:])
+    log.add("probe", bench.name, **bootstrap.mean(wins(margin_P)).as_dict("accuracy"))
+
+
+STEPS = {
+    "features": run_features, "search": run_search, "final": run_final, "probe": run_probe,
+}
 
 
 class Log:

@@ -16,7 +16,9 @@ TITLES = {
 NOTES = """\
 Accuracies count the pairs whose preferred answer scores higher, a tie as one half; brackets are 95%
 intervals of a bootstrap over prompts. *Implicit reward*: summed over the answer's tokens, as
-trained. *Length*: the longer or the shorter answer, whichever is preferred more often in training.
+trained. *A reward model on the same features*: linear on the mean of the base's last hidden states,
+trained on the same pairs; it is no policy, and shows what these features and pairs hold. *Length*:
+the longer or the shorter answer, whichever is preferred more often in training.
 *Length-controlled*: the mean of the accuracies where the preferred answer is the longer one and
 where it is the shorter one. *Short pairs*: those of at most 150 tokens, prompt included.
 KL(base‖customised) and perplexity are per token, in float32, on 1,500 states of each of these:
@@ -83,6 +85,8 @@ def _final(rows: Sequence[Row]) -> str:
         f"| base, Σ log-probability | {_estimate(mean, 'accuracy_base_sum')} |",
         f"| base, mean log-probability | {_estimate(mean, 'accuracy_base_mean')} |",
         f"| length ({mean['length_baseline']}) | {_estimate(mean, 'accuracy_length')} |",
+        *(f"| a reward model on the same features | {_estimate(row, 'accuracy')} |"
+          for row in _step(rows, "probe")[-1:]),
         f"| **Q-Adapter, implicit reward, mean of {len(runs)} seeds** | "
         f"**{_estimate(mean, 'accuracy')}** (between seeds: SD {mean['accuracy_seed_sd']:.3f}) |",
         f"| gain over the base's mean log-probability | {_estimate(mean, 'gain_over_base_mean')} |",

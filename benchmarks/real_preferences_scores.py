@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from qadapter import QAdapterModel
 from qadapter.evaluation.bootstrap import ClusterBootstrap
+from qadapter.evaluation.judges.trained import fit_bradley_terry
 from qadapter.evaluation.scoring import Scorer, evaluating
 from qadapter.training import FeatureSet
 from qadapter.training.features import FeatureCollator
@@ -86,6 +88,22 @@ def accuracies(scores: PairScores, bootstrap: ClusterBootstrap) -> dict[str, Any
         | {"accuracy_policy_sum": wins(scores.logp_margin).mean(),
            "accuracy_policy_mean": wins(scores.mean_logp_margin).mean()}
     )
+
+
+def probe_margins(
+    training: FeatureSet, prompts: Sequence[str], held_out: FeatureSet
+) -> np.ndarray:
+    """What a reward model that is no policy makes of the same features: linear on the answers' mean
+    hidden states, its penalty chosen by cross-validation over prompts. [P] of ``held_out``."""
+    weight_D, _, _ = fit_bradley_terry(_pooled(training), prompts)
+    return (_pooled(held_out) @ weight_D).numpy()
+
+
+def _pooled(features: FeatureSet) -> Tensor:
+    """Mean hidden state of the chosen answer less the rejected one's, float64 [P, D]."""
+    pairs = (features[i] for i in range(len(features)))
+    answers = (pair.hidden.double().split(pair.num_actions) for pair in pairs)
+    return torch.stack([chosen.mean(0) - rejected.mean(0) for chosen, rejected in answers])
 
 
 def draw(hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -50,7 +50,7 @@ def test_the_three_steps_write_their_table_and_the_test_split_is_scored_once(
     bench, folders, tmp_path, capsys
 ):
     folders += ["--tasks", "dsp"]
-    for step in (["search", "--most", "1"], ["search", "--most", "2"], ["final"]):
+    for step in (["search", "--most", "1"], ["search", "--most", "2"], ["final"], ["probe"]):
         assert bench.main([*step, *folders]) == 0
     searched, final = lines(tmp_path, "search"), lines(tmp_path, "final")
     # A search resumes: what was done is not done again.
@@ -62,6 +62,8 @@ def test_the_three_steps_write_their_table_and_the_test_split_is_scored_once(
     assert (mean["prompts"], mean["pairs"]) == (3, 12)
     assert mean["accuracy"] == pytest.approx(np.mean([row["accuracy"] for row in final]))
     assert mean["length_baseline"] == "shorter"  # "academy" is a short word
+    (probe,) = lines(tmp_path, "probe")
+    assert probe["accuracy"] > 0.9  # the name of the domain is in every answer
     table = (tmp_path / "real_preferences.md").read_text()
     assert f"{final[0]['accuracy']:.3f}" in table and final[0]["environment"]["machine"] in table
 
