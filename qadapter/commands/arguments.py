@@ -99,7 +99,8 @@ class ScriptArguments(DataArguments):
         0.1, "Share of the prompts held out where no test split is named; 0 holds out none."
     )
     retention_dataset_name: str | None = _field(
-        None, "Unrelated texts for retention_coef: .txt (one a line) or .jsonl (key: text)."
+        None, "Unrelated texts for retention_coef: .txt (one a line) or .jsonl (key: text); "
+        "default: the base's own samples for the training prompts."
     )
     overwrite_output_dir: bool = _field(False, "Replace an earlier run in output_dir.")
 
@@ -131,6 +132,30 @@ class MeasureArguments:
     measure_batch_size: int = _field(8, "Pairs, texts or prompts in a batch of an evaluation.")
     bootstrap_resamples: int = _field(2000, "Resamples behind the 95% intervals.")
     measure_seed: int = _field(0, "Seed of the resamples and of the prompts chosen.")
+
+
+@dataclass
+class KnowledgeArguments:
+    """What a model still knows: benchmarks of the base beside the customised policy."""
+
+    lm_eval: str | None = _field(
+        None, "Tasks of lm-evaluation-harness, separated by commas; the policy itself is run "
+        "(pip install 'qadapter[lm-eval]')."
+    )
+    lm_eval_limit: float | None = _field(
+        None, "Examples of each task, or a share of them below 1; default: all."
+    )
+    lm_eval_num_fewshot: int | None = _field(
+        None, "Worked examples in every prompt; default: the task's own number."
+    )
+    lm_eval_batch_size: int = _field(8, "Requests in a batch.")
+    lm_eval_include_path: str | None = _field(None, "A folder of task files (YAML) of your own.")
+    lm_eval_apply_chat_template: bool = _field(
+        False, "Put the prompts through the chat template."
+    )
+    exemplar_probe: bool = _field(
+        False, "Ask what needs no hub: the 371 worked examples that lm-evaluation-harness ships."
+    )
 
 
 @dataclass

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
 
 from qadapter.commands import arguments as args
+from qadapter.commands.knowledge import Knowledge, check_knowledge, measure_knowledge
 from qadapter.commands.loading import load_model
 from qadapter.commands.measuring import Measurements, measure
 from qadapter.commands.options import Group, command
@@ -22,8 +24,9 @@ from qadapter.console.folders import (
 from qadapter.data import PreparationReport, load_preferences, tokenize_preferences
 from qadapter.errors import QAdapterError
 from qadapter.evaluation import PreferenceResult, comparison_table, write_report
-from qadapter.evaluation.report import write_json, write_text
+from qadapter.evaluation.report import Section, comparison_markdown, write_json, write_text
 
+NOTE = "Brackets: 95% intervals; change: customised − base on the same examples."
 GROUPS = (
     Group(args.AdapterArguments, "Model", (
         "model_name_or_path", "base_model_name_or_path", "strength", "model_revision", "dtype",
@@ -35,6 +38,7 @@ GROUPS = (
     )),
     Group(args.EvalDataArguments, "Output", ("output_dir", "overwrite_output_dir")),
     Group(args.MeasureArguments, "Measures"),
+    Group(args.KnowledgeArguments, "Knowledge"),
 )
 
 
@@ -42,20 +46,25 @@ def app(show_hidden: bool = False) -> typer.Typer:
     return command(
         "eval",
         "Evaluate an adapter, a base or a plain checkpoint on preference pairs: accuracy, "
-        "calibration, retention, answers; with 95% intervals.",
+        "calibration, retention, answers; and on benchmarks. With 95% intervals.",
         GROUPS, run, show_hidden=show_hidden, argument="model_name_or_path",
     )
 
 
 def run(
     model_args: args.AdapterArguments, data: args.EvalDataArguments,
-    measures: args.MeasureArguments, given: set[str],
+    measures: args.MeasureArguments, knowledge_args: args.KnowledgeArguments, given: set[str],
 ) -> None:
     """Evaluate, print the table, write the folder."""
     console = Console()
-    for name in ("model_name_or_path", "dataset_name"):
-        if name not in given:
-            raise QAdapterError(f"eval needs --{name}")
+    if "model_name_or_path" not in given:
+        raise QAdapterError("eval needs --model_name_or_path")
+    check_knowledge(knowledge_args, given)
+    asks_knowledge = knowledge_args.lm_eval is not None or knowledge_args.exemplar_probe
+    if data.dataset_name is None and not asks_knowledge:
+        raise QAdapterError("eval needs --dataset_name, --lm_eval or --exemplar_probe")
+    if data.dataset_name is None and measures.retention_file is not None:
+        raise QAdapterError("retention_file needs --dataset_name")
     folder = None
     if data.output_dir is not None:
         folder = check_output_dir(
@@ -63,34 +72,46 @@ def run(
             "choose another, or replace it with --overwrite_output_dir",
         )
     quiet_libraries()
-    pairs = load_preferences(data.dataset_name, split=data.dataset_split, **data.load_kwargs())
+    pairs = None
+    if data.dataset_name is not None:
+        pairs = load_preferences(data.dataset_name, split=data.dataset_split, **data.load_kwargs())
     model, tokenizer = load_model(model_args, console)
-    dataset, report = tokenize_preferences(pairs, tokenizer, max_length=data.max_length)
-    console.print(report.table())
-    measured = measure(model, tokenizer, dataset, measures, console, pairs=pairs)
-    console.print(comparison_table(measured.rows, title=model_args.model_name_or_path,
-                                   note=measured.note))
+    measured = report = None
+    if pairs is not None:
+        dataset, report = tokenize_preferences(pairs, tokenizer, max_length=data.max_length)
+        console.print(report.table())
+        measured = measure(model, tokenizer, dataset, measures, console, pairs=pairs)
+    knowledge = measure_knowledge(model, tokenizer, knowledge_args, measures, console)
+    note = NOTE if measured is None else measured.note
+    rows = ([] if measured is None else measured.rows) + knowledge.rows
+    console.print(comparison_table(rows, title=model_args.model_name_or_path, note=note))
     if folder is None:
         return
     with telling_full_disk(folder):
         remove_files(folder, EVALUATION_FILES)
-        _write(folder, model_args, data, measured, report)
+        _write(folder, model_args, data, measured, knowledge, report)
     console.print(f"wrote {folder}", highlight=False)
 
 
 def _write(
     folder: Path, model_args: args.AdapterArguments, data: args.EvalDataArguments,
-    measured: Measurements, report: PreparationReport,
+    measured: Measurements | None, knowledge: Knowledge, report: PreparationReport | None,
 ) -> None:
-    write_json(folder / "eval.json", {
+    found: dict[str, Any] = {
         "model": model_args.model_name_or_path, "strength": model_args.strength,
-        "dataset": data.dataset_name, **measured.summary(), "data": report.as_dict(),
-        "versions": versions(), "devices": devices(),
-    })
-    write_text(folder / "pairs.jsonl", _pairs_jsonl(measured.preferences))
+    }
     report_path = folder / "report.md"
-    title = f"{model_args.model_name_or_path} on {data.dataset_name}"
-    write_report(report_path, title, measured.sections(report_path))
+    title, sections = model_args.model_name_or_path, []
+    if measured is not None and report is not None:
+        found |= {"dataset": data.dataset_name, **measured.summary(), "data": report.as_dict()}
+        write_text(folder / "pairs.jsonl", _pairs_jsonl(measured.preferences))
+        title, sections = f"{title} on {data.dataset_name}", measured.sections(report_path)
+    if knowledge.rows:
+        sections.append(Section("Knowledge", comparison_markdown(knowledge.rows, note=NOTE)))
+    write_json(folder / "eval.json", {
+        **found, **knowledge.summary(), "versions": versions(), "devices": devices(),
+    })
+    write_report(report_path, title, sections)
 
 
 def _pairs_jsonl(result: PreferenceResult) -> str:

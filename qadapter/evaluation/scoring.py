@@ -117,6 +117,13 @@ class Scorer:
         columns = zip(*(chunk[:-1] for chunk in chunks), strict=True)
         return StateScores(*(torch.cat(x) for x in columns), soft)
 
+    def logits(self, adapter_hidden: Tensor, base_hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(b, z) [N, V]: the base's logits, and the policy's up to a constant a row; alike for
+        a plain model. For few states: they are not chunked."""
+        a_NV, b_NV = self._logits(adapter_hidden, base_hidden)
+        weight_a, weight_b = self.stream_weights
+        return b_NV, weighted_sum(weight_a, a_NV, weight_b, b_NV)
+
     def _chunk(self, h_a_RD: Tensor, h_b_RD: Tensor, actions_R: Tensor) -> StateScores:
         a_RV, b_RV = self._logits(h_a_RD, h_b_RD)
         weight_a, weight_b = self.stream_weights
