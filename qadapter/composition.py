@@ -95,6 +95,10 @@ class ComposedModel(QAdapterModel):
             total += weight * self._trunk_hidden(stream, input_ids, attention_mask)
         return total / self.objective.adapter_coef, base_hidden
 
+    def adapter_hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """h_a of ``hidden_streams``."""
+        return self.hidden_streams(input_ids, attention_mask)[0]
+
     def _write(self, folder: str | Path, state_dict: dict[str, Tensor] | None) -> None:
         """Head adapters: the one adapter that they are together. LoRA: every adapter in a folder of
         its own, which loads by itself too, and the weights in ``qadapter_config.json``."""

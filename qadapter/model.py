@@ -248,7 +248,8 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        hidden = outputs.last_hidden_state[:, keep].chunk(len(streams))
+        # On a CPU a product with a slice of a batch would copy the head's weight for every row.
+        hidden = outputs.last_hidden_state[:, keep].contiguous().chunk(len(streams))
         if self.adapts_trunk:
             weights = self.policy.trunk_weights(strength)
             logits = self._mix([weights[stream] for stream in streams], hidden)

@@ -41,8 +41,13 @@ def test_two_passes_are_the_policy_of_ours():
     for parameter in model.adapter.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     prompt_BT = torch.tensor([[5, 9, 11], [3, 20, 7]])
-    ours = generation.generating(model, prompt_BT, 8, generation.STRENGTH)()
+    def tokens(case):
+        return case.run(case.prepare())
+
+    ours = tokens(generation.generating(model, prompt_BT, 8, generation.STRENGTH))
     adapted = model.adapter.peft_model
-    assert torch.equal(generation.two_passes(adapted, base, prompt_BT, 8), ours)
-    assert not torch.equal(generation.generating(base, prompt_BT, 8)(), ours)
-    assert not torch.equal(generation.generating(model, prompt_BT, 8)(), ours)
+    assert torch.equal(tokens(generation.two_passes(adapted, base, prompt_BT, 8)), ours)
+    for other in (base, model):
+        assert not torch.equal(tokens(generation.generating(other, prompt_BT, 8)), ours)
+        expected = other.generate(prompt_BT, max_new_tokens=8, do_sample=False)
+        assert torch.equal(tokens(generation.generating(other, prompt_BT, 8)), expected)

@@ -63,6 +63,10 @@ def _launch(kernel: str, like, *arguments) -> None:
         raise RuntimeError(f"CUDA kernel {kernel} failed in the emulator: error {status}")
 
 
+def splits(x_NV) -> int:
+    return library().qadapter_cuda_logits_splits(*x_NV.shape)
+
+
 @contextlib.contextmanager
 def emulated(threads: int = 64, order: int = 0, clusters: bool = False) -> Iterator[None]:
     """``backend="cuda"`` serves CPU tensors, with blocks of at most ``threads`` threads that the
@@ -70,6 +74,7 @@ def emulated(threads: int = 64, order: int = 0, clusters: bool = False) -> Itera
     library().qadapter_emulator_options(threads, order, int(clusters))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda_backend, "_launch", _launch)
+        patch.setattr(cuda_backend, "_splits", splits)
         patch.setattr(cuda_backend, "unavailable_reason", lambda device_type: None)
         yield
 

@@ -49,6 +49,39 @@ def test_logits(name, vocab, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, vocab, splits", [(1, 13_001, 3), (3, 9_007, 2), (8, 9_007, 1)])
+def test_few_rows_are_split_over_blocks(rows, vocab, splits, dtype):
+    """Odd strides and a last block that is shorter; a masked row, a row whose support is in one
+    block alone, an action in the last column; with and without statistics and a given lse(b)."""
+    coef = COEFFICIENTS["policy_dial"]
+    case = logits_case(rows=rows, vocab=vocab, dtype=dtype, coef=coef)
+    a, b, actions = case.adapter_logits.clone(), case.base_logits.clone(), case.actions.clone()
+    a[0, 3000:], actions[0] = -INF, 2999
+    actions[-1] = vocab - 1
+    if rows > 2:
+        a[1], actions[1] = torch.nan, reference.MASKED_ROW
+    masked = actions == reference.MASKED_ROW
+    eager = reference.soft_value(a, b, actions.clamp_min(-1), coef)[:5]
+    exact = reference.soft_value(a.double(), b.double(), actions.clamp_min(-1), coef)
+    lse = exact[3].float()
+    for order, given_lse, statistics in ((0, None, False), (1, None, True), (2, lse, False)):
+        with emulated(order=order):
+            assert cuda_backend._splits(a) == splits
+            *out, stats = cuda_backend.logits_forward(a, b, actions, coef, given_lse, statistics)
+        for ours_N, eager_N, exact_N in zip(out, eager, exact[:5], strict=True):
+            assert not ours_N[masked].any()
+            assert_close_as_eager(
+                ours_N[~masked], exact_N[~masked], eager_N[~masked], 32.0
+            )
+        if statistics:
+            assert not stats[:, masked].any()
+            for ours_N, exact_N in zip(stats, exact.statistics, strict=True):
+                torch.testing.assert_close(
+                    ours_N[~masked].double(), exact_N[~masked], rtol=1e-4, atol=1e-4
+                )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("offsets", [(0, 0), (3, 3), (1, 2)], ids=str)
 def test_logits_of_any_alignment(dtype, offsets):
     """Odd strides; both streams off the 16-byte boundary alike (head, vectors, tail) or not."""

@@ -152,6 +152,15 @@ template <class Kernel> int cluster_shared_bytes(Kernel* kernel) {
   return bytes;
 }
 
+// Of the current device.
+inline int multiprocessors() {
+  int device, count;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+    return 1;
+  return count;
+}
+
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const Launch& shape, cudaStream_t stream,
                    Arguments... arguments) {

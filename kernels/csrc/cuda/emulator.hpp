@@ -243,6 +243,8 @@ struct Arrival {
   }
 };
 
+inline int multiprocessors() { return 4; }
+
 template <class Kernel> int cluster_shared_bytes(Kernel*) {
   return emulator::options.clusters ? 227 << 10 : 0;
 }

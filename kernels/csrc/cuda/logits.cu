@@ -41,44 +41,24 @@ struct ForwardOutputs {
   float *q, *value, *base_logprob, *base_lse, *policy_lse, *stats;
 };
 
-template <class T, class State>
-__global__ void __launch_bounds__(FORWARD_THREADS, 2)
-logits_forward(TwoStreams<T> in, Rows rows, const float* given_base_lse, ForwardOutputs out) {
-  constexpr bool COMPARE = std::is_same<State, ComparedStreams>::value;
-  const long long row = block_x();
-  const int64_t action = rows.actions[row];
-  if (action == MASKED_ROW) {
-    if (thread() == 0) {
-      out.q[row] = out.value[row] = out.base_logprob[row] = 0.0f;
-      out.base_lse[row] = out.policy_lse[row] = 0.0f;
-      if (COMPARE) out.stats[row] = out.stats[rows.count + row] = out.stats[2 * rows.count + row] = 0;
-    }
-    return;
-  }
-  const Coefficients& coef = in.coef;
-  const bool sum_base = COMPARE || given_base_lse == nullptr;
-  const PairReader<T> read = {in.a.row(row), in.b.row(row), coef.policy_a != 0,
-                              coef.policy_b != 0 || sum_base};
-  State state;
-  for_columns<T, State::UNROLL>(block_team(), read.split(rows.columns), read,
-                                [&](auto width, int, const auto& x) {
-                                  float a[width], b[width], u[width];
-                                  to_float(x.a, a);
-                                  to_float(x.b, b);
-                                  coef.policy(a, b, u);
-                                  state.add(u, b, sum_base);
-                                });
-  state = block_reduce(state, shared<State>());
-  if (thread() != 0) return;
+// Columns that are worth a block of their own where rows are too few to fill the device.
+constexpr int MIN_COLUMNS = 4096;
 
+// One row's outputs from its sums.
+template <class T, class State>
+QADAPTER_DEVICE void finish_row(const State& state, const TwoStreams<T>& in, const Rows& rows,
+                                const float* given_base_lse, const ForwardOutputs& out,
+                                long long row) {
+  const Coefficients& coef = in.coef;
+  const int64_t action = rows.actions[row];
   const float policy_lse = state.u.lse();
   const float base_lse = given_base_lse ? given_base_lse[row] : state.b.lse();
   float q = 0.0f, base_logprob = 0.0f;
   if (action >= 0) {
     // An id outside the vocabulary reads nothing and is loud: NaN.
     const bool inside = action < rows.columns;
-    const float b = inside ? static_cast<float>(read.b[action]) : NAN;
-    const float a = inside ? static_cast<float>(read.a[action]) : NAN;
+    const float b = inside ? static_cast<float>(in.b.row(row)[action]) : NAN;
+    const float a = inside ? static_cast<float>(in.a.row(row)[action]) : NAN;
     q = inside ? weighted(coef.adapter, coef.adapter != 0 ? a : 0.0f,
                           coef.base, coef.base != 0 ? b : 0.0f)
                : NAN;
@@ -93,6 +73,65 @@ logits_forward(TwoStreams<T> in, Rows rows, const float* given_base_lse, Forward
   out.base_lse[row] = base_lse;
   out.policy_lse[row] = policy_lse;
   write_statistics(state, out.stats, rows.count, row);
+}
+
+template <class State>
+QADAPTER_DEVICE void finish_masked_row(const Rows& rows, const ForwardOutputs& out, long long row) {
+  out.q[row] = out.value[row] = out.base_logprob[row] = 0.0f;
+  out.base_lse[row] = out.policy_lse[row] = 0.0f;
+  if (std::is_same<State, ComparedStreams>::value)
+    out.stats[row] = out.stats[rows.count + row] = out.stats[2 * rows.count + row] = 0;
+}
+
+// `splits` neighboring blocks share a row, `width` columns each. One block: the row's outputs. More:
+// their sums into `partials`, for merge_splits to finish.
+template <class T, class State>
+__global__ void __launch_bounds__(FORWARD_THREADS, 2)
+logits_forward(TwoStreams<T> in, Rows rows, const float* given_base_lse, ForwardOutputs out,
+               int splits, int width, State* partials) {
+  constexpr bool COMPARE = std::is_same<State, ComparedStreams>::value;
+  const long long row = block_x() / splits;
+  const int begin = static_cast<int>(block_x() % splits) * width;
+  const int columns = rows.columns - begin < width ? rows.columns - begin : width;
+  if (rows.actions[row] == MASKED_ROW) {
+    if (splits == 1 && thread() == 0) finish_masked_row<State>(rows, out, row);
+    return;
+  }
+  const Coefficients& coef = in.coef;
+  const bool sum_base = COMPARE || given_base_lse == nullptr;
+  const PairReader<T> read = {in.a.row(row) + begin, in.b.row(row) + begin, coef.policy_a != 0,
+                              coef.policy_b != 0 || sum_base};
+  State state;
+  for_columns<T, State::UNROLL>(block_team(), read.split(columns), read,
+                                [&](auto width, int, const auto& x) {
+                                  float a[width], b[width], u[width];
+                                  to_float(x.a, a);
+                                  to_float(x.b, b);
+                                  coef.policy(a, b, u);
+                                  state.add(u, b, sum_base);
+                                });
+  state = block_reduce(state, shared<State>());
+  if (thread() != 0) return;
+  if (splits > 1)
+    partials[block_x()] = state;
+  else
+    finish_row(state, in, rows, given_base_lse, out, row);
+}
+
+// One warp a row.
+template <class T, class State>
+__global__ void __launch_bounds__(WARP)
+merge_splits(TwoStreams<T> in, Rows rows, const float* given_base_lse, ForwardOutputs out,
+             int splits, const State* partials) {
+  const long long row = block_x();
+  if (rows.actions[row] == MASKED_ROW) {
+    if (thread() == 0) finish_masked_row<State>(rows, out, row);
+    return;
+  }
+  State state;
+  for (int i = thread(); i < splits; i += WARP) state.merge(partials[row * splits + i]);
+  for (int bit = WARP / 2; bit > 0; bit /= 2) state.merge(shuffle_xor(state, bit));
+  if (thread() == 0) finish_row(state, in, rows, given_base_lse, out, row);
 }
 
 constexpr int BACKWARD_THREADS = 256;
@@ -197,21 +236,39 @@ combine_logits(TwoStreams<T> in, int columns, const float* strength_N, Matrix<fl
 
 using namespace qadapter;
 
+// Blocks that share a row in logits_forward: so many that rows of this number fill the device.
+QADAPTER_EXPORT int qadapter_cuda_logits_splits(long long rows, int columns) {
+  const long long wanted = 2ll * multiprocessors() / (rows > 0 ? rows : 1);
+  const int most = columns / MIN_COLUMNS;
+  return wanted < 2 || most < 2 ? 1 : wanted < most ? int(wanted) : most;
+}
+
+// partials: room for 8 floats for each of rows * splits; not used where splits is 1.
 QADAPTER_EXPORT int qadapter_cuda_logits_forward(
     const void* a, long long a_stride, int dtype, const void* b, long long b_stride, int,
     const int64_t* actions, const float* base_lse, const double* coef, long long rows, int columns,
     float* q, float* value, float* base_logprob, float* base_lse_out, float* policy_lse,
-    float* stats, cudaStream_t stream) {
+    float* stats, int splits, float* partials, cudaStream_t stream) {
   return with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     const TwoStreams<T> in = {
         {static_cast<const T*>(a), a_stride}, {static_cast<const T*>(b), b_stride}, Coefficients(coef)};
     auto run = [&](auto state) {
       using State = decltype(state);
-      return launch(logits_forward<T, State>,
-                    {rows, 1, FORWARD_THREADS, int(MAX_WARPS * sizeof(State)), 0}, stream, in,
-                    Rows{actions, rows, columns}, base_lse,
-                    ForwardOutputs{q, value, base_logprob, base_lse_out, policy_lse, stats});
+      static_assert(sizeof(State) <= 8 * sizeof(float));
+      const Rows shape = {actions, rows, columns};
+      const ForwardOutputs out = {q, value, base_logprob, base_lse_out, policy_lse, stats};
+      // Whole vectors: a row that starts on a 16-byte boundary goes on with one in every block.
+      const int vectors = (columns + VECTOR<T> - 1) / VECTOR<T>;
+      const int width = (vectors + splits - 1) / splits * VECTOR<T>;
+      State* parts = reinterpret_cast<State*>(partials);
+      const cudaError_t error = launch(
+          logits_forward<T, State>,
+          {rows * splits, 1, FORWARD_THREADS, int(MAX_WARPS * sizeof(State)), 0}, stream, in,
+          shape, base_lse, out, splits, width, parts);
+      if (splits == 1 || error != cudaSuccess) return error;
+      return launch(merge_splits<T, State>, {rows, 1, WARP, 0, 0}, stream, in, shape, base_lse, out,
+                    splits, parts);
     };
     return stats ? run(ComparedStreams()) : run(Streams());
   });
