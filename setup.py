@@ -157,7 +157,7 @@ def build_cuda(folder: Path, lib: Path) -> dict:
         # PTX of the oldest target, so that devices between and after the listed ones are served.
         oldest = min(plain, key=int)
         codes.append(f"-gencode=arch=compute_{oldest},code=compute_{oldest}")
-    flags = ["-std=c++17", "-O3", "-lineinfo", "--threads=0", "-cudart=static",
+    flags = ["-std=c++17", "-O3", "--threads=0", "-cudart=static",
              "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v", *codes]
     output = lib / "libqadapter_cuda.so"
     run_ninja(

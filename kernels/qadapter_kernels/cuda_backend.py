@@ -56,10 +56,12 @@ def logits_forward(
     actions_N, base_lse_N = _int64(actions_N), _float32(base_lse_N)
     outputs = [_empty(num_rows, like=a_NV) for _ in range(5)]  # an op's outputs share no memory
     stats_3N = _statistics(num_rows, statistics, like=a_NV)
+    splits = _splits(a_NV)
+    partials = _empty(num_rows * splits if splits > 1 else 0, 8, like=a_NV)
     _launch(
         "logits_forward", a_NV, *matrix(a_NV), *matrix(b_NV), pointer(actions_N),
         pointer(base_lse_N), _doubles(coef), num_rows, num_columns, *map(pointer, outputs),
-        pointer(stats_3N) if statistics else None,
+        pointer(stats_3N) if statistics else None, splits, pointer(partials),
     )
     return *outputs, stats_3N
 
@@ -151,6 +153,12 @@ def combine_logits(
         num_rows, num_columns, pointer(out_NV),
     )
     return out_NV
+
+
+def _splits(x_NV: Tensor) -> int:
+    """Blocks that share a row, so that few rows fill the device too."""
+    with torch.cuda.device(x_NV.device):
+        return native.library("cuda").qadapter_cuda_logits_splits(*x_NV.shape)
 
 
 def _launch(kernel: str, like: Tensor, *arguments) -> None:

@@ -48,8 +48,9 @@ SIGNATURES: dict[str, dict[str, tuple[type | None, list[type]]]] = {
         "qadapter_cuda_probe": (I32, []),
         "qadapter_cuda_error_name": (ctypes.c_char_p, [I32]),
         "qadapter_cuda_logits_forward": (
-            I32, [*MATRIX, *MATRIX, P, P, P, I64, I32, P, P, P, P, P, P, P]
+            I32, [*MATRIX, *MATRIX, P, P, P, I64, I32, P, P, P, P, P, P, I32, P, P]
         ),
+        "qadapter_cuda_logits_splits": (I32, [I64, I32]),
         "qadapter_cuda_logits_backward": (
             I32, [*MATRIX, *MATRIX, P, P, P, P, P, I64, I32, *MATRIX, P]
         ),

@@ -83,18 +83,18 @@ QADAPTER_DEVICE void finish_masked_row(const Rows& rows, const ForwardOutputs& o
     out.stats[row] = out.stats[rows.count + row] = out.stats[2 * rows.count + row] = 0;
 }
 
-// `splits` neighboring blocks share a row, `width` columns each. One block: the row's outputs. More:
-// their sums into `partials`, for merge_splits to finish.
+// The blocks on grid.y share a row, `width` columns each. One block: the row's outputs. More: their
+// sums into `partials`, for merge_splits to finish.
 template <class T, class State>
 __global__ void __launch_bounds__(FORWARD_THREADS, 2)
 logits_forward(TwoStreams<T> in, Rows rows, const float* given_base_lse, ForwardOutputs out,
-               int splits, int width, State* partials) {
+               int width, State* partials) {
   constexpr bool COMPARE = std::is_same<State, ComparedStreams>::value;
-  const long long row = block_x() / splits;
-  const int begin = static_cast<int>(block_x() % splits) * width;
+  const long long row = block_x();
+  const int begin = block_y() * width;
   const int columns = rows.columns - begin < width ? rows.columns - begin : width;
   if (rows.actions[row] == MASKED_ROW) {
-    if (splits == 1 && thread() == 0) finish_masked_row<State>(rows, out, row);
+    if (blocks_y() == 1 && thread() == 0) finish_masked_row<State>(rows, out, row);
     return;
   }
   const Coefficients& coef = in.coef;
@@ -112,8 +112,8 @@ logits_forward(TwoStreams<T> in, Rows rows, const float* given_base_lse, Forward
                                 });
   state = block_reduce(state, shared<State>());
   if (thread() != 0) return;
-  if (splits > 1)
-    partials[block_x()] = state;
+  if (blocks_y() > 1)
+    partials[row * blocks_y() + block_y()] = state;
   else
     finish_row(state, in, rows, given_base_lse, out, row);
 }
@@ -264,8 +264,8 @@ QADAPTER_EXPORT int qadapter_cuda_logits_forward(
       State* parts = reinterpret_cast<State*>(partials);
       const cudaError_t error = launch(
           logits_forward<T, State>,
-          {rows * splits, 1, FORWARD_THREADS, int(MAX_WARPS * sizeof(State)), 0}, stream, in,
-          shape, base_lse, out, splits, width, parts);
+          {rows, splits, FORWARD_THREADS, int(MAX_WARPS * sizeof(State)), 0}, stream, in,
+          shape, base_lse, out, width, parts);
       if (splits == 1 || error != cudaSuccess) return error;
       return launch(merge_splits<T, State>, {rows, 1, WARP, 0, 0}, stream, in, shape, base_lse, out,
                     splits, parts);
