@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import logging
 import sys
 import traceback
 from collections.abc import Sequence
@@ -80,6 +81,12 @@ def compare(ctx: typer.Context) -> None:
 
 
 @app.command(context_settings=_PASS_ON)
+def judge(ctx: typer.Context) -> None:
+    """Let judges say how often a model's answers beat its base's."""
+    _hand_over("judge", ctx)
+
+
+@app.command(context_settings=_PASS_ON)
 def generate(ctx: typer.Context) -> None:
     """Answer prompts, or chat."""
     _hand_over("generate", ctx)
@@ -112,6 +119,8 @@ def info() -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The ``qadapter`` command. Errors that a person can act on end in one line on stderr and exit
     code 2, an interrupt in 130."""
+    # PEFT imports bitsandbytes wherever it is installed, and that warns of a kernel on a hub.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in itertools.takewhile(lambda a: a.startswith("-"), arguments)
     sys.exit(_run(arguments, debug))
