@@ -115,6 +115,10 @@ def measure_group(
             }
             if isinstance(outcome, Timing):
                 record |= {"status": "ok", **outcome._asdict()}
+                if name == PRODUCTS:
+                    record["tflop_per_s"] = product_flops(head_name, rows, mode, cached) / (
+                        outcome.ms * 1e9
+                    )
                 if isinstance(floor, Timing):
                     record["percent_of_products"] = 100 * outcome.ms / floor.ms
                 if isinstance(ours, Timing):
@@ -129,6 +133,12 @@ def measure_group(
             records.append(recorder.add(**record))
         free(device)
     return records
+
+
+def product_flops(head_name: str, rows: int, mode: str, cached: bool) -> float:
+    """Of the policy's product, the base's unless it is cached, and the gradient's."""
+    head = HEADS[head_name]
+    return 2.0 * rows * head.vocab * head.hidden * (1 + (not cached) + (mode == "both"))
 
 
 def _guarded(

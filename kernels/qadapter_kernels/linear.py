@@ -48,17 +48,21 @@ class Head(NamedTuple):
     bias: Tensor | None
     logit_scale: float
 
-    def action_logits(self, hidden_ND: Tensor, actions_N: Tensor) -> Tensor:
-        """Exact float32 logit of each row's action [N]: a gather and a dot, no product with W."""
-        dtype = accumulation_dtype(hidden_ND.dtype)
+    def action_logits(self, actions_N: Tensor, *streams: Tensor) -> list[Tensor]:
+        """Exact float32 logit of each row's action [N] in each stream of hidden states [N, D]: a
+        gather and dots, no product with W."""
+        dtype = accumulation_dtype(streams[0].dtype)
         columns_N = actions_N.clamp_min(0)
-        out_N = hidden_ND.new_empty(len(hidden_ND), dtype=dtype)
-        for rows in _row_blocks(*hidden_ND.shape):
+        outs = [hidden_ND.new_empty(len(hidden_ND), dtype=dtype) for hidden_ND in streams]
+        for rows in _row_blocks(*streams[0].shape):
             w_RD = self.weight[columns_N[rows]].to(dtype)
-            out_N[rows] = (hidden_ND[rows].to(dtype) * w_RD).sum(-1)
-        if self.bias is not None:
-            out_N += self.bias[columns_N].to(dtype)
-        return out_N.mul_(self.logit_scale)
+            for hidden_ND, out_N in zip(streams, outs, strict=True):
+                out_N[rows] = (hidden_ND[rows].to(dtype) * w_RD).sum(-1)
+        for out_N in outs:
+            if self.bias is not None:
+                out_N += self.bias[columns_N].to(dtype)
+            out_N.mul_(self.logit_scale)
+        return outs
 
     def bias_for(self, weight: float) -> Tensor | None:
         if self.bias is None:
@@ -104,8 +108,7 @@ def forward(
     offset_bias = head.bias_for(scale + coef.base_weight / coef.alpha_tilde)
     base_bias = head.bias_for(1.0)
 
-    a_action = head.action_logits(adapter_hidden, actions)
-    b_action = head.action_logits(base_hidden, actions)
+    a_action, b_action = head.action_logits(actions, adapter_hidden, base_hidden)
     u_action = weighted_sum(scale, a_action, coef.base_weight / coef.alpha_tilde, b_action)
     # A CPU's products gain nothing from sharing a pass over W, and half the workspace does gain:
     # its pages have to be faulted in every time.
@@ -189,10 +192,9 @@ def logsumexp(
     step = chunk_rows(
         len(hidden), hidden.shape[1], product.bytes_per_row, workspace_bytes, hidden.device
     )
-    return _logsumexp(
-        hidden, head, actions, head.action_logits(hidden, actions), product,
-        product.new_workspace(step), backend,
-    )
+    (exact_N,) = head.action_logits(actions, hidden)
+    workspace = product.new_workspace(step)
+    return _logsumexp(hidden, head, actions, exact_N, product, workspace, backend)
 
 
 def _logsumexp(
