@@ -159,6 +159,84 @@ class KnowledgeArguments:
 
 
 @dataclass
+class OpponentArguments:
+    """Whose answers those of the model are held against."""
+
+    opponent: str | None = _field(
+        None, "An adapter or a plain model to hold the answers against; default: the model's base."
+    )
+    opponent_strength: float | None = _field(None, "Dial of an opponent that is an adapter.")
+
+
+@dataclass
+class JudgeDataArguments(DataArguments):
+    """Prompts to answer, and the folder of a contest."""
+
+    dataset_split: str = _field("train", "Split to take prompts from (a single file is 'train').")
+    num_prompts: int = _field(64, "Prompts to answer, drawn at random.")
+    output_dir: str | None = _field(
+        None, "Folder for answers, judgements and judge.json; the same command goes on with what "
+        "is there. None: only print."
+    )
+    overwrite_output_dir: bool = _field(False, "Replace an earlier contest in output_dir.")
+
+
+@dataclass
+class DrawArguments:
+    """How answers are drawn."""
+
+    draws: int = _field(2, "Answers of the model to every prompt.")
+    opponent_draws: int = _field(
+        4, "Answers of the opponent: its luck is shared by all that is compared with it."
+    )
+    max_new_tokens: int = _field(128, "Most tokens of an answer.")
+    temperature: float = _field(1.0, "Temperature of the sampling.")
+    top_p: float = _field(1.0, "Sample from the likeliest tokens that hold this probability.")
+    batch_size: int = _field(8, "Answers generated or read at once.")
+    seed: int = _field(0, "Seed of the prompts and draws.")
+    control_system: str | None = _field(
+        None, "A system message that asks for what the preferences want: the opponent prompted "
+        "with it is judged too, as a control."
+    )
+
+
+@dataclass
+class JudgeArguments:
+    """Who judges."""
+
+    judge_model: str | None = _field(
+        None, "A model behind an OpenAI-compatible endpoint, by the endpoint's name for it; its "
+        "key is read from OPENAI_API_KEY (pip install 'qadapter[judge]')."
+    )
+    judge_url: str | None = _field(
+        None, "The endpoint, as http://localhost:8000/v1; default: OpenAI's own."
+    )
+    judge_prompt_file: str | None = _field(
+        None, "What the endpoint is asked and how its replies are read; default: "
+        "qadapter/evaluation/judges/endpoint_prompt.yaml."
+    )
+    judge_concurrency: int = _field(4, "Requests at a time.")
+    judge_input_price: float | None = _field(
+        None, "Price of a million tokens read by the endpoint, to show the cost."
+    )
+    judge_output_price: float | None = _field(
+        None, "Price of a million tokens written by the endpoint."
+    )
+    reward_model: str | None = _field(
+        None, "A reward model with one label (AutoModelForSequenceClassification): a folder or a "
+        "hub name."
+    )
+    judge_dataset_name: str | None = _field(
+        None, "Preference pairs that no policy was trained on, to train two judges on: one on the "
+        "base's hidden states, one on words."
+    )
+    judge_fraction: float = _field(
+        0.0, "Instead: the share of the prompts in dataset_name to train those judges on; the "
+        "others are answered."
+    )
+
+
+@dataclass
 class GenerateArguments:
     """Prompts and sampling."""
 

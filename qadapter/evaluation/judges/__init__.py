@@ -7,7 +7,13 @@ answers_b)`` for all; ``win_rate`` and ``judged_gain`` put intervals around what
 from qadapter.evaluation.judges.interface import Judge, LengthJudge, RewardJudge
 from qadapter.evaluation.judges.texts import PreferenceTexts, preference_texts
 from qadapter.evaluation.judges.trained import HiddenStateJudge, WordPresenceJudge
-from qadapter.evaluation.judges.winrate import WinRate, judged_gain, score_draws, win_rate
+from qadapter.evaluation.judges.winrate import (
+    WinRate,
+    judged_gain,
+    pair_accuracy,
+    score_draws,
+    win_rate,
+)
 
 __all__ = [
     "HiddenStateJudge",
@@ -18,6 +24,7 @@ __all__ = [
     "WinRate",
     "WordPresenceJudge",
     "judged_gain",
+    "pair_accuracy",
     "preference_texts",
     "score_draws",
     "win_rate",

@@ -286,10 +286,11 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         with path.open("r+b") as file:
             file.truncate(len(whole))
     judgements = {}
-    for number, line in enumerate(whole.decode("utf-8").splitlines(), 1):
+    # Not splitlines(): a reply may hold characters that it takes for the end of a line.
+    for number, line in enumerate(whole.split(b"\n")[:-1], 1):
         try:
             judgement = json.loads(line)
             judgements[judgement["key"]] = judgement
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise QAdapterError(f"{path}:{number} is no judgement: {error}") from error
     return judgements

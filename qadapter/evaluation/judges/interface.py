@@ -50,7 +50,7 @@ class RewardJudge(Judge):
 class LengthJudge(RewardJudge):
     """Prefers the answer with more words: what every judge must be told apart from."""
 
-    name = "length (more words)"
+    name = "longer wins"
 
     def scores(
         self, prompts: Sequence[Prompt], answers: Sequence[str], progress: Progress | None = None

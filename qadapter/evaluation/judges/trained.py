@@ -23,7 +23,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.answers import Prompt, encode_prompt
-from qadapter.evaluation.bootstrap import ClusterBootstrap, Estimate
 from qadapter.evaluation.judges.interface import Progress, RewardJudge, check_lengths, wins
 from qadapter.evaluation.judges.texts import PreferenceTexts
 from qadapter.evaluation.scoring import evaluating
@@ -41,6 +40,8 @@ class TrainedJudge(RewardJudge):
     """A linear Bradley–Terry model on features of an answer."""
 
     weight_F: Tensor
+    num_pairs: int
+    """It was fitted to."""
     penalty: float
     cross_validated_accuracy: float
     """On folds that share no prompt with the pairs the judge was fitted to."""
@@ -57,13 +58,6 @@ class TrainedJudge(RewardJudge):
         check_lengths(prompts, answers)
         return (self.features(prompts, answers, progress) @ self.weight_F).numpy()
 
-    def accuracy(self, texts: PreferenceTexts, progress: Progress | None = None) -> Estimate:
-        """Share of pairs it ranks right, with an interval clustered by prompt; ties are half."""
-        scores = self.scores(
-            texts.prompts * 2, texts.chosen + texts.rejected, progress
-        ).reshape(2, -1)
-        return ClusterBootstrap(texts.prompt_ids).mean(wins(*scores))
-
     def fit(self, texts: PreferenceTexts, progress: Progress | None = None) -> None:
         """Fit the weights; the penalty is chosen by cross-validation over prompts.
 
@@ -79,6 +73,7 @@ class TrainedJudge(RewardJudge):
         both = self.features(texts.prompts * 2, texts.chosen + texts.rejected, progress)
         pairs = torch.arange(len(texts.prompts))
         difference_PF = both.index_select(0, pairs) - both.index_select(0, pairs + len(pairs))
+        self.num_pairs = len(pairs)
         self.weight_F, self.penalty, self.cross_validated_accuracy = fit_bradley_terry(
             difference_PF, texts.prompt_ids
         )
@@ -93,7 +88,7 @@ class HiddenStateJudge(TrainedJudge):
         batch_size: answers read at once.
     """
 
-    name = "hidden states (trained here)"
+    name = "hidden states"
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *,
@@ -151,7 +146,7 @@ class WordPresenceJudge(TrainedJudge):
     """On which words an answer has, however often, scaled to unit length so that more words are no
     gain by themselves. It reads no prompt."""
 
-    name = "word presence (trained here)"
+    name = "words"
     MIN_ANSWERS = 3
     """A word counts if this many of the training answers have it."""
 

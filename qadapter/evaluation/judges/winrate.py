@@ -17,6 +17,7 @@ import numpy as np
 from qadapter.evaluation.answers import Prompt
 from qadapter.evaluation.bootstrap import ClusterBootstrap, Estimate
 from qadapter.evaluation.judges.interface import Judge, Progress, RewardJudge, wins
+from qadapter.evaluation.judges.texts import PreferenceTexts
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,16 @@ def judged_gain(
     # Equal scores of B give no scale to measure by.
     gain = bootstrap.mean(difference_P / (spread or math.nan))
     return _win_rate(verdicts_KLP.reshape(-1, a_KP.shape[1]), bootstrap, gain)
+
+
+def pair_accuracy(
+    judge: RewardJudge, texts: PreferenceTexts, *, num_resamples: int = 2000, seed: int = 0,
+    progress: Progress | None = None,
+) -> Estimate:
+    """How often the judge ranks preference pairs right, clustered by prompt; ties are half."""
+    scores = score_draws(judge, texts.prompts, [texts.chosen, texts.rejected], progress)
+    bootstrap = ClusterBootstrap(texts.prompt_ids, num_resamples=num_resamples, seed=seed)
+    return bootstrap.mean(wins(*scores))
 
 
 def win_rate(
