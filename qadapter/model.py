@@ -357,13 +357,19 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         """The frozen base's last hidden states [B, T, D], after the final norm."""
         return self._trunk_hidden(BASE, input_ids, attention_mask)
 
+    def adapter_hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The adapted stream's last hidden states [B, T, D]; gradients reach the adapter."""
+        if self.adapts_trunk:
+            return self._trunk_hidden(0, input_ids, attention_mask)
+        return self.adapter(self.base_hidden(input_ids, attention_mask))
+
     def hidden_streams(
         self, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """(h_a, h_b), each [B, T, D]; gradients reach the adapter through h_a alone."""
         base_hidden = self.base_hidden(input_ids, attention_mask)
         if self.adapts_trunk:
-            return self._trunk_hidden(0, input_ids, attention_mask), base_hidden
+            return self.adapter_hidden(input_ids, attention_mask), base_hidden
         return self.adapter(base_hidden), base_hidden
 
     def _trunk_hidden(

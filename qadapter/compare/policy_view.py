@@ -18,7 +18,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from trl.trainer.utils import FusedCausalLMOutput
 
 from qadapter.errors import QAdapterError
-from qadapter.head import trunk
 from qadapter.model import QAdapterModel
 from qadapter_kernels import Coefficients
 
@@ -111,11 +110,6 @@ class _Body(nn.Module):
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         model = self.customised
-        if self.reference or not model.adapts_trunk:
-            hidden = model.base_hidden(input_ids, attention_mask)
-            hidden = hidden if self.reference else model.adapter(hidden)
-        else:  # layers in the trunk are on unless they are switched off for the base
-            hidden = trunk(model.base)(
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-            ).last_hidden_state
+        stream = model.base_hidden if self.reference else model.adapter_hidden
+        hidden = stream(input_ids, attention_mask)
         return BaseModelOutputWithPast(last_hidden_state=hidden.to(model.head.weight.dtype))

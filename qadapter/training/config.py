@@ -138,7 +138,8 @@ class QAdapterConfig(TrainingArguments):
         default=0.0,
         metadata={
             "help": "Weight of KL(base||customised), in nats a token, at states of unrelated text: "
-            "less drift where the preferences have no say. Needs retention texts; try 10."
+            "less drift where the preferences have no say. Texts: a retention dataset's, or else "
+            "the base's own samples for the training prompts. Try 10."
         },
     )
     retention_states: int = field(
@@ -182,7 +183,8 @@ class QAdapterConfig(TrainingArguments):
     )
     feature_cache_dir: str | None = field(
         default=None,
-        metadata={"help": "Folder of cached features on disk; default: in qadapter's own cache."},
+        metadata={"help": "Folder of features (and of the base's own samples) on disk; default: in "
+                  "qadapter's own cache."},
     )
     feature_batch_tokens: int = field(
         default=4096, metadata={"help": "Tokens in a batch of the pass that computes features."}

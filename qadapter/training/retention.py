@@ -1,12 +1,15 @@
 """The retention term: KL(π‖π̃) at states of unrelated text joins the loss.
 
-With a frozen trunk it is nearly free. Write g = ∂lse(b)/∂h_b = logit_scale·Wᵀπ, a constant of the
-base at each state; then E_π[a] = E_π[b] + (h_a − h_b)·g, and
+What the frozen base says there is computed once. Write g = ∂lse(b)/∂h_b = logit_scale·Wᵀπ, a
+constant of the base at each state; then E_π[a] = E_π[b] + (h_a − h_b)·g, and
 
     KL(π‖π̃) = E_π[b] − lse(b) − E_π[u] + lse(u),    u = (q + α₀·b)/α̃ = w_a·a + w_b·b
 
 needs one product with W forward (lse(u)) and one backward (π̃W): its gradient in h_a is
-w_a·(Σ π̃ W − Σ π W)·logit_scale. Ours, not the paper's (design §5).
+w_a·(Σ π̃ W − Σ π W)·logit_scale. For a head adapter that is all; for LoRA the adapted trunk runs
+over the texts drawn. Ours, not the paper's (design §5).
+
+Shapes: M states of all texts, D hidden.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from collections.abc import Iterable
 
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from qadapter.errors import QAdapterError
@@ -30,11 +33,11 @@ _CHUNK_ROWS = 1024
 class RetentionStates:
     """States of unrelated text and what the frozen base says there.
 
-    Shapes: M states, D hidden.
-
     Args:
-        model: a head adapter's; its base runs once over the texts.
-        texts: strings; every token but the first of each is predicted from a state.
+        model: its base runs once over the texts.
+        texts: strings, every token but the first of each is predicted from a state; or (prompt ids,
+            answer ids), where the answer's tokens are.
+        tokenizer: for strings.
         max_length: most tokens of a text.
 
     Raises:
@@ -42,22 +45,32 @@ class RetentionStates:
     """
 
     def __init__(
-        self, model: QAdapterModel, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *,
+        self, model: QAdapterModel, tokenizer: PreTrainedTokenizerBase | None,
+        texts: Iterable[str] | Iterable[tuple[list[int], list[int]]], *,
         max_length: int | None = 1024,
     ) -> None:
         if model.head.softcap is not None:
             raise QAdapterError(
                 "retention_coef needs a head without a softcap: E_π of capped logits is not linear"
             )
-        hidden = []
+        self.texts: list[Tensor] = []
+        """Token ids of each text."""
+        self.first: list[int] = []
+        """The first state of each text that counts: the one its first scored token is predicted
+        from."""
+        hidden, device = [], model.head.weight.device
         for text in texts:
-            ids = tokenizer(text)["input_ids"][:max_length]
-            if len(ids) > 1:
-                ids_1T = torch.tensor([ids], device=model.head.weight.device)
-                hidden.append(model.base_hidden(ids_1T)[0, :-1])
+            prompt, answer = ([], tokenizer(text)["input_ids"]) if isinstance(text, str) else text
+            ids, first = [*prompt, *answer][:max_length], max(len(prompt) - 1, 0)
+            if len(ids) > first + 1:
+                self.texts.append(torch.tensor(ids, device=device))
+                self.first.append(first)
+                hidden.append(model.base_hidden(self.texts[-1][None])[0, first:-1])
         if not hidden:
             raise QAdapterError("the retention texts hold no text of two tokens or more")
         self.hidden_MD = torch.cat(hidden)
+        counts = torch.tensor([len(h) for h in hidden])
+        self.offsets = nn.functional.pad(counts.cumsum(0), (1, 0)).tolist()
         pieces = [self._constants(model, h) for h in self.hidden_MD.split(_CHUNK_ROWS)]
         self.base_lse_M, self.base_mean_M, self.gradient_MD = (
             torch.cat(x) for x in zip(*pieces, strict=True)
@@ -71,7 +84,8 @@ class RetentionStates:
         """lse(b), E_π[b] and g."""
         no_action = torch.full((len(hidden),), -1, device=hidden.device)
         with torch.enable_grad():
-            leaf = hidden.detach().float().requires_grad_()
+            leaf = hidden.detach().to(torch.promote_types(hidden.dtype, torch.float32))
+            leaf.requires_grad_()
             soft, statistics = model.soft_value(
                 leaf, hidden, no_action, _BASE, return_statistics=True
             )
@@ -84,8 +98,12 @@ class RetentionStates:
 
         16-bit products leave an error of the size of their rounding (about 1e-3 on a CPU).
         """
+        if model.adapts_trunk:
+            adapter_hidden = self._run_trunk(model, states)
+        else:
+            adapter_hidden = model.adapter(self.hidden_MD[states])
         hidden, base_lse = self.hidden_MD[states], self.base_lse_M[states]
-        adapter_hidden, coef = model.adapter(hidden), model.objective.coefficients
+        coef = model.objective.coefficients
         soft = model.soft_value(
             adapter_hidden, hidden, torch.full_like(states, -1), base_logsumexp=base_lse
         )
@@ -98,14 +116,43 @@ class RetentionStates:
         return base_mean - base_lse - policy_mean + policy_lse
 
     def loss(self, model: QAdapterModel, num_states: int, seed: int) -> Tensor:
-        """Mean divergence at ``num_states`` states drawn by ``seed``, 0-d."""
+        """Mean divergence at states drawn by ``seed``, 0-d: ``num_states`` of them anywhere for a
+        head adapter; for LoRA those of whole texts, until there are as many (the last is cut)."""
         generator = torch.Generator().manual_seed(seed)
-        states = torch.randint(len(self), (num_states,), generator=generator)
+        if model.adapts_trunk:
+            order = torch.randperm(len(self.texts), generator=generator).tolist()
+            drawn = [torch.arange(self.offsets[i], self.offsets[i + 1]) for i in order]
+            states = torch.cat(drawn)[:num_states]
+        else:
+            states = torch.randint(len(self), (num_states,), generator=generator)
         return self.divergence(model, states.to(self.hidden_MD.device)).mean()
 
+    def _run_trunk(self, model: QAdapterModel, states: Tensor) -> Tensor:
+        """The adapted stream's hidden states [n, D]; runs each text once, up to its last state."""
+        places = states.tolist()
+        owner = torch.bucketize(states.cpu(), torch.tensor(self.offsets[1:]), right=True).tolist()
+        needed: dict[int, int] = {}
+        for place, text in zip(places, owner, strict=True):
+            end = self.first[text] + place - self.offsets[text] + 1
+            needed[text] = max(needed.get(text, 0), end)
+        line = {text: number for number, text in enumerate(needed)}
+        # Padding on the right comes after everything that is used: no mask is needed.
+        ids = nn.utils.rnn.pad_sequence(
+            [self.texts[text][:end] for text, end in needed.items()], batch_first=True
+        )
+        hidden_BTD = model.adapter_hidden(ids)
+        position = [
+            self.first[text] + place - self.offsets[text]
+            for place, text in zip(places, owner, strict=True)
+        ]
+        return hidden_BTD[[line[text] for text in owner], position]
 
-def as_texts(dataset: Dataset | Iterable[str]) -> list[str]:
-    """Texts of a dataset with a ``text`` column, or of an iterable of strings."""
+
+def as_texts(
+    dataset: Dataset | Iterable[str] | Iterable[tuple[list[int], list[int]]]
+) -> list[str] | list[tuple[list[int], list[int]]]:
+    """Texts of a dataset with a ``text`` column, or of an iterable; (prompt ids, answer ids) are
+    texts too."""
     if isinstance(dataset, Dataset):
         if "text" not in dataset.column_names:
             raise QAdapterError(
@@ -114,7 +161,8 @@ def as_texts(dataset: Dataset | Iterable[str]) -> list[str]:
         dataset = dataset["text"]
     texts = list(dataset)
     for number, text in enumerate(texts):
-        if not isinstance(text, str):
+        ids = isinstance(text, tuple) and len(text) == 2
+        if not isinstance(text, str) and not ids:
             raise QAdapterError(
                 f"retention_dataset: row {number} is {type(text).__name__}, not text"
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,35 +13,30 @@ from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
-    set_seed,
 )
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
 
-from qadapter import storage
 from qadapter.adapters import HeadAdapter
 from qadapter.base import load_tokenizer
 from qadapter.data import PreferenceCollator, PreparationReport, tokenize_preferences
 from qadapter.errors import QAdapterError
 from qadapter.model import QAdapterModel
 from qadapter.training import card, feature_store
+from qadapter.training.assembly import EitherCollator, as_qadapter_model
+from qadapter.training.checkpoints import AdapterCheckpoints
 from qadapter.training.config import QAdapterConfig
 from qadapter.training.features import (
     FeatureCollator,
     FeatureSet,
-    PairFeatures,
     compute_features,
 )
 from qadapter.training.losses import Totals, averages, batch_loss, count
+from qadapter.training.own_samples import load_or_sample
 from qadapter.training.retention import RetentionStates, as_texts
 
-CHECKPOINT_STATE = "trainer_state.json"
-"""Written last by transformers: a checkpoint without it was interrupted."""
-ARGUMENTS_NAME = "training_args.json"
 
-
-class QAdapterTrainer(Trainer):
+class QAdapterTrainer(AdapterCheckpoints):
     """Trains the adapter of a ``QAdapterModel`` on preference pairs.
 
     Everything that transformers' Trainer does (schedules, checkpoints, callbacks, data parallel
@@ -66,8 +60,9 @@ class QAdapterTrainer(Trainer):
         peft_config: a LoRA in the trunk instead of the head adapter that ``args`` describe; its
             base runs at every step.
         callbacks, optimizers: as in transformers.
-        retention_dataset: unrelated texts for ``retention_coef``: a dataset with a ``text`` column
-            or strings.
+        retention_dataset: unrelated texts for ``retention_coef``: a dataset with a ``text`` column,
+            strings, or (prompt ids, answer ids); default: the base's own samples for the training
+            prompts, drawn once and cached.
 
     Attributes:
         reports: name of a split → ``PreparationReport``, what was kept and dropped.
@@ -97,18 +92,14 @@ class QAdapterTrainer(Trainer):
         args = QAdapterConfig() if args is None else args
         if not isinstance(args, QAdapterConfig):
             raise QAdapterError(f"args must be a QAdapterConfig, got {type(args).__name__}")
-        model = _as_qadapter_model(model, args, quantization_config, peft_config)
+        model = as_qadapter_model(model, args, quantization_config, peft_config)
         if args.n_gpu > 1:
             # nn.DataParallel would copy the whole base to every GPU at every step.
             args._n_gpu = 1
         if data_collator is not None and args.cache_features != "none":
             raise QAdapterError('a data_collator is for tokens: it needs cache_features="none"')
-        if (args.retention_coef > 0) != (retention_dataset is not None):
-            raise QAdapterError(
-                "retention_coef and retention texts (retention_dataset) need each other"
-            )
-        if retention_dataset is not None and not isinstance(model.adapter, HeadAdapter):
-            raise QAdapterError("retention_coef is for head adapters: their trunk runs once")
+        if retention_dataset is not None and args.retention_coef == 0:
+            raise QAdapterError("retention_dataset is for a retention_coef above 0")
         self._retention_texts = None if retention_dataset is None else as_texts(retention_dataset)
         self._retention_states: RetentionStates | None = None
         self._retention_losses: list[Tensor] = []
@@ -117,13 +108,16 @@ class QAdapterTrainer(Trainer):
         self.model, self.args, self.processing_class = model, args, processing_class
         if train_dataset is not None:
             train_dataset = self._prepare(train_dataset, "train")
+        self._training_prompts: list[list[int]] = []
+        if args.retention_coef > 0 and retention_dataset is None:
+            self._training_prompts = _prompts(train_dataset)
         if isinstance(eval_dataset, Mapping):
             eval_dataset = {name: self._prepare(d, name) for name, d in eval_dataset.items()}
         elif eval_dataset is not None:
             eval_dataset = self._prepare(eval_dataset, "eval")
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
-            data_collator=_Collator(
+            data_collator=EitherCollator(
                 data_collator or PreferenceCollator(self._pad_token_id, args.pad_to_multiple_of),
                 FeatureCollator(args.pad_to_multiple_of),
             ),
@@ -252,14 +246,22 @@ class QAdapterTrainer(Trainer):
     def _retention_loss(self) -> Tensor:
         """Once an optimizer step, at states that depend on the seed and the step alone."""
         if self._retention_states is None:
+            texts = self._retention_texts
             self._retention_states = RetentionStates(
-                self.model, self.processing_class, self._retention_texts,
+                self.model, self.processing_class, self._own_samples() if texts is None else texts,
                 max_length=self.args.max_length,
             )
         seed = self.args.seed + self.state.global_step
         loss = self._retention_states.loss(self.model, self.args.retention_states, seed)
         self._retention_losses.append(loss.detach())
         return loss
+
+    def _own_samples(self) -> list[tuple[list[int], list[int]]]:
+        with self.accelerator.main_process_first():
+            return load_or_sample(
+                self.model, self._training_prompts, self.processing_class,
+                cache_dir=self.args.feature_cache_dir,
+            )
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Totals | None = None
@@ -366,7 +368,7 @@ class QAdapterTrainer(Trainer):
             self._train_sums = None
         super().log(logs, start_time)
 
-    # --- runs, checkpoints, the card ------------------------------------------------------------
+    # --- runs, the card --------------------------------------------------------------------------
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
@@ -390,63 +392,6 @@ class QAdapterTrainer(Trainer):
             self.save_model()
         return result
 
-    def _find_checkpoint(self, wanted: str | bool) -> str:
-        if wanted is not True:
-            if not (Path(wanted) / CHECKPOINT_STATE).is_file():
-                raise QAdapterError(f"{wanted}: not a checkpoint ({CHECKPOINT_STATE} is missing)")
-            return str(wanted)
-        whole = {
-            int(path.parent.name.removeprefix("checkpoint-")): path.parent
-            for path in Path(self.args.output_dir).glob(f"checkpoint-[0-9]*/{CHECKPOINT_STATE}")
-        }
-        if not whole:
-            raise QAdapterError(f"{self.args.output_dir}: no checkpoint to resume from")
-        return str(whole[max(whole)])
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        was_there = folder.exists()
-        try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, QAdapterError) as error:  # torch raises RuntimeError
-            if not was_there:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise QAdapterError(
-                f"{folder}: the checkpoint can't be saved: {error}; earlier ones are as they were"
-            ) from error
-
-    def _save(
-        self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
-    ) -> None:
-        """The adapter, the tokenizer, the arguments and the card; nothing that needs pickle."""
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        self.model.save_pretrained(folder, state_dict=state_dict)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-        (folder / ARGUMENTS_NAME).write_text(self.args.to_json_string() + "\n", encoding="utf-8")
-        card.write(self, folder)
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        self._load_adapter(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        self._load_adapter(self.state.best_model_checkpoint)
-
-    def _load_adapter(self, folder: str) -> None:
-        saved = storage.read(folder)
-        saved.base.require(self.model.base_identity, folder)
-        theirs, ours = storage.describe(saved.adapter), storage.describe(self.model.adapter_config)
-        if (theirs, saved.objective) != (ours, self.model.objective):
-            raise QAdapterError(
-                f"{folder}: trained with {theirs}, {saved.objective}; this run has {ours}, "
-                f"{self.model.objective}"
-            )
-        storage.load_weights(folder, self.model.adapter)
-
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None,
         tags: str | list[str] | None = None,
@@ -456,45 +401,11 @@ class QAdapterTrainer(Trainer):
             card.write(self, Path(self.args.output_dir), model_name, dataset_name, tags)
 
 
-class _Collator:
-    """Cached features and tokenized pairs each have their own collator."""
-
-    def __init__(self, padded: Callable[..., Any], ragged: FeatureCollator) -> None:
-        self.padded, self.ragged = padded, ragged
-
-    def __call__(self, examples: list[Any]) -> dict[str, Any]:
-        cached = isinstance(examples[0], PairFeatures)
-        return self.ragged(examples) if cached else self.padded(examples)
-
-
-def _as_qadapter_model(
-    model: Any, args: QAdapterConfig, quantization_config: Any, peft_config: Any
-) -> QAdapterModel:
-    by_name = isinstance(model, (str, Path))
-    if not by_name and (args.model_init_kwargs or quantization_config is not None):
+def _prompts(dataset: Dataset | FeatureSet | None) -> list[list[int]]:
+    """The different prompts of tokenized pairs, in order."""
+    if not isinstance(dataset, Dataset):
         raise QAdapterError(
-            "model_init_kwargs and quantization_config are for a model given by name"
+            "retention_coef needs a retention_dataset where the training data has no prompts to "
+            "sample from"
         )
-    if isinstance(model, QAdapterModel):
-        if peft_config is not None:
-            raise QAdapterError("the model has its adapter: peft_config is for a plain causal LM")
-        wanted = args.objective_config()
-        if wanted not in (model.objective, type(wanted)()):
-            raise QAdapterError(
-                f"the model has its own objective, {model.objective}; args ask for {wanted}: "
-                "give it to QAdapterModel.from_base instead"
-            )
-        args.set_objective(model.objective)
-        return model
-    kwargs: dict[str, Any] = {}
-    if by_name:
-        kwargs = {**(args.model_init_kwargs or {}), "trust_remote_code": args.trust_remote_code}
-        if quantization_config is not None:
-            kwargs["quantization_config"] = quantization_config
-    elif not isinstance(model, PreTrainedModel):
-        raise QAdapterError(
-            f"model must be a QAdapterModel, a causal LM or its name, got {type(model).__name__}"
-        )
-    adapter = args.adapter_config() if peft_config is None else peft_config
-    set_seed(args.seed)  # the adapter's start is random too
-    return QAdapterModel.from_base(model, adapter, args.objective_config(), **kwargs)
+    return list({tuple(ids): list(ids) for ids in dataset["prompt_ids"]}.values())

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import json
+
 import pytest
 import torch
+from peft import LoraConfig
 from training_tiny import build_model, build_pairs, build_tokenizer
 from transformers import TrainerCallback
 
-from qadapter import ObjectiveConfig, QAdapterError
-from qadapter.training import QAdapterConfig, QAdapterTrainer
+from qadapter import AdapterConfig, ObjectiveConfig, QAdapterError
+from qadapter.training import QAdapterConfig, QAdapterTrainer, own_samples
 from qadapter.training.retention import RetentionStates, as_texts
 
 TEXTS = ["w1 w2 w3 w4 w5", "w9 w8 w7", "w30 w31 w32 w33 w34 w35 w36"]
@@ -19,28 +23,66 @@ OBJECTIVES = (
 )
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=("default", "policy", "q"))
-def test_divergence_and_its_gradient_equal_the_definition(objective):
-    model = build_model(objective=objective, dtype=torch.float64)
-    model.adapter.double()
-    torch.nn.init.normal_(model.adapter.up.weight, std=0.3)
-    states = RetentionStates(model, build_tokenizer(), TEXTS)
-    assert len(states) == sum(len(text.split()) - 1 for text in TEXTS)
+ADAPTERS = {
+    "head": AdapterConfig(form="mlp", rank=4),
+    "lora": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+}
 
+
+def _moved(kind, objective=None):
+    """A float64 model whose adapter does something."""
+    model = build_model(copy.deepcopy(ADAPTERS[kind]), objective, dtype=torch.float64)
+    if kind == "head":
+        model.adapter.double()
+    for parameter in model.adapter.parameters():
+        parameter.data = parameter.data.double()
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=("default", "policy", "q"))
+def test_divergence_and_its_gradient_equal_the_definition(kind, objective):
+    """KL(π‖π̃) from full logits, by autograd, at states of several texts, one of them twice."""
+    model, tokenizer = _moved(kind, objective), build_tokenizer()
+    states = RetentionStates(model, tokenizer, TEXTS)
+    assert len(states) == sum(len(text.split()) - 1 for text in TEXTS)
     picked = torch.tensor([0, 3, 3, 7])
     ours = states.divergence(model, picked)
-    hidden = states.hidden_MD[picked]
-    logpi = model.head(hidden).log_softmax(-1)
-    logp = model.policy_logits(hidden).log_softmax(-1)
+    ids = [torch.tensor([tokenizer(text)["input_ids"]]) for text in TEXTS]
+    adapted, base = (
+        torch.cat([streams[i][0, :-1] for streams in map(model.hidden_streams, ids)])[picked]
+        for i in range(2)
+    )
+    logpi = model.head(base).log_softmax(-1)
+    logp = model.policy_logits(base, adapted).log_softmax(-1)
     theirs = (logpi.exp() * (logpi - logp)).sum(-1)
-    # The constants' gradient is taken in float32: 1e-6 of values of order 1.
-    torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-6)
+    assert ours.min() > 1e-3  # there is something to compare
+    torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
     parameters = list(model.adapter.parameters())
     for mine, right in zip(
         torch.autograd.grad(ours.sum(), parameters, retain_graph=True),
         torch.autograd.grad(theirs.sum(), parameters), strict=True,
     ):
-        torch.testing.assert_close(mine, right, atol=5e-6, rtol=1e-5)
+        torch.testing.assert_close(mine, right, atol=1e-10, rtol=1e-8)
+
+
+def test_a_lora_runs_the_texts_that_were_drawn():
+    """Whole texts until there are enough states, the last one cut: the mean over just those."""
+    model = _moved("lora")
+    states = RetentionStates(model, build_tokenizer(), TEXTS)
+    found = states.loss(model, 5, seed=3)
+    order = torch.randperm(3, generator=torch.Generator().manual_seed(3)).tolist()
+    drawn = [s for i in order for s in range(states.offsets[i], states.offsets[i + 1])][:5]
+    torch.testing.assert_close(found, states.divergence(model, torch.tensor(drawn)).mean())
+
+
+def test_a_prompt_is_read_and_not_held_to():
+    model, prompt, answer = build_model(), [5, 6, 7], [8, 9]
+    whole = RetentionStates(model, None, [([], prompt + answer)])
+    answers = RetentionStates(model, None, [(prompt, answer)])
+    assert (len(whole), len(answers)) == (4, 2)
+    torch.testing.assert_close(answers.hidden_MD, whole.hidden_MD[2:])
 
 
 def test_an_untrained_adapter_has_not_drifted():
@@ -58,18 +100,18 @@ class _Losses(TrainerCallback):
             self.kl.append(logs["retention_kl"])
 
 
-def _train(tmp_path, **arguments):
+def _train(tmp_path, adapter=None, texts=TEXTS, **arguments):
     losses = _Losses()
     settings = {
         "output_dir": str(tmp_path / "run"), "use_cpu": True, "disable_tqdm": True,
         "save_strategy": "no", "logging_steps": 1, "learning_rate": 1e-2, "seed": 0,
         "per_device_train_batch_size": 8, "num_train_epochs": 4,
     }
-    model = build_model()
+    model = build_model(adapter)
     trainer = QAdapterTrainer(
         model, QAdapterConfig(**{**settings, **arguments}), train_dataset=build_pairs(16),
         processing_class=build_tokenizer(), callbacks=[losses],
-        retention_dataset=TEXTS if arguments.get("retention_coef") else None,
+        retention_dataset=texts if arguments.get("retention_coef") else None,
     )
     trainer.train()
     states = RetentionStates(model, build_tokenizer(), TEXTS)
@@ -77,9 +119,13 @@ def _train(tmp_path, **arguments):
     return losses.kl, drift, model
 
 
-def test_the_term_keeps_the_policy_near_the_base_where_it_is_told_to(tmp_path):
-    _, free, _ = _train(tmp_path, learning_rate=0.1)
-    logged, held, _ = _train(tmp_path, learning_rate=0.1, retention_coef=300.0)
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_the_term_keeps_the_policy_near_the_base_where_it_is_told_to(tmp_path, kind):
+    adapter = ADAPTERS[kind]
+    _, free, _ = _train(tmp_path, copy.deepcopy(adapter), learning_rate=0.1)
+    logged, held, _ = _train(
+        tmp_path, copy.deepcopy(adapter), learning_rate=0.1, retention_coef=300.0
+    )
     assert len(logged) == 8 and logged[0] < 1e-6 < logged[-1]
     assert held < free / 2
 
@@ -94,10 +140,50 @@ def test_the_term_does_not_depend_on_how_a_step_is_split(tmp_path):
         torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-3)
 
 
+def test_without_texts_the_base_is_asked_once_for_its_own(tmp_path, monkeypatch):
+    """The base's samples, not the trained policy's; a second run finds them in the cache."""
+    cache = tmp_path / "cache"
+    options = {"texts": None, "retention_coef": 5.0, "feature_cache_dir": str(cache)}
+    first, _, model = _train(tmp_path, **options)
+    [file] = cache.glob("samples-*.json")
+    assert first[0] < 1e-6 < first[-1]
+    prompts = list(dict.fromkeys(build_pairs(16)["prompt"]))
+    assert len(json.loads(file.read_text())) == len(prompts)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("sampled again")
+
+    monkeypatch.setattr(own_samples, "_generate", refuse)
+    second, _, _ = _train(tmp_path, **options)
+    assert second == first
+    ids = [build_tokenizer()(prompts[0])["input_ids"]]
+    with pytest.raises(AssertionError, match="sampled again"):  # other prompts are not in it
+        own_samples.load_or_sample(model, ids, build_tokenizer(), cache_dir=cache)
+
+
+def test_own_samples_are_the_bases(tmp_path):
+    """A trained adapter does not change them, and the model is left as it was."""
+    prompts, tokenizer = [[5, 6, 7], [8, 9]], build_tokenizer()
+    fresh, moved = build_model(), build_model()
+    torch.nn.init.normal_(moved.adapter.up.weight, std=3.0)
+    moved.set_policy(strength=2.0)
+    moved.train()
+    expected = own_samples.load_or_sample(fresh, prompts, tokenizer, cache_dir=tmp_path / "a")
+    found = own_samples.load_or_sample(moved, prompts, tokenizer, cache_dir=tmp_path / "b")
+    assert found == expected and [prompt for prompt, _ in found] == prompts
+    assert all(answer for _, answer in found)
+    assert moved.policy.strength == 2.0 and moved.training
+
+
 def test_what_cannot_be_used_is_named(tmp_path):
     arguments = QAdapterConfig(output_dir=str(tmp_path), use_cpu=True, retention_coef=1.0)
-    with pytest.raises(QAdapterError, match="need each other"):
+    with pytest.raises(QAdapterError, match="needs a retention_dataset"):
         QAdapterTrainer(build_model(), arguments, processing_class=build_tokenizer())
+    without = QAdapterConfig(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(QAdapterError, match="retention_coef above 0"):
+        QAdapterTrainer(
+            build_model(), without, processing_class=build_tokenizer(), retention_dataset=TEXTS
+        )
     with pytest.raises(QAdapterError, match="retention_coef must be"):
         QAdapterConfig(output_dir=str(tmp_path), use_cpu=True, retention_coef=-1.0)
     with pytest.raises(QAdapterError, match="two tokens or more"):

@@ -1,0 +1,60 @@
+"""What a trainer is made of: its model, and a collator for whatever its data is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, set_seed
+
+from qadapter.errors import QAdapterError
+from qadapter.model import QAdapterModel
+from qadapter.training.config import QAdapterConfig
+from qadapter.training.features import FeatureCollator, PairFeatures
+
+
+class EitherCollator:
+    """Cached features and tokenized pairs each have their own collator."""
+
+    def __init__(self, padded: Callable[..., Any], ragged: FeatureCollator) -> None:
+        self.padded, self.ragged = padded, ragged
+
+    def __call__(self, examples: list[Any]) -> dict[str, Any]:
+        cached = isinstance(examples[0], PairFeatures)
+        return self.ragged(examples) if cached else self.padded(examples)
+
+
+def as_qadapter_model(
+    model: Any, args: QAdapterConfig, quantization_config: Any, peft_config: Any
+) -> QAdapterModel:
+    """The model of a trainer: a ``QAdapterModel`` as it is; a base gets the adapter and objective
+    that ``args`` and ``peft_config`` describe. Errors are the trainer's."""
+    by_name = isinstance(model, (str, Path))
+    if not by_name and (args.model_init_kwargs or quantization_config is not None):
+        raise QAdapterError(
+            "model_init_kwargs and quantization_config are for a model given by name"
+        )
+    if isinstance(model, QAdapterModel):
+        if peft_config is not None:
+            raise QAdapterError("the model has its adapter: peft_config is for a plain causal LM")
+        wanted = args.objective_config()
+        if wanted not in (model.objective, type(wanted)()):
+            raise QAdapterError(
+                f"the model has its own objective, {model.objective}; args ask for {wanted}: "
+                "give it to QAdapterModel.from_base instead"
+            )
+        args.set_objective(model.objective)
+        return model
+    kwargs: dict[str, Any] = {}
+    if by_name:
+        kwargs = {**(args.model_init_kwargs or {}), "trust_remote_code": args.trust_remote_code}
+        if quantization_config is not None:
+            kwargs["quantization_config"] = quantization_config
+    elif not isinstance(model, PreTrainedModel):
+        raise QAdapterError(
+            f"model must be a QAdapterModel, a causal LM or its name, got {type(model).__name__}"
+        )
+    adapter = args.adapter_config() if peft_config is None else peft_config
+    set_seed(args.seed)  # the adapter's start is random too
+    return QAdapterModel.from_base(model, adapter, args.objective_config(), **kwargs)

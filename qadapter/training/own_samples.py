@@ -1,0 +1,92 @@
+"""The base's own answers to the training prompts: what the retention term is held to by default."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from qadapter.base import cache_dir as default_cache_dir
+from qadapter.model import QAdapterModel
+
+COUNT, MAX_NEW_TOKENS, BATCH_SIZE, SEED = 96, 64, 16, 0
+
+Sample = tuple[list[int], list[int]]
+"""(prompt ids, answer ids)."""
+
+
+def load_or_sample(
+    model: QAdapterModel, prompts: Sequence[list[int]],
+    tokenizer: PreTrainedTokenizerBase | None, *, cache_dir: str | Path | None = None,
+) -> list[Sample]:
+    """One sample of the base for each of up to ``COUNT`` prompts; from the cache if it is there.
+
+    Args:
+        prompts: token ids up to where an answer begins, no two alike.
+        tokenizer: knows the padding token.
+        cache_dir: default: ``own_samples`` in qadapter's own cache folder.
+    """
+    rng = random.Random(SEED)
+    prompts = [prompts[i] for i in sorted(rng.sample(range(len(prompts)),
+                                                     min(COUNT, len(prompts))))]
+    identity = dataclasses.asdict(model.base_identity)
+    key = json.dumps([identity, prompts, MAX_NEW_TOKENS, BATCH_SIZE, SEED, str(model.base.dtype)])
+    name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+    path = Path(cache_dir or default_cache_dir() / "own_samples") / f"samples-{name}.json"
+    try:
+        answers = json.loads(path.read_text(encoding="utf-8"))
+        if len(answers) == len(prompts):
+            return list(zip(prompts, answers, strict=True))
+    except (OSError, ValueError):
+        pass  # not there, or damaged
+    answers = _sample(model, prompts, getattr(tokenizer, "pad_token_id", None))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_suffix(".writing")
+    written.write_text(json.dumps(answers), encoding="utf-8")
+    written.replace(path)
+    return list(zip(prompts, answers, strict=True))
+
+
+@torch.no_grad()
+def _sample(
+    model: QAdapterModel, prompts: Sequence[list[int]], pad_token_id: int | None
+) -> list[list[int]]:
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends]) - {None}
+    pad = min(ends, default=0) if pad_token_id is None else pad_token_id
+    answers: dict[int, list[int]] = {}
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    training, before = model.training, model.policy
+    model.eval()
+    model.set_policy(strength=0.0)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(SEED)
+            for start in range(0, len(order), BATCH_SIZE):
+                indices = order[start : start + BATCH_SIZE]
+                drawn = _generate(model, [prompts[i] for i in indices], pad)
+                for i, ids in zip(indices, drawn, strict=True):
+                    stop = next((k + 1 for k, token in enumerate(ids) if token in ends), None)
+                    answers[i] = ids[:stop]
+    finally:
+        model.policy = before
+        model.train(training)
+    return [answers[i] for i in range(len(prompts))]
+
+
+def _generate(model: QAdapterModel, prompts: list[list[int]], pad: int) -> list[list[int]]:
+    device, width = model.head.weight.device, max(map(len, prompts))
+    input_ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
+    lengths = torch.tensor([[len(p)] for p in prompts], device=device)
+    mask = torch.arange(width, device=device) >= width - lengths
+    output = model.generate(
+        input_ids=input_ids, attention_mask=mask.long(), max_new_tokens=MAX_NEW_TOKENS,
+        do_sample=True, temperature=1.0, top_p=1.0, top_k=0, pad_token_id=pad,
+    )
+    return output[:, width:].tolist()
