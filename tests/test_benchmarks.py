@@ -6,8 +6,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -217,5 +220,33 @@ def test_bench_command_hands_its_options_over(monkeypatch):
     assert [Path(c[1]).stem for c in calls[1:]] == list(bench.QUESTIONS)
 
 
-def test_gpu_script_parses():
-    subprocess.run(["bash", "-n", FOLDER / "gpu.sh"], check=True)
+def gpu_script(folder: Path, python: str, parts: str) -> tuple[int, list[str]]:
+    """Exit code and the script's own lines of a dry run."""
+    found = subprocess.run(
+        [FOLDER / "gpu.sh", "--dry-run"], capture_output=True, text=True,
+        env=os.environ | {"PYTHON": python, "PARTS": parts, "OUT": str(folder)},
+    )
+    return found.returncode, [x for x in found.stdout.splitlines() if x.startswith("== ")]
+
+
+def test_gpu_script_brings_results_back(tmp_path):
+    code, lines = gpu_script(tmp_path, sys.executable, "decoding")
+    assert code == 0 and lines[0].startswith("== decoding")
+    assert lines[-1].endswith("; failed: none")
+    assert {path.name for path in tmp_path.iterdir()} == {"decoding.cpu.png", "results.tar.gz"}
+    with tarfile.open(tmp_path / "results.tar.gz") as results:
+        assert {"./decoding.jsonl", "log/decoding.txt"} <= set(results.getnames())
+
+
+def test_gpu_script_goes_on_after_a_failing_part(tmp_path):
+    code, lines = gpu_script(tmp_path, "false", "decoding scaling")
+    assert code == 1 and lines[-1].endswith("; failed: decoding scaling")
+    assert (tmp_path / "results.tar.gz").exists()
+
+
+def test_gpu_wheels_are_the_pinned_versions():
+    """What travels to a GPU machine is what was measured here."""
+    pins = (FOLDER.parent / "constraints.txt").read_text().splitlines()
+    pins += re.findall(r'"([\w-]+==[\w.]+)"', (FOLDER.parent / "pyproject.toml").read_text())
+    wheels = (FOLDER / "gpu-wheels.txt").read_text().splitlines()
+    assert {line for line in wheels if not line.startswith("#")} <= set(pins)
