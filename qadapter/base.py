@@ -150,6 +150,8 @@ def as_loaded(
                 f"{type(base).__name__} is an encoder-decoder model: a causal language model is "
                 "needed"
             )
+        if base.get_output_embeddings() is None:
+            raise QAdapterError(f"{type(base).__name__} has no lm_head: it can't be customised")
         if base_kwargs:
             raise QAdapterError(
                 f"{', '.join(base_kwargs)}: only for a base given by name, not for a model object"

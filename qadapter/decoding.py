@@ -126,7 +126,9 @@ class StreamedGeneration(GenerationMixin):
             return self._run_paged(streams, **inputs)
         count = len(streams)
         cache, use_cache = inputs.pop("past_key_values", None), inputs["use_cache"]
-        if cache is None and (self.config.use_cache if use_cache is None else use_cache):
+        if use_cache is None:
+            use_cache = self.config.get_text_config().use_cache
+        if cache is None and use_cache:
             cache = StreamCache(DynamicCache(config=self.base.config), count)
         self._check_cache(streams, cache)
         if cache is not None:

@@ -105,10 +105,13 @@ def test_policy_of_every_architecture(architecture):
     assert torch.equal(model.generate(**inputs, **settings), naive.generate(**inputs, **settings))
 
 
-@pytest.mark.parametrize("adapter", ["all linear", "experts"])
-@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
-def test_policy_of_adapted_experts(architecture, adapter):
-    """Routers give tuples, and experts see all tokens of a batch as one list."""
+@pytest.mark.parametrize("architecture, adapter", [
+    ("gpt_neox", "all linear"), ("mixtral", "all linear"), ("mixtral", "experts"),
+    ("qwen3_moe", "all linear"), ("qwen3_moe", "experts"),
+])
+def test_policy_of_other_layers(architecture, adapter):
+    """Fused projections; routers, which give tuples; experts, which see all tokens of a batch as
+    one list."""
     model, naive = lora_pair(AUTHORS, adapter, architecture)
     inputs = left_padded(ROWS)
     real = inputs["attention_mask"].bool()

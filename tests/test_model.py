@@ -5,16 +5,22 @@ from __future__ import annotations
 import copy
 import logging
 
+import peft
 import pytest
 import torch
 from data.tiny import chatml
 from naive import LENGTH, MODES, ROWS, NaivePolicy, left_padded, uncached, with_head
 from tiny_models import ARCHITECTURES, tiny_adapter, tiny_base, tiny_llama, tokenized
 from transformers import (
+    CLIPVisionConfig,
     DynamicCache,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
     TextStreamer,
+    ViTConfig,
+    ViTModel,
     pipeline,
 )
 
@@ -292,6 +298,36 @@ def test_bad_arguments_of_from_base():
     for arguments in ({"rank": 0}, {"form": "square"}, {"kind": "lora"}):
         with pytest.raises(ValueError, match=r"rank|form|kind"):
             AdapterConfig(**arguments)
+
+
+@pytest.mark.parametrize("adapter", [
+    AdapterConfig(rank=4), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+], ids=["head", "lora"])
+def test_the_text_of_a_vision_language_model(adapter):
+    """Its language model is customised; images are refused by name."""
+    text = tiny_base(vocab_size=96).config
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        image_size=16, patch_size=8, projection_dim=32,
+    )
+    base = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=95)
+    ).eval()
+    model = QAdapterModel.from_base(copy.deepcopy(base), adapter, ALPHAS).eval()
+    ids = torch.tensor([ROWS[0]])
+    expected = base(ids).logits.log_softmax(-1)  # of an untrained adapter, whatever the strength
+    torch.testing.assert_close(model(ids).logits.log_softmax(-1), expected, atol=1e-5, rtol=0)
+    settings = LENGTH | {"strength": 0.4}
+    assert torch.equal(model.generate(ids, **settings), base.generate(ids, **LENGTH))
+    with pytest.raises(ValueError, match="pixel_values"):
+        model.generate(ids, **settings, pixel_values=torch.zeros(1, 3, 16, 16))
+
+
+def test_models_without_a_language_model_head_are_refused():
+    vision = ViTConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                       num_attention_heads=4, image_size=16, patch_size=8)
+    with pytest.raises(QAdapterError, match="ViTModel has no lm_head"):
+        QAdapterModel.from_base(ViTModel(vision))
 
 
 def test_embeddings_resized_before_count_and_after_are_refused():
