@@ -64,8 +64,8 @@ SETTINGS = "settings.json"
 CONTEST_FILES = (SETTINGS, ANSWERS, JUDGEMENTS, "judge.json", "judge.md")
 NOTE = (
     "wins: a tie counts one half, and so does a judge without an opinion (a coin: 0.500). gain: in "
-    "standard deviations of the opponent's scores. Brackets: 95% intervals, bootstrap over prompts; "
-    "the variance over training seeds is not in them."
+    "standard deviations of the opponent's scores. Brackets: 95% intervals, bootstrap over "
+    "prompts; the variance over training seeds is not in them."
 )
 
 
