@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 
 import peft
@@ -80,7 +81,10 @@ class LoraAdapter:
         before = _probe(base)
         frozen = {id(p) for p in base.parameters()}
         try:
-            self.peft_model = peft.get_peft_model(base, _trainable(config))
+            with warnings.catch_warnings():
+                # PEFT reads a property by the name that transformers gives up.
+                warnings.simplefilter("ignore", FutureWarning)
+                self.peft_model = peft.get_peft_model(base, _trainable(config))
         except (ValueError, NotImplementedError, TypeError) as error:
             raise QAdapterError(f"PEFT can't adapt {name}: {error}") from error
         self.config = self.peft_model.peft_config["default"]

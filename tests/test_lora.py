@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 
 import peft
 import pytest
@@ -329,6 +330,7 @@ def test_features_and_a_second_adapter_are_refused(tmp_path):
 
 
 def test_nothing_is_logged_by_peft(caplog):
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING), warnings.catch_warnings():
+        warnings.simplefilter("error")
         model_of().eval()(IDS)
     assert not caplog.records
