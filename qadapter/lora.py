@@ -125,7 +125,7 @@ class LoraAdapter:
         for layer in self.layers:
             self._gate_rows(layer)
 
-    # --- the two streams --------------------------------------------------------------------
+    # --- the streams ------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
@@ -207,6 +207,7 @@ class LoraAdapter:
     def bare_base(self) -> PreTrainedModel:
         """The base without adapters, as another model that shares its tensors. (PEFT's ``unload``
         leaves the trained copies of ``modules_to_save`` in it.)"""
+        self._check_apart()
         base = shell_of(self.peft_model.get_base_model())
         _unwrap(base)
         del base.peft_config

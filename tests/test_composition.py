@@ -122,6 +122,7 @@ LORAS = {
     "mlp": {"r": 2, "target_modules": ["down_proj"], "lora_alpha": 4},
     "dora": {"r": 2, "target_modules": ["q_proj", "k_proj"], "use_dora": True},
     "norm": {"r": 2, "target_modules": ["o_proj"], "modules_to_save": ["norm"]},
+    "weight": {"r": 2, "target_modules": [], "target_parameters": ["q_proj.weight"]},
 }
 
 
@@ -225,7 +226,9 @@ def test_q_of_loras_is_the_weighted_sum(objectives, weights, target):
     )
 
 
-@pytest.mark.parametrize("kinds", [("lora", "dora"), ("dora", "lora"), ("norm", "norm")])
+@pytest.mark.parametrize(
+    "kinds", [("lora", "dora"), ("dora", "lora"), ("norm", "norm"), ("mlp", "weight")]
+)
 def test_adapters_of_other_kinds_compose(kinds):
     objectives, weights = (AUTHORS, EQUAL), (0.7, 0.5)
     models, theirs, base = loras(*objectives, kinds=kinds)
@@ -311,3 +314,13 @@ def test_no_single_model_is_several_streams(tmp_path):
         composed.export(tmp_path / "out")
     with pytest.raises(QAdapterError, match="can't be merged"):
         composed.merge_adapter()
+    models[0].merge_adapter()
+    with pytest.raises(QAdapterError, match=r"unmerge_adapter\(\) first"):
+        compose(models, (0.4, 0.6))
+
+
+def test_peft_says_what_it_can_not_hold_together():
+    models, _, base = loras(POLICY)
+    other = QAdapterModel.from_base(base, peft.LoHaConfig(r=2, target_modules=["q_proj"]), POLICY)
+    with pytest.raises(QAdapterError, match="can't hold these adapters together"):
+        compose([*models, other], (0.4, 0.6))
