@@ -118,8 +118,11 @@ def _qadapter_trainer(
         per_device_train_batch_size=spec.per_device_train_batch_size, cache_features="disk",
         retention_coef=method.retention_coef,
     )
+    # Held to what replay rehearses: the base's own answers to the old data's prompts.
+    texts = bench.replayed if method.retention_coef > 0 and bench.old is not None else None
     return QAdapterTrainer(
-        model, args, train_dataset=bench.new.train.tokens, processing_class=bench.tokenizer
+        model, args, train_dataset=bench.new.train.tokens, processing_class=bench.tokenizer,
+        retention_dataset=texts,
     )
 
 

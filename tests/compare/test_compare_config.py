@@ -1,0 +1,99 @@
+"""A comparison's YAML: what is read, what is refused by name, what may change between two runs."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+from comparisons import settings, write_config
+
+from qadapter.compare.config import (
+    DPO,
+    QAdapter,
+    changes,
+    fingerprint_files,
+    read_config,
+)
+from qadapter.errors import QAdapterError
+
+
+def test_values_are_converted_and_names_found_beside_the_file(tmp_path):
+    (tmp_path / "new.jsonl").write_text("{}\n")
+    config = read_config(write_config(tmp_path))
+    assert config.training.learning_rate == 0.01  # text to YAML
+    assert isinstance(config.methods["dpo"], DPO) and config.methods["dpo"].beta == 0.3
+    assert config.methods["q"].objective().alpha_tilde == 0.3
+    assert config.find("new.jsonl") == str(tmp_path / "new.jsonl")
+    assert config.find("some/hub-name") == "some/hub-name"
+    assert str(tmp_path) not in str(config.as_dict())  # a results folder names no machine's paths
+
+
+def test_the_rows_of_a_sweep_leave_out_what_a_method_has(tmp_path):
+    rows = read_config(write_config(tmp_path)).rows()
+    assert [row.name for row in rows] == ["sft", "replay", "dpo", "rloo", "q", "q alpha=1"]
+    assert rows[-1].method == QAdapter(alpha_0=1.0, alpha_tilde=1.0, retention_coef=1.0)
+    assert (rows[-1].sweep, rows[-1].value, rows[0].sweep) == ("alpha", 1.0, None)
+
+
+@pytest.mark.parametrize(("path", "value", "message"), [
+    (("trainig",), {}, "unknown key 'trainig'; did you mean 'training'"),
+    (("data", "dataset_nam"), "x", "data: unknown key 'dataset_nam'; did you mean 'dataset_name'"),
+    (("methods", "dpo", "method"), "ppo", "methods.dpo.method: expected one of sft"),
+    (("methods", "dpo", "alpha_0"), 1, "methods.dpo: unknown key 'alpha_0'"),
+    (("methods", "q", "alpha_tilde"), -1, "methods.q: alpha_tilde"),
+    (("methods", "base"), {"method": "sft"}, "methods.base: the base is always compared"),
+    (("methods",), {}, "nothing to compare"),
+    (("seeds",), [1, 1], "seeds: expected different"),
+    (("seeds",), ["one"], r"seeds\[0\]: expected int, got 'one'"),
+    (("training", "learning_rate"), "fast", "training.learning_rate: expected float"),
+    (("sweeps", "alpha", "of"), "qq", "no method is called 'qq'; did you mean 'q'"),
+    (("sweeps", "alpha", "option"), "alfa", "q_adapter has no 'alfa'"),
+    (("adapter", "kind"), "tail", "adapter.kind: expected head or lora"),
+    (("evaluation", "prompts"), 0, "evaluation.prompts: must be at least 1"),
+    (("old",), None, "methods.replay: replay needs old data"),
+])
+def test_what_cannot_be_is_named(tmp_path, path, value, message):
+    written = settings()
+    place = written
+    for name in path[:-1]:
+        place = place[name]
+    place[path[-1]] = value
+    with pytest.raises(QAdapterError, match=message):
+        read_config(write_config(tmp_path, **written))
+
+
+def test_files_that_are_no_configuration(tmp_path):
+    with pytest.raises(QAdapterError, match="can't be read"):
+        read_config(tmp_path / "none.yaml")
+    (tmp_path / "a.yaml").write_text("a: [1")
+    with pytest.raises(QAdapterError, match="not YAML"):
+        read_config(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("- 1")
+    with pytest.raises(QAdapterError, match="expected keys and values, got list"):
+        read_config(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("data: {dataset_name: x}")
+    with pytest.raises(QAdapterError, match="methods is missing"):
+        read_config(tmp_path / "a.yaml")
+
+
+def test_a_comparison_may_grow_and_not_change(tmp_path):
+    (tmp_path / "new.jsonl").write_text("{}\n")
+    config = read_config(write_config(tmp_path))
+    before = config.as_dict() | {"files_sha256": fingerprint_files(config)}
+    grown = copy.deepcopy(before)
+    grown["methods"]["more"] = {"method": "sft"}
+    grown["seeds"] = [0, 1]
+    assert changes(before, grown) == []
+    other = copy.deepcopy(before)
+    other["methods"]["dpo"]["beta"] = 0.1
+    other["evaluation"]["prompts"] = 4
+    del other["methods"]["sft"]
+    assert changes(before, other) == [
+        "evaluation.prompts: 3 → 4", "methods.dpo.beta: 0.3 → 0.1",
+    ]
+    (tmp_path / "new.jsonl").write_text("{} \n")
+    changed = config.as_dict() | {"files_sha256": fingerprint_files(config)}
+    [line] = changes(before, changed)
+    assert line.startswith("files_sha256.data.dataset_name: ")
+    assert dataclasses.replace(config, seeds=[5]).rows()[0].seeds == (5,)

@@ -1,0 +1,185 @@
+"""A whole comparison on a tiny base: all methods, resumed after it broke off, reported."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from comparisons import settings, write_config, write_place
+from PIL import Image
+
+from qadapter import QAdapterError, QAdapterModel
+from qadapter.cli import main
+from qadapter.compare import read_config, read_results, run_comparison
+from qadapter.compare.page import columns
+from qadapter.compare.pictures import draw_all
+from qadapter.compare.run import run_folder
+
+METHODS = ("sft", "replay", "dpo", "rloo", "q")
+
+
+class Killed(Exception):
+    pass
+
+
+def cli(*arguments) -> int:
+    with pytest.raises(SystemExit) as end:
+        main([str(a) for a in arguments])
+    return end.value.code
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A finished comparison; it was broken off once, while the third run was measured."""
+    patch = pytest.MonkeyPatch()
+    folder = write_place(tmp_path_factory.mktemp("compare"))
+    patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    config = read_config(write_config(folder))
+    lines: list[str] = []
+
+    def say(line):
+        lines.append(line)
+        if line.startswith("[3/6] dpo, seed 0:") and "steps" in line:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run_comparison(config, folder / "out", say=say)
+    assert not run_folder(folder / "out", "dpo", 0).joinpath("validation.json").exists()
+    again: list[str] = []
+    run_comparison(config, folder / "out", say=again.append, environment={"machine": "<this>"})
+    yield folder, again
+    patch.undo()
+
+
+def read(folder, name, file):
+    return json.loads((run_folder(folder / "out", name, 0) / file).read_text())
+
+
+def test_a_broken_off_comparison_goes_on_where_it_was(place):
+    _, again = place
+    assert not any("sft" in line or "replay" in line for line in again)
+    assert not any("dpo" in line and "training" in line for line in again)
+    assert any(line.startswith("[1/4] dpo, seed 0: measured") for line in again)
+
+
+def test_budgets_are_equal(place):
+    """Tokens seen: within a step's worth of the budget; trainable parameters: the same."""
+    folder, _ = place
+    trainings = [read(folder, name, "training.json") for name in METHODS]
+    assert len({t["trainable_parameters"] for t in trainings}) == 1
+    budget = trainings[0]["budget_tokens"]
+    for training in trainings:
+        step = training["tokens"] / training["steps"]
+        # An online method's answers may end early: it sees up to a token an answer less.
+        assert training["tokens"] == pytest.approx(budget, abs=1.5 * step), training["name"]
+    assert [t["trained_by"].split()[0] for t in trainings] == [
+        "TRL", "TRL", "QAdapterTrainer", "TRL", "QAdapterTrainer",
+    ]
+
+
+def test_every_method_moved_and_was_followed(place):
+    folder, _ = place
+    for name in METHODS:
+        training = read(folder, name, "training.json")
+        curve = training["curve"]
+        assert len(curve) == 2 and curve[-1]["step"] == training["steps"]
+        assert curve[-1]["kl_per_token"] > 1e-8 and curve[-1]["tokens"] == training["tokens"]
+        dial = {p["strength"]: p for p in read(folder, name, "validation.json")["dial"]}
+        # What was measured during training is the saved policy at strength 1.
+        kept = dial[1.0]["retention"]["texts"]["kl_per_token"]
+        assert kept == pytest.approx(curve[-1]["kl_per_token"], rel=1e-4)
+        assert dial[2.0]["retention"]["texts"]["kl_per_token"] > kept
+        model = QAdapterModel.from_pretrained(run_folder(folder / "out", name, 0), folder / "base")
+        assert model.adapter_config.rank == 4
+
+
+def test_the_base_is_itself(place):
+    folder, _ = place
+    found = json.loads((folder / "out" / "base" / "validation.json").read_text())
+    [point] = found["dial"]
+    assert point["strength"] == 0 and point["retention"]["texts"]["kl_per_token"] == 0.0
+    assert found["preferences"]["new"]["preference_accuracy"] == 0.5
+    assert set(found["judges"]) == {"new", "old"}
+
+
+def test_another_configuration_is_refused_by_name(place):
+    folder, _ = place
+    methods = settings()["methods"]
+    methods["dpo"]["beta"] = 0.1
+    config = read_config(write_config(folder, "other.yaml", methods=methods))
+    with pytest.raises(QAdapterError, match=r"methods\.dpo\.beta: 0\.3 → 0\.1"):
+        run_comparison(config, folder / "out")
+    with pytest.raises(QAdapterError, match="holds no comparison"):
+        run_comparison(config, folder)
+
+
+def test_the_test_split_is_measured_on_request_and_recorded(place, capsys):
+    folder, _ = place
+    out = folder / "out"
+    assert not (out / "test_touched.json").exists()
+    flags = (folder / "compare.yaml", "--output_dir", out)
+    assert cli("compare", *flags, "--split", "test") == 0
+    [touch] = json.loads((out / "test_touched.json").read_text())["touched"]
+    assert touch["methods"] == [*METHODS, "q alpha=1"]
+    assert "steps" not in capsys.readouterr().out  # nothing was trained again
+    page = (out / "report-test.html").read_text()
+    assert "the test split was scored 1 time(s)" in page
+    assert cli("compare", *flags, "--split", "test") == 0  # only shows what is there
+    assert len(json.loads((out / "test_touched.json").read_text())["touched"]) == 1
+
+
+def test_the_report_is_one_file_that_says_it_all(place, capsys):
+    folder, _ = place
+    out = folder / "out"
+    assert cli("compare", folder / "compare.yaml", "--output_dir", out, "--report_only") == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in METHODS)
+    page = (out / "report-validation.html").read_text()
+    for outside in ("http:", "src=", "<script", "<link", "@import"):
+        assert outside not in page.replace("http://www.w3.org", "").replace(
+            "http://purl.org", "").replace("http://creativecommons.org", ""), outside
+    assert page.count("<svg") == 4  # retention, win rates, frontier, one sweep
+    assert "Tiny &amp; small" in page and "&lt;this&gt;" in page
+    assert str(folder) not in page
+    comparison = read_results(read_config(folder / "compare.yaml"), out, "validation")
+    summary = json.loads((out / "summary-validation.json").read_text())["rows"]
+    for result in comparison.results:
+        for column in columns(comparison):
+            found = result.number(column.measure)
+            written = summary[result.row.name].get(column.key)
+            assert written == (None if found is None else found._asdict())
+            if found is not None and result.row.sweep is None:
+                assert f"{found.mean:.{column.digits}f}" in page
+
+
+def test_pictures_are_drawn_from_results_alone(place, tmp_path):
+    folder, _ = place
+    config = read_config(folder / "compare.yaml")
+    comparison = read_results(config, folder / "out", "validation")
+    assert [value for value, _ in comparison.sweep("alpha")] == [0.3, 1.0]
+    pictures = draw_all(comparison, tmp_path)
+    assert [p.name for p in pictures] == ["retention", "win_rates", "frontier", "sweep_alpha"]
+    for picture in pictures:
+        assert picture.svg.startswith("<svg") and picture.caption
+        with Image.open(tmp_path / f"{picture.name}.png") as image:
+            assert image.width > 600
+    with pytest.raises(QAdapterError, match="nothing is measured"):
+        read_results(config, tmp_path, "validation")
+
+
+def test_lora_trains_in_the_trunk_by_trl(place):
+    """DPO and SFT by TRL; the shared base of the judges stays as it is."""
+    folder, _ = place
+    methods = {k: v for k, v in settings()["methods"].items() if k in ("sft", "dpo")}
+    config = read_config(write_config(
+        folder, "lora.yaml", methods=methods, sweeps={},
+        adapter={"kind": "lora", "r": 2, "target_modules": ["q_proj"]},
+        evaluation={**settings()["evaluation"], "strengths": [1.0]},
+    ))
+    run_comparison(config, folder / "lora")
+    for name in methods:
+        where = run_folder(folder / "lora", name, 0)
+        training = json.loads((where / "training.json").read_text())
+        assert training["trained_by"].startswith("TRL")
+        assert training["curve"][-1]["kl_per_token"] > 1e-9
+        assert (where / "adapter_config.json").is_file()
