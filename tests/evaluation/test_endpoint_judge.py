@@ -155,26 +155,36 @@ def test_an_endpoint_that_fails_ends_in_one_line_and_a_second_run_goes_on(server
     server.script = [completion("[[A]]"), completion("[[B]]"), 401]
     with pytest.raises(QAdapterError, match=r"(?s)failed.*401.*judgements.jsonl"):
         judge(server, file, concurrency=1).compare(PROMPTS, GOOD, BAD)
-    assert len(file.read_text().splitlines()) == 2
+    kept = len(file.read_text().splitlines())
+    assert kept == len(server.requests) - 1 >= 2
     # Killed while it wrote: the torn line is cut away.
     with file.open("a") as opened:
         opened.write('{"key": "torn')
     server.requests.clear()
     found = judge(server, file)
     assert found.compare(PROMPTS, GOOD, BAD).tolist() == [1, 1, 1]
-    assert len(server.requests) == 4
+    assert len(server.requests) == 6 - kept
     assert len([json.loads(line) for line in file.read_text().splitlines()]) == 6
     # Finished: nothing is asked, and what it cost is still known.
     again = judge(server, file)
     assert again.compare(PROMPTS, GOOD, BAD).tolist() == [1, 1, 1]
-    assert len(server.requests) == 4 and again.usage.replies == 6
+    assert len(server.requests) == 6 - kept and again.usage.replies == 6
     assert again.usage.prompt_tokens == 400 and again.usage.without_usage == 2
     assert again.usage.cost(2.5, 10.0) == pytest.approx((400 * 2.5 + 40 * 10) / 1e6)
     # Another model or prompt is another question.
     EndpointJudge("n", base_url=server.url, judgements_file=file).compare(
         PROMPTS[:1], GOOD[:1], BAD[:1]
     )
-    assert len(server.requests) == 6
+    assert len(server.requests) == 6 - kept + 2
+
+
+def test_what_was_under_way_when_another_request_failed_is_kept(server, tmp_path):
+    """Whatever was answered stands in the file."""
+    file = tmp_path / "judgements.jsonl"
+    server.script = [401]
+    with pytest.raises(QAdapterError, match="401"):
+        judge(server, file, concurrency=4).compare(PROMPTS[:2], GOOD[:2], BAD[:2])
+    assert len(file.read_text().splitlines()) == len(server.requests) - 1
 
 
 def test_a_reply_may_hold_any_character(server, tmp_path):

@@ -184,19 +184,26 @@ class EndpointJudge(Judge):
         if not questions:
             return
         pool = ThreadPoolExecutor(self.concurrency)
+        futures = [pool.submit(self._ask, question) for question in questions]
         try:
-            futures = [pool.submit(self._ask, question) for question in questions]
             # Written here and not in the threads: one line at a time.
             for done, future in enumerate(as_completed(futures), 1):
-                judgement = future.result()
-                self.judgements[judgement["key"]] = judgement
-                if self.judgements_file is not None:
-                    _append(self.judgements_file, judgement)
+                self._keep(future.result())
                 if progress is not None:
                     progress(done, len(questions))
         finally:
-            # What was not begun is dropped; what is under way is waited for.
+            # What was not begun is dropped; what is under way is waited for and kept: it is paid.
             pool.shutdown(cancel_futures=True)
+            for future in futures:
+                if not future.cancelled() and future.exception() is None:
+                    self._keep(future.result())
+
+    def _keep(self, judgement: dict[str, Any]) -> None:
+        if judgement["key"] in self.judgements:
+            return
+        self.judgements[judgement["key"]] = judgement
+        if self.judgements_file is not None:
+            _append(self.judgements_file, judgement)
 
     def _ask(self, question: _Question) -> dict[str, Any]:
         """One judgement; asked again while the reply can't be read."""
