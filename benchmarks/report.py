@@ -89,19 +89,24 @@ def draw_linear_loss(records: Sequence[Record], folder: Path) -> None:
     at = 1024 if 1024 in counts else counts[-1]
     names = list(dict.fromkeys(label(r) for r in mine))
 
-    figure, (lines, times, memory) = _figure(3, (15, 4.6), width_ratios=(1.25, 1, 1))
-    for name in names:
-        points = [(r["shape"]["N"], r["ms"]) for r in mine if label(r) == name]
-        lines.plot(*zip(*points, strict=True), **style(name, names), label=name)
-    lines.set(xscale="log", yscale="log", xlabel="rows N", ylabel="milliseconds")
-    lines.legend(fontsize=6.5, frameon=False)
     chosen = {label(r): r for r in mine if r["shape"]["N"] == at}
-    bars(times, {name: r["ms"] for name, r in chosen.items()}, names, "milliseconds")
-    bars(memory, {name: r["peak_extra_mib"] for name, r in chosen.items()
-                  if r.get("peak_extra_mib") is not None}, names, "peak extra memory, MiB")
-    lines.set_title("time over N", fontsize=10, loc="left")
-    times.set_title(f"time at N = {at:,}", fontsize=10, loc="left")
-    memory.set_title(f"memory at N = {at:,}", fontsize=10, loc="left")
+    peaks = {name: r["peak_extra_mib"] for name, r in chosen.items()
+             if r.get("peak_extra_mib") is not None}
+    widths = [1.25] * (len(counts) > 1) + [1.0] + [1.0] * bool(peaks)
+    figure, axes = _figure(len(widths), (5 * len(widths), 4.6), width_ratios=widths)
+    if len(counts) > 1:
+        lines, *axes = axes
+        for name in names:
+            points = [(r["shape"]["N"], r["ms"]) for r in mine if label(r) == name]
+            lines.plot(*zip(*points, strict=True), **style(name, names), label=name)
+        lines.set(xscale="log", yscale="log", xlabel="rows N", ylabel="milliseconds")
+        lines.legend(fontsize=6.5, frameon=False)
+        lines.set_title("time over N", fontsize=10, loc="left")
+    bars(axes[0], {name: r["ms"] for name, r in chosen.items()}, names, "milliseconds")
+    axes[0].set_title(f"time at N = {at:,}", fontsize=10, loc="left")
+    if peaks:
+        bars(axes[1], peaks, names, "peak extra memory, MiB")
+        axes[1].set_title(f"memory at N = {at:,}", fontsize=10, loc="left")
     title = f"Hidden-level loss, forward and backward: {head} head, bfloat16"
     _save(figure, records, title, folder)
 
@@ -143,12 +148,12 @@ def _figure(
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, columns, figsize=size, sharey=sharey, layout="constrained",
-                                gridspec_kw=layout)
-    for one in axes:
+                                squeeze=False, gridspec_kw=layout)
+    for one in axes[0]:
         one.spines[["top", "right"]].set_visible(False)
         one.grid(color=GRID, linewidth=0.5)
         one.set_axisbelow(True)
-    return figure, axes
+    return figure, axes[0]
 
 
 def _save(figure: Any, records: Sequence[Record], title: str, folder: Path) -> None:
