@@ -46,11 +46,11 @@ def evaluate(
     """
     spec = bench.config.evaluation
     found: dict[str, Any] = {"split": split, "preferences": {}, "dial": []}
-    # Its implicit rewards do not move with the dial, and the base's are all 0.
+    # At strength 1, that of an untrained adapter included: its rewards are 0 to the last digit.
     for kind, data in bench.kinds.items():
         result = evaluate_preferences(
             model, getattr(data, split).tokens, batch_size=spec.batch_size,
-            strength=min(1.0, max(strengths)),
+            strength=1.0,
         ).as_dict()
         found["preferences"][kind] = {k: v for k, v in result.items() if k not in _PLAIN}
     for strength in strengths:

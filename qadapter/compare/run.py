@@ -30,7 +30,7 @@ from qadapter.compare.measure import evaluate, probe, strengths_of
 from qadapter.compare.methods import train
 from qadapter.compare.workbench import Workbench
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.judges import preference_texts
+from qadapter.evaluation.judges import pair_accuracy, preference_texts
 from qadapter.evaluation.report import write_json
 from qadapter.model import QAdapterModel
 
@@ -132,8 +132,8 @@ def _judges(bench: Workbench, split: str) -> dict[str, Any]:
     """How far each judge can be trusted: its accuracy on pairs of the split."""
     return {
         kind: {
-            judge.name: judge.accuracy(
-                preference_texts(getattr(bench.kinds[kind], split).pairs, bench.tokenizer)
+            judge.name: pair_accuracy(
+                judge, preference_texts(getattr(bench.kinds[kind], split).pairs, bench.tokenizer)
             ).as_dict("accuracy")
             for judge in judges
         }

@@ -32,7 +32,7 @@ def settings(**changes) -> dict:
     parts = {"max_length": 64, "validation": 6, "test": 6, "judge": 14}
     return {
         "model_name_or_path": "base", "title": "Tiny & small", "seeds": [0],
-        "data": {"dataset_name": "new.jsonl", "train": 8, **parts},
+        "data": {"dataset_name": "new.jsonl", "train": 11, **parts},
         "old": {"dataset_name": "old.jsonl", "train": 6, **parts},
         "adapter": {"kind": "head", "form": "mlp", "rank": 4},
         "training": {

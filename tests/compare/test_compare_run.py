@@ -15,6 +15,7 @@ from qadapter.compare.page import columns
 from qadapter.compare.pictures import draw_all
 from qadapter.compare.run import run_folder
 
+MACHINE = {"machine": "<this>"}
 METHODS = ("sft", "replay", "dpo", "rloo", "q")
 
 
@@ -43,10 +44,10 @@ def place(tmp_path_factory):
             raise Killed
 
     with pytest.raises(Killed):
-        run_comparison(config, folder / "out", say=say)
+        run_comparison(config, folder / "out", say=say, environment=MACHINE)
     assert not run_folder(folder / "out", "dpo", 0).joinpath("validation.json").exists()
     again: list[str] = []
-    run_comparison(config, folder / "out", say=again.append, environment={"machine": "<this>"})
+    run_comparison(config, folder / "out", say=again.append, environment=MACHINE)
     yield folder, again
     patch.undo()
 
