@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BatchEncoding
 
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.answers import Prompt
@@ -78,7 +78,7 @@ class SequenceClassificationJudge(RewardJudge):
                     progress(first + len(indices), len(order))
         return found
 
-    def _encode(self, prompts: list[Prompt], answers: list[str]):
+    def _encode(self, prompts: list[Prompt], answers: list[str]) -> BatchEncoding:
         options = {
             "padding": True, "truncation": self.max_length is not None,
             "max_length": self.max_length, "return_tensors": "pt",
