@@ -101,7 +101,10 @@ def _trainer(
             f"{method.kind} trains with TRL: pip install 'qadapter[compare]'"
         ) from error
     # Gradients of a frozen trunk need no recomputing, and the base keeps its own dtype.
-    shared |= {"bf16": False, "gradient_checkpointing": False, "logging_nan_inf_filter": False}
+    shared |= {
+        "bf16": False, "gradient_checkpointing": False, "logging_nan_inf_filter": False,
+        "dataloader_pin_memory": torch.accelerator.is_available(),
+    }
     build, name = {
         SFT: (_sft, "SFTTrainer"), Replay: (_sft, "SFTTrainer"), DPO: (_dpo, "DPOTrainer"),
         RLOO: (_rloo, "RLOOTrainer"),

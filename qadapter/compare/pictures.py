@@ -21,6 +21,8 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = "osD^vPX*"
 _KL = "KL(base‖customised) [nats a token]"
 _GAIN = "judged gain over the base [SD of its scores]"
+_DIALLED = {"alpha": "alpha_tilde", "beta": "beta"}
+"""Options of a sweep that a strength w moves too, to their value over w (design §2, fact 7)."""
 
 
 class Picture(NamedTuple):
@@ -48,7 +50,7 @@ def draw_all(comparison: Comparison, folder: str | Path | None = None) -> list[P
          draw_frontier),
     ]
     for name, sweep in comparison.config["sweeps"].items():
-        also = ", and the dial of one trained adapter" if sweep["option"] == "alpha" else ""
+        also = ", and the dial of one trained adapter" if sweep["option"] in _DIALLED else ""
         drawings.append((
             f"sweep_{name}", f"{sweep['of']} trained at several values of {sweep['option']}{also}.",
             lambda c, name=name: draw_sweep(c, name),
@@ -151,9 +153,9 @@ def draw_sweep(comparison: Comparison, name: str) -> Figure | None:
         for value, x in found:
             if x.low is not None:
                 axes.plot([value, value], [x.low, x.high], color=_color(0), linewidth=1)
-        if sweep["option"] == "alpha":
+        if sweep["option"] in _DIALLED:
             origin = next(r for r in comparison.results if r.row.name == sweep["of"])
-            alpha = comparison.config["methods"][sweep["of"]]["alpha_tilde"]
+            alpha = comparison.config["methods"][sweep["of"]][_DIALLED[sweep["option"]]]
             dial = [(alpha / w, x.mean) for w, [x] in origin.dial(measure) if x and w > 0]
             _line(axes, 1, *zip(*dial, strict=True), f"{sweep['of']} by the dial: {alpha:g}/w")
         values = [value for value, _ in points]
