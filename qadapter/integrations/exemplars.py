@@ -55,8 +55,6 @@ class Exemplar:
         """Letters to choose from; none where the answer is no letter."""
         if not re.fullmatch(r"\([A-Z]\)", self.answer):
             return []
-        if self.source == "MMLU":  # whatever else stands in brackets
-            return list("ABCD")
         named = set(re.findall(r"\(([A-Z])\)", self.question))
         letters = []
         for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ":

@@ -22,7 +22,7 @@ from qadapter.integrations.exemplars import (
 
 OWN = [
     Exemplar("MMLU", f"subject {i // 4}", f"Is it {i}?\n(A) yes (B) no (C) maybe (D) never",
-             f"Let us see. {i} is a number. The answer is", f"({'ABCD'[i % 4]})")
+             f"Let us see. {i} is a number. The answer is", f"({'AAAAAAAABBBBBCCD'[i]})")  # models that say other letters score otherwise
     for i in range(16)
 ] + [Exemplar("GSM8K", f"g {i}", f"What is {i} + 1?", "We add. The answer is", f"{i + 1}")
      for i in range(6)]
@@ -35,7 +35,10 @@ def test_the_harness_ships_371_exemplars_each_with_its_answer():
     for exemplar in found:
         assert exemplar.question and exemplar.reasoning.endswith("answer is") and exemplar.answer
         if exemplar.source == "MMLU":
-            assert exemplar.choices == ["A", "B", "C", "D"]
+            # One question offers five.
+            assert exemplar.choices[:4] == ["A", "B", "C", "D"] and len(exemplar.choices) < 6
+        if exemplar.choices:
+            assert exemplar.answer[1] in exemplar.choices
         if exemplar.source == "GSM8K":
             assert float(exemplar.answer.replace("$", "")) >= 0 and exemplar.choices == []
 
@@ -59,6 +62,8 @@ def alone(model, tokenizer, exemplar, measure, strength):
 @pytest.mark.parametrize("form", ["linear", "mlp"])
 def test_right_answers_are_those_of_each_exemplar_alone(form):
     model, tokenizer = tiny_adapter(trained=True, form=form), chatml()
+    # Far from its base, so that the two differ in what they choose.
+    torch.nn.init.normal_(model.adapter.up.weight, std=2.0)
     found = evaluate_exemplars(model, tokenizer, OWN, batch_size=5, num_resamples=20)
     assert [(f.task, f.metric) for f in found] == [
         ("exemplar probe, MMLU's", f"{CHOICE} (guessing: 0.25)"),
@@ -76,11 +81,22 @@ def test_right_answers_are_those_of_each_exemplar_alone(form):
         assert score.base.value == pytest.approx(base)
         assert score.customised.value == pytest.approx(policy)
         assert score.change.value == pytest.approx(policy - base)
+        assert source == "GSM8K" or policy != base
 
 
 def test_an_untrained_adapter_answers_as_its_base():
     for score in evaluate_exemplars(tiny_adapter(trained=False), chatml(), OWN, num_resamples=20):
         assert score.base == score.customised and score.change == (0.0, 0.0, 0.0)
+
+
+def test_every_exemplar_of_the_harness_can_be_asked():
+    """One has more choices than its kind, some have none."""
+    found = evaluate_exemplars(tiny_llama(), chatml(), num_resamples=5, max_length=48)
+    counts = {(f.task.split()[2], f.metric.split(" (")[0]): f.num_samples for f in found}
+    assert counts == {
+        ("MMLU's", CHOICE): 282, ("MMLU's", ANSWER): 282, ("BBH's", CHOICE): 51,
+        ("BBH's", ANSWER): 81, ("GSM8K's", ANSWER): 8,
+    }
 
 
 def test_worked_solutions_are_scored_from_where_they_begin():
