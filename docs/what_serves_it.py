@@ -1,9 +1,9 @@
-"""Rewrites the table of what serves an export from the tests that just ran.
+"""Rewrites the tables of README.md and docs/serving.md, each between two comments.
 
     python docs/what_serves_it.py
 
-Runs tests/test_serving.py; a test marked ``serves(engine, form)`` is a row, with its outcome. The
-table stands between two comments in README.md and in docs/serving.md.
+What serves an export: runs tests/test_serving.py; a test marked ``serves(engine, form)`` is a row,
+with its outcome. What decoding costs: the last records of benchmarks/generation.py on a CPU.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import platform
-import re
 import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs/serving.md")
-TABLE = re.compile(r"(<!-- what serves it -->\n).*?(<!-- end -->)", re.DOTALL)
+SERVING = ROOT / "docs/serving.md"
+PAGES = (ROOT / "README.md", SERVING)
+GENERATION = ROOT / "benchmarks/results/generation.jsonl"
 PACKAGES = ("transformers", "peft", "torch")
 
 
@@ -54,18 +54,54 @@ class Rows:
         return "\n".join(lines) + "\n"
 
 
+def costs() -> str:
+    """Milliseconds a step, and over the base's, for each way of decoding and batch size."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import report
+
+    records = [r for r in report.latest(GENERATION, "cpu") if r["status"] == "ok"]
+    batches = sorted({r["shape"]["B"] for r in records})
+    cells = {(r["provider"], r["shape"]["B"]): r for r in records}
+    first = records[0]
+    where = first["environment"]
+    header = [f"batch {b}, ms a step | × base" for b in batches]
+    lines = [
+        f"{first['shape']['model']}, bfloat16, {where['machine']}, threads: {where['threads']}, "
+        f"torch {where['torch']}, {where['date'][:10]}, commit {where['commit']}; medians of "
+        f"{min(r['rounds'] for r in records)} rounds or more, load average "
+        f"{max(r['load_average'][0] for r in records):.0f}:",
+        "",
+        f"| decoding | {' | '.join(header)} |",
+        "| --- |" + " ---: | ---: |" * len(batches),
+    ]
+    for provider in dict.fromkeys(r["provider"] for r in records):
+        row = (cells[provider, b] for b in batches)
+        values = [f"{r['ms_per_token']:.1f} | {r['times_base']:.2f}" for r in row]
+        lines.append(f"| {provider} | {' | '.join(values)} |")
+    return "\n".join(lines) + "\n"
+
+
+def put(page: Path, name: str, table: str) -> None:
+    """Put a table between the two comments that name it.
+
+    Raises:
+        SystemExit: the comments are missing.
+    """
+    text = page.read_text(encoding="utf-8")
+    begin, end = f"<!-- {name} -->\n", "<!-- end -->"
+    if text.count(begin) != 1:
+        sys.exit(f"{page}: {begin.strip()} is missing")
+    before, _, rest = text.partition(begin)
+    page.write_text(before + begin + table + end + rest.partition(end)[2], encoding="utf-8")
+
+
 def main() -> int:
     """Run the tests, write the tables; the tests' exit code."""
     rows = Rows()
     code = pytest.main(["-q", str(ROOT / "tests/test_serving.py")], plugins=[rows])
     for page in PAGES:
-        text, found = TABLE.subn(
-            lambda m: m[1] + rows.table() + m[2], page.read_text(encoding="utf-8")
-        )
-        if found != 1:
-            print(f"{page}: the table's comments are missing", file=sys.stderr)
-            return 1
-        page.write_text(text, encoding="utf-8")
+        put(page, "what serves it", rows.table())
+    put(SERVING, "costs", costs())
     return int(code)
 
 

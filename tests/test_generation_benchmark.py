@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ if not FOLDER.exists():
 sys.path.insert(0, str(FOLDER))
 
 import generation
+import report
 
 from qadapter import QAdapterModel
 
@@ -51,3 +53,19 @@ def test_two_passes_are_the_policy_of_ours():
         assert not torch.equal(tokens(generation.generating(other, prompt_BT, 8)), ours)
         expected = other.generate(prompt_BT, max_new_tokens=8, do_sample=False)
         assert torch.equal(tokens(generation.generating(other, prompt_BT, 8)), expected)
+
+
+def test_the_table_in_the_docs_is_of_the_committed_run():
+    script = FOLDER.parent / "docs/what_serves_it.py"
+    spec = importlib.util.spec_from_file_location("tables", script)
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    page = tables.SERVING.read_text(encoding="utf-8")
+    assert page.split("<!-- costs -->\n")[1].split("<!-- end -->")[0] == tables.costs()
+
+
+def test_the_committed_run_shows_what_two_streams_are_for():
+    records = report.latest(FOLDER / "results/generation.jsonl", "cpu")
+    times = {r["provider"]: r["ms"] for r in records if r["shape"]["B"] == 1}
+    for passes in ("two passes, PEFT", "two passes, merged"):
+        assert times[passes] / times["ours, LoRA at strength 0.5"] >= 1.5
