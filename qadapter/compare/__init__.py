@@ -1,7 +1,8 @@
 """Several methods on the same pairs under equal budgets: what each learns and what it forgets."""
 
-from qadapter.compare.config import CompareConfig, read_config
+from qadapter.compare.config import CompareConfig
 from qadapter.compare.page import write_report
+from qadapter.compare.reading import read_config
 from qadapter.compare.results import Comparison, read_results
 from qadapter.compare.run import run_comparison
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qadapter.compare.config import BASE
+from qadapter.compare.config import Row
 from qadapter.compare.workbench import Workbench
 from qadapter.evaluation import (
     answer_statistics,
@@ -102,11 +102,10 @@ def _answers(
     }
 
 
-def strengths_of(bench: Workbench, name: str, seed: int, seeds: tuple[int, ...]) -> list[float]:
-    """Settings of the dial that a run is measured at: all for the first seeds, else 1 alone."""
+def strengths_of(bench: Workbench, row: Row, seed: int) -> list[float]:
+    """Settings of the dial that a run is measured at: 1 alone for the rows of a sweep, and for all
+    but the first seeds of a method."""
     spec = bench.config.evaluation
-    if name == BASE:
-        return [0.0]
-    if seeds.index(seed) >= spec.dial_seeds:
+    if row.sweep is not None or row.seeds.index(seed) >= spec.dial_seeds:
         return [1.0]
     return sorted({*spec.strengths, 1.0})

@@ -8,10 +8,9 @@ with TRL's ``DPOTrainer`` for LoRA; a head adapter's runs on cached features wit
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -214,12 +213,11 @@ def _rloo(bench: Workbench, method: RLOO, model: QAdapterModel, shared: dict[str
 
     view = _view(model)
     view.config._name_or_path = bench.loaded.location  # TRL loads its reference model by name
-    with _padding_on_the_left(bench.tokenizer):
-        trainer = _with_our_forward(
-            trl.RLOOTrainer, view, args=args, reward_funcs=[reward],
-            train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
-            processing_class=bench.tokenizer,
-        )
+    trainer = _with_our_forward(
+        trl.RLOOTrainer, view, args=args, reward_funcs=[reward],
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+        processing_class=bench.tokenizer,
+    )
     trainer.ref_model = _view(model, reference=True).eval()
     return trainer
 
@@ -231,15 +229,6 @@ def _with_our_forward(
     trainer = trainer_class(view, **kwargs)
     del view.forward
     return trainer
-
-
-@contextlib.contextmanager
-def _padding_on_the_left(tokenizer: Any) -> Iterator[None]:
-    before = tokenizer.padding_side
-    try:
-        yield
-    finally:
-        tokenizer.padding_side = before
 
 
 class _Recorder(TrainerCallback):

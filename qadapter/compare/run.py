@@ -18,16 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qadapter.compare.config import (
-    BASE,
-    SPLITS,
-    CompareConfig,
-    Row,
-    changes,
-    fingerprint_files,
-)
+from qadapter.compare.config import BASE, SPLITS, CompareConfig, Row
 from qadapter.compare.measure import evaluate, probe, strengths_of
 from qadapter.compare.methods import train
+from qadapter.compare.reading import changes, fingerprint_files
 from qadapter.compare.workbench import Workbench
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.judges import pair_accuracy, preference_texts
@@ -88,7 +82,7 @@ def run_comparison(
         told = f"[{number}/{len(todo)}] {row.name}, seed {seed}"
         model = _trained(bench, row, seed, where, environment, lambda x, t=told: say(f"{t}: {x}"))
         start = time.perf_counter()
-        strengths = strengths_of(bench, row.name, seed, row.seeds)
+        strengths = strengths_of(bench, row, seed)
         found = evaluate(bench, model, split, strengths, seed)
         write_json(where / f"{split}.json", {
             "name": row.name, "seed": seed, **found, "seconds": time.perf_counter() - start,

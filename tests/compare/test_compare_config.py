@@ -8,13 +8,8 @@ import dataclasses
 import pytest
 from comparisons import settings, write_config
 
-from qadapter.compare.config import (
-    DPO,
-    QAdapter,
-    changes,
-    fingerprint_files,
-    read_config,
-)
+from qadapter.compare.config import DPO, QAdapter
+from qadapter.compare.reading import changes, fingerprint_files, read_config
 from qadapter.errors import QAdapterError
 
 

@@ -1,0 +1,178 @@
+"""Reading a comparison from YAML, strictly; and whether two are the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qadapter.compare.config import (
+    BASE,
+    METHODS,
+    CompareConfig,
+    Method,
+    QAdapter,
+    Replay,
+    swept,
+)
+from qadapter.errors import QAdapterError
+
+
+def read_config(path: str | Path) -> CompareConfig:
+    """Read and check a YAML file. Paths in it are relative to the file.
+
+    Raises:
+        QAdapterError: no such file, not YAML, an unknown key, or a value that can't be; the message
+            names the key.
+    """
+    path = Path(path).expanduser()
+    try:
+        written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise QAdapterError(f"{path} can't be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise QAdapterError(f"{path} is not YAML: {error}") from error
+    if not isinstance(written, dict):
+        raise QAdapterError(f"{path}: expected keys and values, got {type(written).__name__}")
+    config = _build(CompareConfig, written, str(path), "")
+    return _check(dataclasses.replace(config, folder=path.parent), str(path))
+
+
+def _check(config: CompareConfig, path: str) -> CompareConfig:
+    def refuse(key: str, why: str) -> typing.NoReturn:
+        raise QAdapterError(f"{path}: {key}: {why}")
+
+    if not config.methods:
+        refuse("methods", "there is nothing to compare")
+    if not config.seeds or len(set(config.seeds)) < len(config.seeds):
+        refuse("seeds", f"expected different whole numbers, got {config.seeds}")
+    if config.adapter.kind not in ("head", "lora"):
+        refuse("adapter.kind", f"expected head or lora, got {config.adapter.kind!r}")
+    for name, method in config.methods.items():
+        if name == BASE:
+            refuse(f"methods.{name}", "the base is always compared; choose another name")
+        if isinstance(method, Replay) and config.old is None:
+            refuse(f"methods.{name}", "replay needs old data (the key old)")
+        if isinstance(method, QAdapter):
+            try:
+                method.objective()
+            except ValueError as error:
+                refuse(f"methods.{name}", str(error))
+    for name, sweep in config.sweeps.items():
+        if sweep.of not in config.methods:
+            refuse(f"sweeps.{name}.of", f"no method is called {sweep.of!r}"
+                   + _nearest(sweep.of, config.methods))
+        method = config.methods[sweep.of]
+        known = {f.name for f in dataclasses.fields(method)} - {"seeds"}
+        missing = [n for n in swept(sweep, 0.0) if n not in known]
+        if missing:
+            refuse(f"sweeps.{name}.option", f"{method.kind} has no {missing[0]!r}"
+                   + _nearest(missing[0], known))
+    if any(w < 0 for w in config.evaluation.strengths):
+        refuse("evaluation.strengths", "a strength must not be negative")
+    for name in ("prompts", "samples", "base_samples", "max_new_tokens", "batch_size"):
+        if getattr(config.evaluation, name) < 1:
+            refuse(f"evaluation.{name}", "must be at least 1")
+    return config
+
+
+def _build(cls: type, written: Any, path: str, key: str) -> Any:
+    """A dataclass from a mapping; unknown keys, missing ones and wrong types are named."""
+    where = f"{path}: {key}" if key else path
+    if not isinstance(written, Mapping):
+        raise QAdapterError(f"{where}: expected keys and values, got {written!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.metadata.get("in_file", True)}
+    for name in written:
+        if name not in fields:
+            raise QAdapterError(f"{where}: unknown key {name!r}" + _nearest(str(name), fields))
+    missing = [
+        name for name, f in fields.items() if name not in written
+        and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise QAdapterError(f"{where}: {missing[0]} is missing")
+    return cls(**{
+        name: _value(hints[name], value, path, f"{key}.{name}" if key else name)
+        for name, value in written.items()
+    })
+
+
+def _value(kind: Any, value: Any, path: str, key: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        return _value(next(a for a in arguments if a is not type(None)), value, path, key)
+    if kind is Method:
+        return _method(value, path, key)
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, path, key)
+    if origin is list and isinstance(value, list):
+        return [_value(arguments[0], v, path, f"{key}[{i}]") for i, v in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {str(k): _value(arguments[1], v, path, f"{key}.{k}") for k, v in value.items()}
+    plain = origin or kind
+    if plain is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:  # YAML reads 1e-3 as text
+            return float(value)
+        except ValueError:
+            pass
+    if not isinstance(value, plain) or (isinstance(value, bool) and plain is not bool):
+        raise QAdapterError(f"{path}: {key}: expected {plain.__name__}, got {value!r}")
+    return value
+
+
+def _method(value: Any, path: str, key: str) -> Method:
+    options = dict(value) if isinstance(value, Mapping) else {}
+    kind = options.pop("method", None)
+    if kind not in METHODS:
+        raise QAdapterError(
+            f"{path}: {key}.method: expected one of {', '.join(METHODS)}, got {kind!r}"
+            + _nearest(str(kind), METHODS)
+        )
+    return _build(METHODS[kind], options, path, key)
+
+
+def _nearest(name: str, known: Any) -> str:
+    found = difflib.get_close_matches(name, list(known), 1, cutoff=0.5)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+# --- the same comparison? -----------------------------------------------------------------------
+
+
+def fingerprint_files(config: CompareConfig) -> dict[str, str]:
+    """SHA-256 of every local file the comparison reads, by the key that names it."""
+    named = {"data.dataset_name": config.data.dataset_name}
+    if config.old is not None:
+        named["old.dataset_name"] = config.old.dataset_name
+    for texts in config.evaluation.retention:
+        named[f"evaluation.retention.{texts.name}"] = texts.file
+    return {
+        key: hashlib.sha256(Path(name).read_bytes()).hexdigest()
+        for key, name in ((key, config.find(name)) for key, name in named.items())
+        if Path(name).is_file()
+    }
+
+
+def changes(before: Any, now: Any, key: str = "") -> list[str]:
+    """What differs between two written configurations, by name: ``methods.dpo.beta: 0.1 → 0.3``.
+    Methods, sweeps and seeds may be added to a comparison: finished runs stay what they are."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        growing = key in ("methods", "sweeps")
+        names = before.keys() | (set() if growing else now.keys())
+        return [
+            line for name in sorted(names) if not (growing and name not in now)
+            for line in changes(before.get(name), now.get(name), f"{key}.{name}".strip("."))
+        ]
+    if key.split(".")[-1] in ("seeds", "title") or before == now:
+        return []
+    return [f"{key}: {before!r} → {now!r}"]
