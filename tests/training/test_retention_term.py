@@ -77,12 +77,16 @@ def test_a_lora_runs_the_texts_that_were_drawn():
     torch.testing.assert_close(found, states.divergence(model, torch.tensor(drawn)).mean())
 
 
-def test_a_prompt_is_read_and_not_held_to():
-    model, prompt, answer = build_model(), [5, 6, 7], [8, 9]
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_a_prompt_is_read_and_not_held_to(kind):
+    model, prompt, answer = _moved(kind), [5, 6, 7], [8, 9]
     whole = RetentionStates(model, None, [([], prompt + answer)])
     answers = RetentionStates(model, None, [(prompt, answer)])
     assert (len(whole), len(answers)) == (4, 2)
-    torch.testing.assert_close(answers.hidden_MD, whole.hidden_MD[2:])
+    torch.testing.assert_close(
+        answers.divergence(model, torch.tensor([0, 1])),
+        whole.divergence(model, torch.tensor([2, 3])),
+    )
 
 
 def test_an_untrained_adapter_has_not_drifted():
