@@ -28,7 +28,8 @@ genres, of which the retention term saw none (it has four others).
 Every choice was made on the development prompts: each configuration was trained without a third of
 them and scored on that third; the best few of those within the bound on KL (on helpful answers, the
 prototype's figure) were then also scored on the other thirds. The winner was trained on all
-development pairs with three seeds, and the test prompts were scored once. Rewards come from
+development pairs with three seeds, and the test prompts were scored once. The bound holds for the
+search's models: on all pairs the winner takes more steps and moves further. Rewards come from
 bfloat16 products, as in training. An earlier round of this benchmark (other splits, shorter texts)
 had been scored on prompts that are now partly in development, partly in test; nothing was chosen by
 its test scores.
