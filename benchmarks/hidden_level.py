@@ -227,7 +227,7 @@ def products(x: Inputs, with_gradient: bool) -> Callable[[], None]:
         len(x.actions), x.weight.shape[1], together * product.bytes_per_row, 512 << 20,
         x.weight.device,
     )
-    workspace = product.new_workspace(together * rows).zero_()
+    workspace = x.weight.new_zeros((together * rows, len(x.weight)), dtype=product.dtype)
     stacked = x.base_hidden.repeat(together, 1)
     gradient = torch.zeros_like(x.base_hidden)
 

@@ -7,12 +7,14 @@ import importlib
 import json
 import re
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DEMO = ROOT / "benchmarks" / "results" / "demo.json"
+RESULTS = ROOT / "benchmarks" / "results"
+DEMO = RESULTS / "demo.json"
 
 
 def _demo_block() -> str:
@@ -71,3 +73,20 @@ def test_every_import_of_the_readmes_code_works():
 def test_every_linked_file_is_there():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_real_preferences_are_the_committed_ones():
+    lines = (RESULTS / "real_preferences.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    found = []
+    for data, title in (("dsp", "DSP academy"), ("hh", "HH-RLHF harmless")):
+        (mean,) = [r for r in rows if (r["step"], r["data"]) == ("mean", data)]
+        base = max(mean["accuracy_base_sum"], mean["accuracy_base_mean"])
+        found.append(f"{title} {mean['accuracy']:.3f}, base {base:.3f}")
+    kls = [
+        fmean(r["kl_unrelated"] for r in rows if (r["step"], r["data"]) == ("final", data))
+        for data in ("dsp", "hh")
+    ]
+    text = " ".join(README.split())
+    assert "; ".join(found) in text
+    assert f"{kls[0]:.3f} and {kls[1]:.3f} nats a token" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -465,3 +466,19 @@ def test_the_workspace_asks_for_huge_pages():
         pytest.skip("a kernel without huge pages")
     assert "hg" in flags
     prefer_huge_pages(torch.empty(0))  # too small to hold one: nothing happens
+
+
+def test_the_kept_workspace_serves_every_size_mode_and_thread(backend):
+    cases = [
+        linear_case(rows=rows, vocab=vocab, dtype=torch.bfloat16, coef=COEFFICIENTS["policy"])
+        for rows, vocab in ((40, 900), (3, 70), (17, 400))
+    ]
+    expected = [linear_ours(case, backend) for case in cases]
+    with torch.inference_mode():
+        call(linear_case(rows=50, vocab=1000, dtype=torch.float32), backend)  # the largest yet
+    for case, result in zip(cases, expected, strict=True):
+        assert same_bits(linear_ours(case, backend), result)
+    with ThreadPoolExecutor(len(cases)) as pool:
+        for _ in range(10):
+            results = pool.map(lambda case: linear_ours(case, backend), cases)
+            assert all(same_bits(*pair) for pair in zip(results, expected, strict=True))
