@@ -92,7 +92,7 @@ def draw_linear_loss(records: Sequence[Record], folder: Path) -> None:
     chosen = {label(r): r for r in mine if r["shape"]["N"] == at}
     peaks = {name: r["peak_extra_mib"] for name, r in chosen.items()
              if r.get("peak_extra_mib") is not None}
-    widths = [1.25] * (len(counts) > 1) + [1.0] + [1.0] * bool(peaks)
+    widths = [1.5] * (len(counts) > 1) + [1.0] + [1.0] * bool(peaks)
     figure, axes = _figure(len(widths), (5 * len(widths), 4.6), width_ratios=widths)
     if len(counts) > 1:
         lines, *axes = axes
@@ -100,7 +100,12 @@ def draw_linear_loss(records: Sequence[Record], folder: Path) -> None:
             points = [(r["shape"]["N"], r["ms"]) for r in mine if label(r) == name]
             lines.plot(*zip(*points, strict=True), **style(name, names), label=name)
         lines.set(xscale="log", yscale="log", xlabel="rows N", ylabel="milliseconds")
-        lines.legend(fontsize=6.5, frameon=False)
+        lines.set_xticks(counts, [f"{n:,}" for n in counts])
+        lines.minorticks_off()
+        # Above the lines: room for the legend, in two columns.
+        low, high = lines.get_ylim()
+        lines.set_ylim(low, high * (high / low) ** 0.7)
+        lines.legend(fontsize=6, frameon=False, ncol=2, loc="upper left")
         lines.set_title("time over N", fontsize=10, loc="left")
     bars(axes[0], {name: r["ms"] for name, r in chosen.items()}, names, "milliseconds")
     axes[0].set_title(f"time at N = {at:,}", fontsize=10, loc="left")
