@@ -44,7 +44,6 @@ from real_preferences_scores import (
     draw,
     probe_margins,
     score_pairs,
-    wins,
 )
 from torch import Tensor
 
@@ -53,6 +52,7 @@ from qadapter.base import cache_dir, load_tokenizer
 from qadapter.data import load_preferences, split_by_prompt, tokenize_preferences
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.bootstrap import ClusterBootstrap
+from qadapter.evaluation.preference import wins
 from qadapter.training import FeatureSet, QAdapterConfig, QAdapterTrainer
 from qadapter.training.feature_store import load_or_compute
 

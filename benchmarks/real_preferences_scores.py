@@ -12,6 +12,7 @@ from torch import Tensor
 from qadapter import QAdapterModel
 from qadapter.evaluation.bootstrap import ClusterBootstrap
 from qadapter.evaluation.judges.trained import fit_bradley_terry
+from qadapter.evaluation.preference import wins
 from qadapter.evaluation.scoring import Scorer, evaluating
 from qadapter.training import FeatureSet
 from qadapter.training.features import FeatureCollator
@@ -67,11 +68,6 @@ def score_pairs(model: QAdapterModel, features: FeatureSet) -> PairScores:
         for name in ("num_actions", "lengths")
     )
     return PairScores(rewards, logps, tokens, lengths)
-
-
-def wins(margin_P: np.ndarray) -> np.ndarray:
-    """A tie is half right."""
-    return (np.sign(margin_P) + 1) / 2
 
 
 def accuracies(scores: PairScores, bootstrap: ClusterBootstrap) -> dict[str, Any]:

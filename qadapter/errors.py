@@ -1,4 +1,7 @@
-"""The one exception that users are meant to see."""
+"""The one exception that users are meant to see, and what its messages share."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class QAdapterError(Exception):
@@ -10,3 +13,9 @@ class QAdapterError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(str(message).split()))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?``, or nothing."""
+    found = difflib.get_close_matches(name, list(known), 1, cutoff=0.5)
+    return f"; did you mean {found[0]!r}?" if found else ""

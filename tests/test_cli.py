@@ -9,16 +9,9 @@ import types
 import pytest
 import yaml
 from PIL import Image
-from tiny_models import preference_rows, save_tiny, write_jsonl
+from tiny_models import cli, preference_rows, save_tiny, write_jsonl
 
 from qadapter import QAdapterModel
-from qadapter.cli import main
-
-
-def cli(*arguments) -> int:
-    with pytest.raises(SystemExit) as end:
-        main([str(a) for a in arguments])
-    return end.value.code
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,11 @@ import torch
 from data.tiny import chatml
 from naive import NaivePolicy, with_head
 from safetensors.torch import load_file, save_file
-from tiny_models import save_tiny, tiny_base, tiny_llama
+from tiny_models import cli, save_tiny, tiny_base, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qadapter import AdapterConfig, ObjectiveConfig, QAdapterError, QAdapterModel
 from qadapter.adapters import LinearHeadAdapter
-from qadapter.cli import main
 from qadapter.export import export
 from qadapter.exporting import stock, verification
 from qadapter.exporting.approximation import fit_linear
@@ -438,12 +437,6 @@ def test_the_other_process_must_be_free_of_us(tmp_path):
 
 
 # --- the command, with the other process --------------------------------------------------------
-
-
-def cli(*arguments) -> int:
-    with pytest.raises(SystemExit) as end:
-        main([str(a) for a in arguments])
-    return end.value.code
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from data.tiny import chatml
 from tiny_models import (
+    cli,
     preference_rows,
     save_tiny,
     tiny_adapter,
@@ -19,7 +20,6 @@ from tiny_models import (
 )
 
 from qadapter import AdapterConfig, ObjectiveConfig, QAdapterError, QAdapterModel
-from qadapter.cli import main
 from qadapter.evaluation.answers import encode_prompt
 from qadapter.evaluation.rewards_page import rewards_page
 from qadapter.evaluation.token_rewards import (
@@ -226,12 +226,6 @@ def _luminance(rgb) -> float:
 
 
 # --- the command --------------------------------------------------------------------------------
-
-
-def cli(*arguments) -> int:
-    with pytest.raises(SystemExit) as end:
-        main([str(a) for a in arguments])
-    return end.value.code
 
 
 @pytest.fixture(scope="module")

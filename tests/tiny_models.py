@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from data.tiny import chatml
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from qadapter import AdapterConfig, QAdapterModel
+from qadapter.cli import main
 from qadapter.data import as_preferences, tokenize_preferences
 
 WORDS = ("blue", "green", "red", "hot", "short", "always", "never", "maybe")
@@ -80,6 +82,13 @@ def preference_rows(count: int = 16) -> list[dict]:
         }
         for i in range(count)
     ]
+
+
+def cli(*arguments) -> int:
+    """The exit code of ``qadapter ARGUMENTS``."""
+    with pytest.raises(SystemExit) as end:
+        main([str(a) for a in arguments])
+    return end.value.code
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:

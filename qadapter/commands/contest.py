@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qadapter.commands import arguments as args
 from qadapter.commands.loading import load_model
 from qadapter.console.progress import progress_bar
-from qadapter.data import load_preferences, split_by_prompt
+from qadapter.data import load_preferences, split_by_prompt, without_prompts
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.answers import Prompt
 from qadapter.evaluation.judges import (
@@ -58,16 +58,15 @@ def split_pairs(
     judge_pairs = load_preferences(
         judging.judge_dataset_name, split=data.dataset_split, **data.load_kwargs()
     )
-    asked = set(pairs["prompt_id"])
-    kept = [i for i, prompt in enumerate(judge_pairs["prompt_id"]) if prompt not in asked]
-    if not kept:
+    kept = without_prompts(judge_pairs, pairs["prompt_id"])
+    if len(kept) == 0:
         raise QAdapterError("every prompt of judge_dataset_name is also asked: no judge is fair")
     if len(kept) < len(judge_pairs):
         console.print(
             f"left out of the judges' training: {len(judge_pairs) - len(kept):,} pairs whose "
             "prompt is asked", highlight=False,
         )
-    return pairs, judge_pairs.select(kept)
+    return pairs, kept
 
 
 def _load_opponent(

@@ -7,12 +7,11 @@ dataclass. Text is converted by the field's type wherever it came from: to YAML,
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import enum
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +19,7 @@ import typer
 import yaml
 from rich.markup import escape
 
-from qadapter.errors import QAdapterError
+from qadapter.errors import QAdapterError, nearest
 
 _METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT", None: "YAML"}
 _NONE = ("none", "null")
@@ -99,12 +98,6 @@ class Option:
             return escape(self.help)
         default = str(default).lower() if isinstance(default, bool) else str(default)
         return f"{escape(self.help)} [dim]{escape(f'[default: {default}]')}[/dim]"
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``; did you mean 'x'?``, or nothing."""
-    found = difflib.get_close_matches(name, list(known), 1, cutoff=0.5)
-    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def options(

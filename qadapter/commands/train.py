@@ -22,7 +22,7 @@ from qadapter.commands.options import Group, command
 from qadapter.console.environment import devices, peak_rss_bytes, quiet_libraries, versions
 from qadapter.console.folders import RUN_FILES, check_output_dir, remove_files, telling_full_disk
 from qadapter.console.progress import TrainingProgress
-from qadapter.data import load_preferences, split_by_prompt
+from qadapter.data import load_preferences, split_by_prompt, without_prompts
 from qadapter.errors import QAdapterError
 from qadapter.evaluation import (
     comparison_table,
@@ -183,17 +183,15 @@ def _load_pairs(
         script.test_dataset_name or script.dataset_name,
         split=script.dataset_test_split or "train", **script.load_kwargs(),
     )
-    held_out = set(test["prompt_id"])
-    kept = [i for i, prompt in enumerate(train["prompt_id"]) if prompt not in held_out]
-    if not kept:
+    kept = without_prompts(train, test["prompt_id"])
+    if len(kept) == 0:
         raise QAdapterError("every training prompt is also held out: nothing is left to train on")
     if len(kept) < len(train):
         console.print(
             f"left out of training: {len(train) - len(kept):,} pairs whose prompt is held out",
             highlight=False,
         )
-        train = train.select(kept)
-    return train, test
+    return kept, test
 
 
 def _train(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import types
 import typing
@@ -22,7 +21,7 @@ from qadapter.compare.config import (
     Replay,
     swept,
 )
-from qadapter.errors import QAdapterError
+from qadapter.errors import QAdapterError, nearest
 
 
 def read_config(path: str | Path) -> CompareConfig:
@@ -68,13 +67,13 @@ def _check(config: CompareConfig, path: str) -> CompareConfig:
     for name, sweep in config.sweeps.items():
         if sweep.of not in config.methods:
             refuse(f"sweeps.{name}.of", f"no method is called {sweep.of!r}"
-                   + _nearest(sweep.of, config.methods))
+                   + nearest(sweep.of, config.methods))
         method = config.methods[sweep.of]
         known = {f.name for f in dataclasses.fields(method)} - {"seeds"}
         missing = [n for n in swept(sweep, 0.0) if n not in known]
         if missing:
             refuse(f"sweeps.{name}.option", f"{method.kind} has no {missing[0]!r}"
-                   + _nearest(missing[0], known))
+                   + nearest(missing[0], known))
     if any(w < 0 for w in config.evaluation.strengths):
         refuse("evaluation.strengths", "a strength must not be negative")
     for name in ("prompts", "samples", "base_samples", "max_new_tokens", "batch_size"):
@@ -92,7 +91,7 @@ def _build(cls: type, written: Any, path: str, key: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls) if f.metadata.get("in_file", True)}
     for name in written:
         if name not in fields:
-            raise QAdapterError(f"{where}: unknown key {name!r}" + _nearest(str(name), fields))
+            raise QAdapterError(f"{where}: unknown key {name!r}" + nearest(str(name), fields))
     missing = [
         name for name, f in fields.items() if name not in written
         and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
@@ -136,14 +135,9 @@ def _method(value: Any, path: str, key: str) -> Method:
     if kind not in METHODS:
         raise QAdapterError(
             f"{path}: {key}.method: expected one of {', '.join(METHODS)}, got {kind!r}"
-            + _nearest(str(kind), METHODS)
+            + nearest(str(kind), METHODS)
         )
     return _build(METHODS[kind], options, path, key)
-
-
-def _nearest(name: str, known: Any) -> str:
-    found = difflib.get_close_matches(name, list(known), 1, cutoff=0.5)
-    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 # --- the same comparison? -----------------------------------------------------------------------

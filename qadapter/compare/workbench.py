@@ -48,7 +48,6 @@ class Workbench:
         self.old = None if config.old is None else self._prepare(config.old, "old")
         self.texts = {t.name: load_texts(t, config.find(t.file))
                       for t in config.evaluation.retention}
-        self._fresh: QAdapterModel | None = None
         self._base_scores: dict[tuple[str, str], np.ndarray] = {}
 
     def _load_base(self) -> LoadedBase:
@@ -79,12 +78,10 @@ class Workbench:
         torch.manual_seed(seed)
         return QAdapterModel.from_base(base, self.adapter_config(), objective)
 
-    @property
+    @functools.cached_property
     def fresh(self) -> QAdapterModel:
         """The base, as a model whose adapter does nothing."""
-        if self._fresh is None:
-            self._fresh = QAdapterModel.from_base(self.loaded, AdapterConfig(rank=1))
-        return self._fresh
+        return QAdapterModel.from_base(self.loaded, AdapterConfig(rank=1))
 
     # --- judges and answers -----------------------------------------------------------------
 

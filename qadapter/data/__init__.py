@@ -5,7 +5,7 @@ from qadapter.data.encoding import EndOfTurn, learn_end_of_turn
 from qadapter.data.fingerprints import fingerprint
 from qadapter.data.preferences import as_preferences, load_preferences
 from qadapter.data.report import DROP_REASONS, NOTES, PreparationReport
-from qadapter.data.splits import split_by_prompt
+from qadapter.data.splits import split_by_prompt, without_prompts
 from qadapter.data.tokenization import TokenizedPreferences, tokenize_preferences
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "load_preferences",
     "split_by_prompt",
     "tokenize_preferences",
+    "without_prompts",
 ]

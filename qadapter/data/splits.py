@@ -1,7 +1,7 @@
 """Splits that never show a held-out prompt in training."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from datasets import Dataset
 
@@ -41,6 +41,14 @@ def split_by_prompt(
     for index, prompt_id in enumerate(prompt_ids):
         indices[part_of.get(prompt_id, 0)].append(index)
     return tuple(dataset.select(part) for part in indices)
+
+
+def without_prompts(dataset: Dataset, prompt_ids: Iterable[str]) -> Dataset:
+    """The pairs whose `prompt_id` is none of these; they may be none."""
+    excluded = set(prompt_ids)
+    return dataset.select(
+        [i for i, prompt in enumerate(dataset["prompt_id"]) if prompt not in excluded]
+    )
 
 
 def _count(size: float | int, total: int) -> int:

@@ -175,10 +175,10 @@ def evaluate_preferences(
         names = (prefix, f"{prefix}_mean", f"{prefix}_length_controlled")
         if not customised and suffix != "_base":
             return dict.fromkeys(names)
-        right = _wins(pairs.margin(name))
+        right = wins(pairs.margin(name))
         return dict(zip(names, (
             bootstrap.mean(right),
-            bootstrap.mean(_wins(pairs.margin(name, per_token=True))),
+            bootstrap.mean(wins(pairs.margin(name, per_token=True))),
             bootstrap.mean_of_means(right, [lengths > 0, lengths < 0]),
         ), strict=True))
 
@@ -196,8 +196,8 @@ def evaluate_preferences(
         answer_kl_per_token=(
             bootstrap.mean(pairs.kl_base_policy / tokens, tokens) if customised else None
         ),
-        longer_wins=bootstrap.mean(_wins(lengths)),
-        shorter_wins=bootstrap.mean(_wins(-lengths)),
+        longer_wins=bootstrap.mean(wins(lengths)),
+        shorter_wins=bootstrap.mean(wins(-lengths)),
         random_baseline=0.5,
         share_chosen_longer=float((lengths > 0).mean()),
         calibration=_calibrate(reward_margin, bootstrap) if customised else None,
@@ -205,7 +205,8 @@ def evaluate_preferences(
     )
 
 
-def _wins(margin_P: np.ndarray) -> np.ndarray:
+def wins(margin_P: np.ndarray) -> np.ndarray:
+    """1 where the margin is positive, 0.5 where it is 0, else 0."""
     return np.where(margin_P == 0, 0.5, margin_P > 0)
 
 
@@ -217,7 +218,7 @@ def _calibrate(margin_P: np.ndarray, bootstrap: ClusterBootstrap) -> Calibration
     # Which of the two is called "chosen" is no outcome to predict: it is always the first. What
     # can be right or wrong is the side the model takes, with confidence σ(|margin|).
     confidence_P = _sigmoid(np.abs(margin_P))
-    right_P = _wins(margin_P)
+    right_P = wins(margin_P)
     edges = np.linspace(0.5, 1, NUM_BINS + 1).round(6).tolist()
     bin_P = np.minimum(((confidence_P - 0.5) * 2 * NUM_BINS).astype(int), NUM_BINS - 1)
     bins, error = [], 0.0

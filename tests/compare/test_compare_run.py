@@ -7,9 +7,9 @@ import json
 import pytest
 from comparisons import settings, write_config, write_place
 from PIL import Image
+from tiny_models import cli
 
 from qadapter import QAdapterError, QAdapterModel
-from qadapter.cli import main
 from qadapter.compare import read_config, read_results, run_comparison
 from qadapter.compare.page import columns
 from qadapter.compare.pictures import draw_all
@@ -21,12 +21,6 @@ METHODS = ("sft", "replay", "dpo", "rloo", "q")
 
 class Killed(Exception):
     pass
-
-
-def cli(*arguments) -> int:
-    with pytest.raises(SystemExit) as end:
-        main([str(a) for a in arguments])
-    return end.value.code
 
 
 @pytest.fixture(scope="module")
