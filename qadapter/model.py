@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from qadapter.errors import QAdapterError
 from qadapter.head import LanguageModelHead
 from qadapter.objective import ObjectiveConfig, find_actions, sequence_loss
 from qadapter.policy import BASE, Policy
+from qadapter.trunk_memo import TrunkMemo
 from qadapter_kernels import linear_soft_value, soft_value
 from qadapter_kernels.reference import Coefficients, accumulation_dtype
 
@@ -45,7 +47,8 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
     """A frozen base and an adapter that make up the customised policy π̃.
 
     Build with ``from_base`` or ``from_pretrained``. Attributes: ``base`` (the frozen causal LM),
-    ``adapter`` (the only trainable part), ``objective``, ``adapter_config``, ``head``, ``policy``.
+    ``adapter`` (the only trainable part), ``objective``, ``adapter_config``, ``head``, ``policy``;
+    ``trunk_memo`` (None), which several models of one base may share.
     """
 
     base_model_prefix = "base"
@@ -69,6 +72,7 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         self.objective = objective
         self.base_identity = base_identity
         self.policy = Policy(objective)
+        self.trunk_memo: TrunkMemo | None = None
         self.head = LanguageModelHead.of(base)
         self.generation_config = copy.deepcopy(base.generation_config)
         self.all_tied_weights_keys = {}
@@ -355,7 +359,10 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
 
     def base_hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The frozen base's last hidden states [B, T, D], after the final norm."""
-        return self._trunk_hidden(BASE, input_ids, attention_mask)
+        trunk = functools.partial(self._trunk_hidden, BASE)
+        if self.trunk_memo is None:
+            return trunk(input_ids, attention_mask)
+        return self.trunk_memo(trunk, input_ids, attention_mask)
 
     def adapter_hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The adapted stream's last hidden states [B, T, D]; gradients reach the adapter."""

@@ -15,7 +15,7 @@ from qadapter.commands.loading import load_model
 from qadapter.console.progress import progress_bar
 from qadapter.data import load_preferences, split_by_prompt, without_prompts
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.answers import Prompt
+from qadapter.evaluation.answers import Prompt, with_system
 from qadapter.evaluation.judges import (
     HiddenStateJudge,
     Judge,
@@ -123,7 +123,8 @@ def draw_answers(
         player = f"{rival}, prompted"
         players[player] = draw(
             player, draws.draws, rivals, rival_strength,
-            _with_system(prompts, draws.control_system, rivals[1]), draws.seed + 2000,
+            with_system(prompts, draws.control_system, rivals[1], "control_system"),
+            draws.seed + 2000,
         )
     players[rival] = draw(
         rival, draws.opponent_draws, rivals, rival_strength, prompts, draws.seed + 1000
@@ -142,22 +143,6 @@ def _choose(
     asked = PreferenceTexts(*([column[i] for i in kept] for column in texts))
     first = {name: i for i, name in reversed(list(enumerate(asked.prompt_ids)))}
     return asked, sorted(first.values())
-
-
-def _with_system(
-    prompts: list[Prompt], system: str, tokenizer: PreTrainedTokenizerBase
-) -> list[Prompt]:
-    if not tokenizer.chat_template:
-        raise QAdapterError("control_system needs a model with a chat template")
-    found: list[Prompt] = []
-    for prompt in prompts:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if isinstance(messages[0], int) or messages[0]["role"] == "system":
-            raise QAdapterError(
-                "control_system needs prompts of text or messages without a system message"
-            )
-        found.append([{"role": "system", "content": system}, *messages])
-    return found
 
 
 # --- judges -------------------------------------------------------------------------------------

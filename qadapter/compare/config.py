@@ -51,6 +51,19 @@ class AdapterSpec:
 
 
 @dataclass(frozen=True)
+class FirstSpec:
+    """What the base learns before anything is compared: the old preference, by DPO, through a
+    linear head adapter that is then merged into it. The merged model is the base of all rows."""
+
+    beta: float = 0.3
+    rank: int = 128
+    learning_rate: float = 1e-3
+    num_train_epochs: float = 1.0
+    per_device_train_batch_size: int = 8
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class TrainingSpec:
     """What all methods share. The budget is the tokens, prompts included, of both answers of all
     training pairs, times ``num_train_epochs``; every method stops when it has seen as many."""
@@ -74,6 +87,12 @@ class RetentionTexts:
     file: str
     """.txt (one a line) or .jsonl (key: text); "built-in" for the passages of the demo."""
     max_texts: int | None = None
+    preferred: bool = False
+    """The file holds preferences instead: the preferred answer of each prompt is scored."""
+    domain: str | None = None
+    """Of DSP's preferences."""
+    max_length: int = 256
+    """Most tokens of prompt and preferred answer."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +126,13 @@ class Method:
     """One row of the comparison."""
 
     kind: ClassVar[str]
+    trained: ClassVar[bool] = True
     seeds: list[int] | None = None
     """Instead of the comparison's own."""
     learning_rate: float | None = None
     """Instead of the one all methods share."""
+    adapter: AdapterSpec | None = None
+    """Instead of the comparison's own: to compare adapters; budgets are no longer equal then."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +190,30 @@ class QAdapter(Method):
         return ObjectiveConfig(**{name: getattr(self, name) for name in names})
 
 
-METHODS: dict[str, type[Method]] = {m.kind: m for m in (SFT, Replay, DPO, RLOO, QAdapter)}
+@dataclass(frozen=True)
+class Prompted(Method):
+    """A control that is not trained: the base, asked for the new preference in words."""
+
+    kind: ClassVar[str] = "prompted"
+    trained: ClassVar[bool] = False
+    system: str = ""
+    """The system message; judges see the prompt without it."""
+
+
+@dataclass(frozen=True)
+class Reversed(Method):
+    """A control that is not trained: another row's head adapter with its change turned round,
+    h_a = h_b − f(h_b). What is learned should be lost; what gains here too is no gain."""
+
+    kind: ClassVar[str] = "reversed"
+    trained: ClassVar[bool] = False
+    of: str = ""
+    """Name of that row."""
+
+
+METHODS: dict[str, type[Method]] = {
+    m.kind: m for m in (SFT, Replay, DPO, RLOO, QAdapter, Prompted, Reversed)
+}
 
 
 @dataclass(frozen=True)
@@ -178,8 +223,9 @@ class Sweep:
     of: str
     """Name of the method that is varied."""
     option: str
-    """Its option; "alpha" sets alpha_0 and alpha_tilde together."""
-    values: list[float]
+    """Its option; "alpha" sets alpha_0 and alpha_tilde together, "adapter.rank" and the like one
+    of its adapter's."""
+    values: list[float | str]
     seeds: list[int] | None = None
 
 
@@ -191,7 +237,7 @@ class Row:
     method: Method
     seeds: tuple[int, ...]
     sweep: str | None = None
-    value: float | None = None
+    value: float | str | None = None
 
 
 @dataclass(frozen=True)
@@ -205,7 +251,9 @@ class CompareConfig:
     title: str = "Comparison"
     seeds: list[int] = field(default_factory=lambda: [0])
     old: DataConfig | None = None
-    """What the base had learned before: answered, judged and replayed, never trained on."""
+    """What the base had learned before: answered, judged and replayed; no method trains on it."""
+    first: FirstSpec | None = None
+    """Teach the base the old preference first; none to take the base as it is."""
     adapter: AdapterSpec = AdapterSpec()
     training: TrainingSpec = TrainingSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
@@ -228,12 +276,22 @@ class CompareConfig:
         for name, sweep in self.sweeps.items():
             origin = self.methods[sweep.of]
             for value in sweep.values:
-                method = dataclasses.replace(origin, **swept(sweep, value))
+                method = self.varied(origin, sweep.option, value)
                 if method != origin:
                     seeds = tuple(self.seeds if sweep.seeds is None else sweep.seeds)
-                    rows.append(Row(f"{sweep.of} {sweep.option}={value:g}", method, seeds, name,
+                    shown = value if isinstance(value, str) else f"{value:g}"
+                    rows.append(Row(f"{sweep.of} {sweep.option}={shown}", method, seeds, name,
                                     value))
         return rows
+
+    def varied(self, method: Method, option: str, value: float | str) -> Method:
+        """A method with an option of a sweep at one of its values."""
+        _, in_adapter, name = option.rpartition("adapter.")
+        if in_adapter:
+            spec = method.adapter or self.adapter
+            spec = dataclasses.replace(spec, **{name: type(getattr(spec, name))(value)})
+            return dataclasses.replace(method, adapter=None if spec == self.adapter else spec)
+        return dataclasses.replace(method, **dict.fromkeys(swept(option), value))
 
     def as_dict(self) -> dict[str, Any]:
         """JSON types, as written: methods with their kind, names of files not resolved."""
@@ -244,7 +302,6 @@ class CompareConfig:
         return written
 
 
-def swept(sweep: Sweep, value: float) -> dict[str, float]:
-    """The options a sweep sets at one of its values."""
-    names = ("alpha_0", "alpha_tilde") if sweep.option == "alpha" else (sweep.option,)
-    return dict.fromkeys(names, value)
+def swept(option: str) -> tuple[str, ...]:
+    """The fields of a method that an option of a sweep sets."""
+    return ("alpha_0", "alpha_tilde") if option == "alpha" else (option,)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -103,12 +103,23 @@ def _thin(dataset: Dataset, config: DataConfig) -> Dataset:
     ))
 
 
-def load_texts(texts: RetentionTexts, file: str) -> list[str]:
-    """Texts to measure retention on.
+class Texts(NamedTuple):
+    """What retention is measured on, as ``evaluate_retention`` takes it."""
+
+    texts: Sequence[str] | Sequence[Sequence[int]]
+    prompt_lengths: list[int] | None = None
+
+
+def load_texts(
+    texts: RetentionTexts, file: str, tokenizer: PreTrainedTokenizerBase
+) -> Texts:
+    """Read unrelated texts.
 
     Raises:
         QAdapterError: a file that is missing, empty or of another form.
     """
+    if texts.preferred:
+        return _preferred(texts, file, tokenizer)
     path = BUILT_IN if texts.file == "built-in" else Path(file)
     try:
         lines = [x for x in path.read_text(encoding="utf-8").splitlines() if x.strip()]
@@ -121,4 +132,19 @@ def load_texts(texts: RetentionTexts, file: str) -> list[str]:
         ) from error
     if not lines:
         raise QAdapterError(f"evaluation.retention: {path} is empty")
-    return lines[: texts.max_texts]
+    return Texts(lines[: texts.max_texts])
+
+
+def _preferred(texts: RetentionTexts, file: str, tokenizer: PreTrainedTokenizerBase) -> Texts:
+    """One preferred answer of each prompt, behind its prompt."""
+    pairs = load_preferences(file, domain=texts.domain)
+    first = {name: i for i, name in reversed(list(enumerate(pairs["prompt_id"])))}
+    rows = sorted(first.values())
+    if texts.max_texts is not None:
+        rows = rows[: 2 * texts.max_texts]  # some may be too long
+    tokens, _ = tokenize_preferences(pairs.select(rows), tokenizer, max_length=texts.max_length)
+    tokens = tokens.select(range(min(len(tokens), texts.max_texts or len(tokens))))
+    return Texts(
+        [p + c for p, c in zip(tokens["prompt_ids"], tokens["chosen_ids"], strict=True)],
+        [len(p) for p in tokens["prompt_ids"]],
+    )

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from qadapter.compare.config import Row
+from qadapter.compare.config import Prompted, Row
 from qadapter.compare.workbench import Workbench
 from qadapter.evaluation import (
     answer_statistics,
     evaluate_preferences,
     evaluate_retention,
 )
-from qadapter.evaluation.answers import encode_prompt
+from qadapter.evaluation.answers import encode_prompt, with_system
 from qadapter.evaluation.judges import judged_gain, score_draws
 from qadapter.model import QAdapterModel
 
@@ -26,16 +26,31 @@ _PLAIN = ("reliability_bins",)
 
 def probe(bench: Workbench, model: QAdapterModel) -> dict[str, Any]:
     """Retention alone, on the first of the texts: what is followed during training."""
-    name, texts = next(iter(bench.texts.items()))
+    name, (texts, prompt_lengths) = next(iter(bench.texts.items()))
     found = evaluate_retention(
-        model, texts, bench.tokenizer, strength=1.0,
+        model, texts, bench.tokenizer, prompt_lengths=prompt_lengths, strength=1.0,
         batch_size=bench.config.evaluation.batch_size, num_resamples=200,
     )
     return {"texts": name, **found.as_dict()}
 
 
+def evaluate_row(
+    bench: Workbench, model: QAdapterModel, row: Row, split: str, seed: int
+) -> dict[str, Any]:
+    """All measures of one run: the first seeds of a method at every setting of the dial, other
+    seeds, controls and the rows of a sweep at their own alone."""
+    spec = bench.config.evaluation
+    if isinstance(row.method, Prompted):
+        return evaluate(bench, model, split, [0.0], seed, system=row.method.system)
+    alone = row.sweep is not None or not row.method.trained
+    if alone or row.seeds.index(seed) >= spec.dial_seeds:
+        return evaluate(bench, model, split, [1.0], seed, old_answers=row.sweep is None)
+    return evaluate(bench, model, split, sorted({*spec.strengths, 1.0}), seed)
+
+
 def evaluate(
-    bench: Workbench, model: QAdapterModel, split: str, strengths: list[float], seed: int
+    bench: Workbench, model: QAdapterModel, split: str, strengths: list[float], seed: int, *,
+    old_answers: bool = True, system: str | None = None,
 ) -> dict[str, Any]:
     """All measures of one model, as JSON types.
 
@@ -43,6 +58,9 @@ def evaluate(
         split: "validation" or "test".
         strengths: settings of the dial; 0 is the base.
         seed: of the sampled answers.
+        old_answers: sample answers to the old preference's prompts too, where the model is what
+            was trained or the base: at no other setting of the dial are they shown.
+        system: a system message to answer with.
     """
     spec = bench.config.evaluation
     found: dict[str, Any] = {"split": split, "preferences": {}, "dial": []}
@@ -58,25 +76,30 @@ def evaluate(
             "strength": strength,
             "retention": {
                 name: evaluate_retention(
-                    model, texts, bench.tokenizer, strength=strength, batch_size=spec.batch_size
+                    model, texts, bench.tokenizer, prompt_lengths=prompt_lengths,
+                    strength=strength, batch_size=spec.batch_size,
                 ).as_dict()
-                for name, texts in bench.texts.items()
+                for name, (texts, prompt_lengths) in bench.texts.items()
             },
             "answers": {
-                kind: _answers(bench, model, kind, split, strength, seed) for kind in bench.kinds
+                kind: _answers(bench, model, kind, split, strength, seed, system)
+                for kind in bench.kinds
+                if kind == "new" or (old_answers and strength in (0.0, 1.0))
             },
         })
     return found
 
 
 def _answers(
-    bench: Workbench, model: QAdapterModel, kind: str, split: str, strength: float, seed: int
+    bench: Workbench, model: QAdapterModel, kind: str, split: str, strength: float, seed: int,
+    system: str | None,
 ) -> dict[str, Any]:
     """Sampled answers to held-out prompts of one kind, beside the base's."""
     spec = bench.config.evaluation
     names, prompts = getattr(bench.kinds[kind], split).prompts(spec.prompts, spec.seed)
     base = bench.base_answers(f"{split}-{kind}", prompts, spec.base_samples, spec.seed)
-    own = bench.sample(model, prompts, spec.samples, seed=1000 + seed, strength=strength)
+    asked = prompts if system is None else with_system(prompts, system, bench.tokenizer, "system")
+    own = bench.sample(model, asked, spec.samples, seed=1000 + seed, strength=strength)
     encoded = [encode_prompt(bench.tokenizer, prompt) for prompt in prompts]
 
     def divergence(draws: list) -> dict[str, Any]:
@@ -95,17 +118,10 @@ def _answers(
         judged[judge.name] = judged_gain(ours, theirs, clusters=names).as_dict()
     return {
         "judged": judged,
-        "kl_of_own_answers": divergence(own)["kl_policy_base_per_token"],
+        # With a system message it is another distribution than any the model is compared with.
+        "kl_of_own_answers":
+            None if system is not None else divergence(own)["kl_policy_base_per_token"],
         "kl_on_base_answers": divergence(base[:1])["kl_per_token"],
         "statistics": answer_statistics([a for draw in own for a in draw]),
         "statistics_base": answer_statistics([a for draw in base for a in draw]),
     }
-
-
-def strengths_of(bench: Workbench, row: Row, seed: int) -> list[float]:
-    """Settings of the dial that a run is measured at: 1 alone for the rows of a sweep, and for all
-    but the first seeds of a method."""
-    spec = bench.config.evaluation
-    if row.sweep is not None or row.seeds.index(seed) >= spec.dial_seeds:
-        return [1.0]
-    return sorted({*spec.strengths, 1.0})

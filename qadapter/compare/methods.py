@@ -50,7 +50,7 @@ def train(bench: Workbench, method: Method, seed: int, probe: Probe) -> Trained:
     Raises:
         QAdapterError: TRL is needed and not installed.
     """
-    model = bench.model(_objective(method), seed)
+    model = bench.model(method, _objective(method), seed)
     recorder = _Recorder(model, probe, bench.config.training.curve_points)
     with tempfile.TemporaryDirectory() as folder:
         trainer, name = _trainer(bench, method, seed, model, folder)
@@ -67,6 +67,13 @@ def train(bench: Workbench, method: Method, seed: int, probe: Probe) -> Trained:
         time.perf_counter() - start - recorder.seconds,
         time.process_time() - start_cpu - recorder.processor_seconds, recorder.curve,
     )
+
+
+def reversed_head(model: QAdapterModel) -> QAdapterModel:
+    """The model, its head adapter's change turned round in place: h_a = h_b − f(h_b)."""
+    with torch.no_grad():
+        model.adapter.up.weight.neg_()
+    return model
 
 
 def _objective(method: Method) -> ObjectiveConfig:

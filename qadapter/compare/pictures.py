@@ -46,7 +46,8 @@ def draw_all(comparison: Comparison, folder: str | Path | None = None) -> list[P
          "for the new preference and for the one the base had learned before. Small dots: seeds; "
          "whiskers: the mean of their 95% intervals over prompts.", draw_win_rates),
         ("frontier", "What is gained against what is moved: each curve is one method's dial, "
-         "strength 1 filled. Up and to the left is better. Whiskers: 95% intervals over prompts.",
+         "strength 1 filled; grey: controls. Up and to the left is better. Whiskers: 95% intervals "
+         "over prompts.",
          draw_frontier),
     ]
     for name, sweep in comparison.config["sweeps"].items():
@@ -131,6 +132,9 @@ def draw_frontier(comparison: Comparison) -> Figure | None:
     figure, [axes] = _figure(1)
     for number, result in enumerate(trained):
         _dial(axes, number, result, drift, gain)
+    for result in comparison.main[1:]:
+        if not result.trainings:
+            _control(axes, result, drift, gain)
     axes.axhline(0, color="0.5", linestyle=":", linewidth=1)
     axes.set_xscale("log")
     _name(axes, f"{_KL}, {comparison.texts[0]}", _GAIN)
@@ -148,6 +152,9 @@ def draw_sweep(comparison: Comparison, name: str) -> Figure | None:
     for axes, measure, label in zip(panels, measures, (_GAIN, _KL), strict=True):
         found = [(value, result.number(measure)) for value, result in points]
         found = [(value, x) for value, x in found if x is not None]
+        if any(isinstance(value, str) for value, _ in points):
+            axes.set_xticks(range(len(points)), [value for value, _ in points])
+            found = [(i, x) for i, (_, x) in enumerate(found)]
         _line(axes, 0, *zip(*((value, x.mean) for value, x in found), strict=True),
               f"trained at this {sweep['option']}")
         for value, x in found:
@@ -159,7 +166,9 @@ def draw_sweep(comparison: Comparison, name: str) -> Figure | None:
             dial = [(alpha / w, x.mean) for w, [x] in origin.dial(measure) if x and w > 0]
             _line(axes, 1, *zip(*dial, strict=True), f"{sweep['of']} by the dial: {alpha:g}/w")
         values = [value for value, _ in points]
-        if min(values) > 0:
+        if any(isinstance(value, str) for value in values):
+            axes.set_xlim(-0.5, len(values) - 0.5)
+        elif min(values) > 0:
             axes.set_xscale("log")
         else:
             axes.set_xscale("symlog", linthresh=min(v for v in values if v > 0))
@@ -184,6 +193,17 @@ def _dial(axes: Axes, number: int, result: Result, x: Measure, y: Measure) -> No
                   label=result.row.name if own else None)
         if own and b.low is not None:
             axes.plot([a.mean, a.mean], [b.low, b.high], color=color, linewidth=0.8, alpha=0.6)
+
+
+def _control(axes: Axes, result: Result, x: Measure, y: Measure) -> None:
+    """A grey cross; a line across where the base itself has not moved."""
+    moved, gained = result.number(x), result.number(y)
+    if gained is None:
+        return
+    if moved is not None and moved.mean > 0:
+        axes.plot(moved.mean, gained.mean, "x", color="0.4", markersize=7, label=result.row.name)
+    else:
+        axes.axhline(gained.mean, color="0.4", linestyle="--", linewidth=1, label=result.row.name)
 
 
 def _line(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ import yaml
 from qadapter.compare.config import (
     BASE,
     METHODS,
+    AdapterSpec,
     CompareConfig,
     Method,
+    Prompted,
     QAdapter,
     Replay,
+    Reversed,
     swept,
 )
 from qadapter.errors import QAdapterError, nearest
@@ -52,13 +56,21 @@ def _check(config: CompareConfig, path: str) -> CompareConfig:
         refuse("methods", "there is nothing to compare")
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
         refuse("seeds", f"expected different whole numbers, got {config.seeds}")
-    if config.adapter.kind not in ("head", "lora"):
-        refuse("adapter.kind", f"expected head or lora, got {config.adapter.kind!r}")
+    if config.first is not None and config.old is None:
+        refuse("first", "the base can learn first only what old data hold (the key old)")
+    specs = {f"methods.{name}.adapter": m.adapter for name, m in config.methods.items()}
+    for key, spec in {"adapter": config.adapter, **specs}.items():
+        if spec is not None and spec.kind not in ("head", "lora"):
+            refuse(f"{key}.kind", f"expected head or lora, got {spec.kind!r}")
     for name, method in config.methods.items():
         if name == BASE:
             refuse(f"methods.{name}", "the base is always compared; choose another name")
         if isinstance(method, Replay) and config.old is None:
             refuse(f"methods.{name}", "replay needs old data (the key old)")
+        if isinstance(method, Prompted) and not method.system.strip():
+            refuse(f"methods.{name}.system", "is missing")
+        if isinstance(method, Reversed):
+            _check_reversed(config, name, method, refuse)
         if isinstance(method, QAdapter):
             try:
                 method.objective()
@@ -69,17 +81,46 @@ def _check(config: CompareConfig, path: str) -> CompareConfig:
             refuse(f"sweeps.{name}.of", f"no method is called {sweep.of!r}"
                    + nearest(sweep.of, config.methods))
         method = config.methods[sweep.of]
-        known = {f.name for f in dataclasses.fields(method)} - {"seeds"}
-        missing = [n for n in swept(sweep, 0.0) if n not in known]
+        if not method.trained:
+            refuse(f"sweeps.{name}.of", f"{method.kind} is not trained")
+        known = {f.name for f in dataclasses.fields(method)} - {"seeds", "adapter"}
+        known |= {f"adapter.{f.name}" for f in dataclasses.fields(AdapterSpec)
+                  if f.type in ("str", "int", "float")}
+        missing = [n for n in swept(sweep.option) if n not in known]
         if missing:
             refuse(f"sweeps.{name}.option", f"{method.kind} has no {missing[0]!r}"
                    + nearest(missing[0], known))
+        for value in sweep.values:
+            try:
+                varied = config.varied(method, sweep.option, value)
+                if isinstance(varied, QAdapter):
+                    varied.objective()
+            except (TypeError, ValueError) as error:
+                refuse(f"sweeps.{name}.values", f"{value!r}: {error}")
     if any(w < 0 for w in config.evaluation.strengths):
         refuse("evaluation.strengths", "a strength must not be negative")
     for name in ("prompts", "samples", "base_samples", "max_new_tokens", "batch_size"):
         if getattr(config.evaluation, name) < 1:
             refuse(f"evaluation.{name}", "must be at least 1")
     return config
+
+
+def _check_reversed(
+    config: CompareConfig, name: str, method: Reversed,
+    refuse: Callable[[str, str], typing.NoReturn],
+) -> None:
+    of = config.methods.get(method.of)
+    if of is None or not of.trained:
+        refuse(f"methods.{name}.of", f"no trained method is called {method.of!r}"
+               + nearest(method.of, [n for n, m in config.methods.items() if m.trained]))
+    if (of.adapter or config.adapter).kind != "head":
+        refuse(f"methods.{name}.of", "only a head adapter can be reversed")
+    if method.adapter is not None or method.learning_rate is not None:
+        refuse(f"methods.{name}", "what is not trained takes no adapter and no learning_rate")
+    seeds = config.seeds if method.seeds is None else method.seeds
+    missing = set(seeds) - set(config.seeds if of.seeds is None else of.seeds)
+    if missing:
+        refuse(f"methods.{name}.seeds", f"{method.of} has no seed {min(missing)}")
 
 
 def _build(cls: type, written: Any, path: str, key: str) -> Any:
@@ -109,7 +150,11 @@ def _value(kind: Any, value: Any, path: str, key: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
-        return _value(next(a for a in arguments if a is not type(None)), value, path, key)
+        *others, last = [a for a in arguments if a is not type(None)]
+        for other in others:
+            with contextlib.suppress(QAdapterError):
+                return _value(other, value, path, key)
+        return _value(last, value, path, key)
     if kind is Method:
         return _method(value, path, key)
     if dataclasses.is_dataclass(kind):

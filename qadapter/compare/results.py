@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qadapter.compare.config import BASE, CompareConfig, Row
+from qadapter.compare.config import BASE, CompareConfig, Prompted, Row, swept
 from qadapter.compare.run import CONFIG_NAME, TOUCHED_NAME, TRAINING_NAME, run_folder
 from qadapter.errors import QAdapterError
 
@@ -31,6 +31,7 @@ class Result:
 
     row: Row
     trainings: list[dict[str, Any]]
+    """One a seed; none for the base and for controls."""
     runs: list[dict[str, Any]]
     """What ``measure.evaluate`` gave, one a seed."""
 
@@ -41,7 +42,8 @@ class Result:
     @property
     def trained(self) -> float:
         """The setting that tables show: the trained policy, or the base itself."""
-        return 0.0 if self.row.name == BASE else 1.0
+        untouched = self.row.name == BASE or isinstance(self.row.method, Prompted)
+        return 0.0 if untouched else 1.0
 
     def number(self, measure: Measure) -> Spread | None:
         """A measure at the trained policy, over all seeds."""
@@ -79,16 +81,23 @@ class Comparison:
     def texts(self) -> list[str]:
         return list(self.results[0].runs[0]["dial"][0]["retention"])
 
-    def sweep(self, name: str) -> list[tuple[float, Result]]:
-        """(value, result) along a sweep; a method that has one of its values is a part of it."""
+    def sweep(self, name: str) -> list[tuple[float | str, Result]]:
+        """(value, result) along a sweep, in the order of its values; a method that has one of them
+        is a part of it."""
         sweep = self.config["sweeps"][name]
         found = {r.row.value: r for r in self.results if r.row.sweep == name}
-        own = self.config["methods"][sweep["of"]]
-        option = "alpha_tilde" if sweep["option"] == "alpha" else sweep["option"]
+        own = self.value_of(sweep)
         for result in self.results:
-            if result.row.name == sweep["of"] and own[option] in sweep["values"]:
-                found[own[option]] = result
-        return sorted(found.items())
+            if result.row.name == sweep["of"] and own in sweep["values"]:
+                found[own] = result
+        return [(value, found[value]) for value in sweep["values"] if value in found]
+
+    def value_of(self, sweep: dict[str, Any]) -> float | str:
+        """What the method that a sweep varies has itself."""
+        method, option = self.config["methods"][sweep["of"]], swept(sweep["option"])[-1]
+        if option.startswith("adapter."):
+            return (method["adapter"] or self.config["adapter"])[option.removeprefix("adapter.")]
+        return method[option]
 
 
 def read_results(config: CompareConfig, folder: str | Path, split: str) -> Comparison:
@@ -107,9 +116,10 @@ def read_results(config: CompareConfig, folder: str | Path, split: str) -> Compa
             (_read(where / TRAINING_NAME), _read(where / f"{split}.json"))
             for where in (run_folder(folder, row.name, seed) for seed in row.seeds)
         ]
-        found = [(training, run) for training, run in found if training and run]
+        found = [(t, run) for t, run in found if run and (t or not row.method.trained)]
         if found:
-            results.append(Result(row, *map(list, zip(*found, strict=True))))
+            trainings, runs = zip(*found, strict=True)
+            results.append(Result(row, [t for t in trainings if t], list(runs)))
     touched = _read(folder / TOUCHED_NAME) or {"touched": []}
     return Comparison(
         config.title, split, results, _read(folder / CONFIG_NAME) or {}, base["judges"],

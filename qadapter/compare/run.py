@@ -1,6 +1,7 @@
 """A whole comparison into one folder, resumable.
 
     config.json            the configuration and the files' hashes; a later run must agree
+    first/, first.json     the base with what it learned first, if the comparison asks for that
     base/SPLIT.json        the base as it is
     NAME/seed-K/           the adapter, training.json, and SPLIT.json once it is measured
     base_answers/          the base's own draws, sampled once
@@ -18,9 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qadapter.compare.config import BASE, SPLITS, CompareConfig, Row
-from qadapter.compare.measure import evaluate, probe, strengths_of
-from qadapter.compare.methods import train
+from qadapter.compare.config import BASE, SPLITS, CompareConfig, Prompted, Reversed, Row
+from qadapter.compare.measure import evaluate, evaluate_row, probe
+from qadapter.compare.methods import reversed_head, train
 from qadapter.compare.reading import changes, fingerprint_files
 from qadapter.compare.workbench import Workbench
 from qadapter.errors import QAdapterError
@@ -80,10 +81,9 @@ def run_comparison(
     for number, (row, seed) in enumerate(todo, 1):
         where = run_folder(folder, row.name, seed)
         told = f"[{number}/{len(todo)}] {row.name}, seed {seed}"
-        model = _trained(bench, row, seed, where, environment, lambda x, t=told: say(f"{t}: {x}"))
+        model = _model(bench, row, seed, folder, environment, lambda x, t=told: say(f"{t}: {x}"))
         start = time.perf_counter()
-        strengths = strengths_of(bench, row, seed)
-        found = evaluate(bench, model, split, strengths, seed)
+        found = evaluate_row(bench, model, row, split, seed)
         write_json(where / f"{split}.json", {
             "name": row.name, "seed": seed, **found, "seconds": time.perf_counter() - start,
             "environment": environment,
@@ -97,13 +97,19 @@ def run_folder(folder: Path, name: str, seed: int) -> Path:
     return folder / name.replace(" ", "-").replace("/", "-") / f"seed-{seed}"
 
 
-def _trained(
-    bench: Workbench, row: Row, seed: int, where: Path, environment: dict[str, Any],
+def _model(
+    bench: Workbench, row: Row, seed: int, folder: Path, environment: dict[str, Any],
     say: Callable[[str], None],
 ) -> QAdapterModel:
-    """The run's model: trained now, or loaded if it was."""
+    """The run's model: trained now, or loaded if it was; a control's is made of what there is."""
+    if isinstance(row.method, Prompted):
+        return bench.fresh
+    if isinstance(row.method, Reversed):
+        of = next(r for r in bench.config.rows() if r.name == row.method.of)
+        return reversed_head(_model(bench, of, seed, folder, environment, say))
+    where = run_folder(folder, row.name, seed)
     if (where / TRAINING_NAME).is_file():
-        return QAdapterModel.from_pretrained(where, bench.base().model)
+        return bench.load(row.method, where)
     say("training")
     trained = train(bench, row.method, seed, lambda model: probe(bench, model))
     trained.model.save_pretrained(where)

@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from qadapter.adapters import AdapterConfig
 from qadapter.base import LoadedBase, load_base, load_tokenizer
-from qadapter.compare.config import CompareConfig, DataConfig
+from qadapter.compare.config import AdapterSpec, CompareConfig, DataConfig, Method
 from qadapter.compare.data import PreferenceData, load_texts, prepare
+from qadapter.compare.first import FIRST_NAME, teach_first
 from qadapter.errors import QAdapterError
 from qadapter.evaluation import Answer, generate_answers
 from qadapter.evaluation.answers import Prompt
@@ -30,6 +31,7 @@ from qadapter.evaluation.judges import (
 from qadapter.evaluation.report import write_json
 from qadapter.model import QAdapterModel
 from qadapter.objective import ObjectiveConfig
+from qadapter.trunk_memo import TrunkMemo
 
 
 class Workbench:
@@ -46,12 +48,20 @@ class Workbench:
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.loaded.name)
         self.new = self._prepare(config.data, "data")
         self.old = None if config.old is None else self._prepare(config.old, "old")
-        self.texts = {t.name: load_texts(t, config.find(t.file))
+        self.texts = {t.name: load_texts(t, config.find(t.file), self.tokenizer)
                       for t in config.evaluation.retention}
+        if config.first is not None and not (folder / FIRST_NAME).is_dir():
+            teach_first(config.first, self.loaded, self.old, self.tokenizer, folder, say)
+            self.loaded = self._load_base()
+        self.memo = TrunkMemo()
         self._base_scores: dict[tuple[str, str], np.ndarray] = {}
 
     def _load_base(self) -> LoadedBase:
+        """The base that is compared: the one named, or what that became first."""
+        first = self.folder / FIRST_NAME
         name = self.config.find(self.config.model_name_or_path)
+        if self.config.first is not None and first.is_dir():
+            name = str(first)
         return load_base(name, dtype=self.config.dtype, say=self.say)
 
     def _prepare(self, data: DataConfig, key: str) -> PreferenceData:
@@ -59,8 +69,12 @@ class Workbench:
 
     # --- models -----------------------------------------------------------------------------
 
-    def adapter_config(self) -> AdapterConfig | LoraConfig:
-        spec = self.config.adapter
+    def spec(self, method: Method) -> AdapterSpec:
+        """The adapter that a method trains."""
+        return method.adapter or self.config.adapter
+
+    def adapter_config(self, method: Method) -> AdapterConfig | LoraConfig:
+        spec = self.spec(method)
         if spec.kind == "head":
             return AdapterConfig(form=spec.form, rank=spec.rank)
         return LoraConfig(
@@ -68,20 +82,30 @@ class Workbench:
             target_modules=list(spec.target_modules), task_type="CAUSAL_LM",
         )
 
-    def base(self) -> LoadedBase:
+    def base(self, method: Method) -> LoadedBase:
         """A base to put an adapter on: the shared one, unless layers are put into it."""
-        return self.loaded if self.config.adapter.kind == "head" else self._load_base()
+        return self.loaded if self.spec(method).kind == "head" else self._load_base()
 
-    def model(self, objective: ObjectiveConfig, seed: int) -> QAdapterModel:
+    def model(self, method: Method, objective: ObjectiveConfig, seed: int) -> QAdapterModel:
         """An untrained adapter; its start depends on the seed alone."""
-        base = self.base()
+        base = self.base(method)
         torch.manual_seed(seed)
-        return QAdapterModel.from_base(base, self.adapter_config(), objective)
+        return self._remembering(
+            QAdapterModel.from_base(base, self.adapter_config(method), objective)
+        )
+
+    def load(self, method: Method, folder: Path) -> QAdapterModel:
+        """A trained adapter."""
+        return self._remembering(QAdapterModel.from_pretrained(folder, self.base(method).model))
 
     @functools.cached_property
     def fresh(self) -> QAdapterModel:
         """The base, as a model whose adapter does nothing."""
-        return QAdapterModel.from_base(self.loaded, AdapterConfig(rank=1))
+        return self._remembering(QAdapterModel.from_base(self.loaded, AdapterConfig(rank=1)))
+
+    def _remembering(self, model: QAdapterModel) -> QAdapterModel:
+        model.trunk_memo = self.memo
+        return model
 
     # --- judges and answers -----------------------------------------------------------------
 
@@ -103,7 +127,7 @@ class Workbench:
 
     def hidden_state_judge(self, texts: PreferenceTexts) -> HiddenStateJudge:
         judge = HiddenStateJudge(
-            self.loaded.model, self.tokenizer, max_length=self.config.data.max_length,
+            self.fresh, self.tokenizer, max_length=self.config.data.max_length,
             batch_size=self.config.evaluation.batch_size,
         )
         return _fitted(judge, texts)

@@ -56,6 +56,30 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
+def with_system(
+    prompts: Sequence[Prompt], system: str, tokenizer: PreTrainedTokenizerBase, option: str
+) -> list[Prompt]:
+    """The prompts, each after a system message.
+
+    Args:
+        option: what asks for it, for messages.
+
+    Raises:
+        QAdapterError: no chat template, prompts of token ids, or a system message there already.
+    """
+    if not tokenizer.chat_template:
+        raise QAdapterError(f"{option} needs a model with a chat template")
+    found: list[Prompt] = []
+    for prompt in prompts:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if isinstance(messages[0], int) or messages[0]["role"] == "system":
+            raise QAdapterError(
+                f"{option} needs prompts of text or messages without a system message"
+            )
+        found.append([{"role": "system", "content": system}, *messages])
+    return found
+
+
 def end_of_turn_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends an answer: the generation config's, the tokenizer's eos, and the one
     the chat template ends a turn with."""

@@ -44,11 +44,19 @@ def settings(**changes) -> dict:
             "dpo": {"method": "dpo", "beta": 0.3},
             "rloo": {"method": "rloo", "max_completion_length": 4},
             "q": {"method": "q_adapter", "alpha_0": 0.3, "alpha_tilde": 0.3, "retention_coef": 1},
+            "asked": {"method": "prompted", "system": "be red"},
+            "back": {"method": "reversed", "of": "q"},
         },
-        "sweeps": {"alpha": {"of": "q", "option": "alpha", "values": [0.3, 1.0]}},
+        "sweeps": {
+            "alpha": {"of": "q", "option": "alpha", "values": [0.3, 1.0]},
+            "form": {"of": "dpo", "option": "adapter.form", "values": ["linear", "mlp"]},
+        },
         "evaluation": {
             "prompts": 3, "base_samples": 2, "max_new_tokens": 4, "strengths": [1.0, 2.0],
-            "retention": [{"name": "texts", "file": "texts.txt"}],
+            "retention": [
+                {"name": "texts", "file": "texts.txt"},
+                {"name": "answers", "file": "old.jsonl", "preferred": True, "max_texts": 5},
+            ],
         },
         **changes,
     }

@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 from comparisons import settings, write_config
 
-from qadapter.compare.config import DPO, QAdapter
+from qadapter.compare.config import DPO, AdapterSpec, QAdapter
 from qadapter.compare.reading import changes, fingerprint_files, read_config
 from qadapter.errors import QAdapterError
 
@@ -26,9 +26,14 @@ def test_values_are_converted_and_names_found_beside_the_file(tmp_path):
 
 def test_the_rows_of_a_sweep_leave_out_what_a_method_has(tmp_path):
     rows = read_config(write_config(tmp_path)).rows()
-    assert [row.name for row in rows] == ["sft", "replay", "dpo", "rloo", "q", "q alpha=1"]
-    assert rows[-1].method == QAdapter(alpha_0=1.0, alpha_tilde=1.0, retention_coef=1.0)
-    assert (rows[-1].sweep, rows[-1].value, rows[0].sweep) == ("alpha", 1.0, None)
+    assert [row.name for row in rows] == [
+        "sft", "replay", "dpo", "rloo", "q", "asked", "back", "q alpha=1",
+        "dpo adapter.form=linear",
+    ]
+    alpha, form = rows[-2:]
+    assert alpha.method == QAdapter(alpha_0=1.0, alpha_tilde=1.0, retention_coef=1.0)
+    assert (alpha.sweep, alpha.value, rows[0].sweep) == ("alpha", 1.0, None)
+    assert form.method == DPO(beta=0.3, adapter=AdapterSpec(form="linear", rank=4))
 
 
 @pytest.mark.parametrize(("path", "value", "message"), [
@@ -47,6 +52,17 @@ def test_the_rows_of_a_sweep_leave_out_what_a_method_has(tmp_path):
     (("adapter", "kind"), "tail", "adapter.kind: expected head or lora"),
     (("evaluation", "prompts"), 0, "evaluation.prompts: must be at least 1"),
     (("old",), None, "methods.replay: replay needs old data"),
+    (("methods", "asked", "system"), " ", "methods.asked.system: is missing"),
+    (("methods", "back", "of"), "dop", "no trained method is called 'dop'; did you mean 'dpo'"),
+    (("methods", "back", "of"), "asked", "no trained method is called 'asked'"),
+    (("methods", "back", "seeds"), [3], "methods.back.seeds: q has no seed 3"),
+    (("methods", "back", "learning_rate"), 1, "methods.back: what is not trained"),
+    (("methods", "q", "adapter"), {"kind": "lora"}, "only a head adapter can be reversed"),
+    (("methods", "dpo", "adapter"), {"kind": "tail"}, "methods.dpo.adapter.kind: expected head"),
+    (("sweeps", "form", "option"), "adapter.from", "did you mean 'adapter.form'"),
+    (("sweeps", "form", "of"), "asked", "sweeps.form.of: prompted is not trained"),
+    (("sweeps", "alpha", "values"), [0.3, "x"], "sweeps.alpha.values: 'x'"),
+    (("sweeps", "alpha", "values"), [0.3, -1], "sweeps.alpha.values: -1.0: alpha"),
 ])
 def test_what_cannot_be_is_named(tmp_path, path, value, message):
     written = settings()
@@ -56,6 +72,14 @@ def test_what_cannot_be_is_named(tmp_path, path, value, message):
     place[path[-1]] = value
     with pytest.raises(QAdapterError, match=message):
         read_config(write_config(tmp_path, **written))
+
+
+def test_what_the_base_learns_first_needs_old_data(tmp_path):
+    written = settings(first={"beta": 0.5})
+    assert read_config(write_config(tmp_path, **written)).first.beta == 0.5
+    del written["old"], written["methods"]["replay"]
+    with pytest.raises(QAdapterError, match="first: the base can learn first only what old data"):
+        read_config(write_config(tmp_path, **written | {"old": None}))
 
 
 def test_files_that_are_no_configuration(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from comparisons import settings, write_config, write_place
+from comparisons import old_rows, settings, write_config, write_place
 from PIL import Image
 from tiny_models import cli
 
@@ -17,6 +17,7 @@ from qadapter.compare.run import run_folder
 
 MACHINE = {"machine": "<this>"}
 METHODS = ("sft", "replay", "dpo", "rloo", "q")
+CONTROLS = ("asked", "back")
 
 
 class Killed(Exception):
@@ -34,7 +35,7 @@ def place(tmp_path_factory):
 
     def say(line):
         lines.append(line)
-        if line.startswith("[3/6] dpo, seed 0:") and "steps" in line:
+        if line.startswith("[3/9] dpo, seed 0:") and "steps" in line:
             raise Killed
 
     with pytest.raises(Killed):
@@ -53,8 +54,8 @@ def read(folder, name, file):
 def test_a_broken_off_comparison_goes_on_where_it_was(place):
     _, again = place
     assert not any("sft" in line or "replay" in line for line in again)
-    assert not any("dpo" in line and "training" in line for line in again)
-    assert any(line.startswith("[1/4] dpo, seed 0: measured") for line in again)
+    assert not any("dpo, seed" in line and "training" in line for line in again)
+    assert any(line.startswith("[1/7] dpo, seed 0: measured") for line in again)
 
 
 def test_budgets_are_equal(place):
@@ -97,6 +98,65 @@ def test_the_base_is_itself(place):
     assert set(found["judges"]) == {"new", "old"}
 
 
+def test_controls_are_made_of_what_there_is(place):
+    """Asking moves nothing; turning a head round turns its rewards round, to first order."""
+    folder, _ = place
+    for name in CONTROLS:
+        assert not (run_folder(folder / "out", name, 0) / "training.json").exists()
+    asked, back, forth = (read(folder, name, "validation.json") for name in (*CONTROLS, "q"))
+    [point] = asked["dial"]
+    assert point["strength"] == 0.0 and point["retention"]["texts"]["kl_per_token"] == 0.0
+    answered = point["answers"]["new"]
+    assert answered["kl_of_own_answers"] is None and len(answered["judged"]) == 2
+    margins = [run["preferences"]["new"]["reward_margin"] for run in (back, forth)]
+    assert margins[0] * margins[1] < 0
+    assert [p["strength"] for p in back["dial"]] == [1.0]
+
+
+def test_old_answers_are_sampled_where_they_are_shown(place):
+    folder, _ = place
+    dial = {p["strength"]: p["answers"] for p in read(folder, "dpo", "validation.json")["dial"]}
+    assert set(dial[1.0]) == {"new", "old"} and set(dial[2.0]) == {"new"}
+    [swept] = read(folder, "q alpha=1", "validation.json")["dial"]
+    assert set(swept["answers"]) == {"new"}
+
+
+def test_preferred_answers_are_scored_behind_their_prompts(place):
+    folder, _ = place
+    found = json.loads((folder / "out" / "base" / "validation.json").read_text())
+    texts = found["dial"][0]["retention"]["answers"]
+    assert texts["num_texts"] == 5
+    first = {row["prompt"][0]["content"]: row for row in reversed(old_rows(80))}
+    rows = list(reversed(first.values()))[:5]
+    words = sum(len(row["chosen"][0]["content"].split()) for row in rows)
+    prompts = sum(len(row["prompt"][0]["content"].split()) for row in rows)
+    assert words <= texts["num_tokens"] < words + prompts
+
+
+def test_the_base_may_learn_the_old_preference_first(place, capsys):
+    """By DPO, merged into a checkpoint that everything else is put on; kept between runs."""
+    folder, _ = place
+    config = read_config(write_config(
+        folder, "first.yaml", first={"learning_rate": 0.1, "rank": 4, "num_train_epochs": 8},
+        methods={"dpo": {"method": "dpo", "beta": 0.3}}, sweeps={},
+        evaluation={**settings()["evaluation"], "strengths": [1.0]},
+    ))
+    lines: list[str] = []
+    run_comparison(config, folder / "taught", say=lines.append)
+    assert any("it learned in" in line for line in lines)
+    found = json.loads((folder / "taught" / "first.json").read_text())["validation"]
+    names = [f"preference_accuracy_{x}_mean" for x in ("base", "policy")]
+    assert found[names[1]] > found[names[0]]
+    # What it learned is the base now: scored as the policy was.
+    base = json.loads((folder / "taught" / "base" / "validation.json").read_text())
+    assert base["preferences"]["old"][names[0]] == pytest.approx(found[names[1]], abs=0.2)
+    assert base["dial"][0]["retention"]["texts"]["kl_per_token"] == 0.0
+    capsys.readouterr()
+    flags = (folder / "first.yaml", "--output_dir", folder / "taught", "--split", "test")
+    assert cli("compare", *flags) == 0
+    assert "learns the old preference first" not in capsys.readouterr().out
+
+
 def test_another_configuration_is_refused_by_name(place):
     folder, _ = place
     methods = settings()["methods"]
@@ -115,7 +175,7 @@ def test_the_test_split_is_measured_on_request_and_recorded(place, capsys):
     flags = (folder / "compare.yaml", "--output_dir", out)
     assert cli("compare", *flags, "--split", "test") == 0
     [touch] = json.loads((out / "test_touched.json").read_text())["touched"]
-    assert touch["methods"] == [*METHODS, "q alpha=1"]
+    assert touch["methods"] == [*METHODS, *CONTROLS, "q alpha=1", "dpo adapter.form=linear"]
     assert "steps" not in capsys.readouterr().out  # nothing was trained again
     page = (out / "report-test.html").read_text()
     assert "the test split was scored 1 time(s)" in page
@@ -133,7 +193,7 @@ def test_the_report_is_one_file_that_says_it_all(place, capsys):
     for outside in ("http:", "src=", "<script", "<link", "@import"):
         assert outside not in page.replace("http://www.w3.org", "").replace(
             "http://purl.org", "").replace("http://creativecommons.org", ""), outside
-    assert page.count("<svg") == 4  # retention, win rates, frontier, one sweep
+    assert page.count("<svg") == 5  # retention, win rates, frontier, two sweeps
     assert "Tiny &amp; small" in page and "&lt;this&gt;" in page
     assert str(folder) not in page
     comparison = read_results(read_config(folder / "compare.yaml"), out, "validation")
@@ -153,7 +213,10 @@ def test_pictures_are_drawn_from_results_alone(place, tmp_path):
     comparison = read_results(config, folder / "out", "validation")
     assert [value for value, _ in comparison.sweep("alpha")] == [0.3, 1.0]
     pictures = draw_all(comparison, tmp_path)
-    assert [p.name for p in pictures] == ["retention", "win_rates", "frontier", "sweep_alpha"]
+    assert [value for value, _ in comparison.sweep("form")] == ["linear", "mlp"]
+    assert [p.name for p in pictures] == [
+        "retention", "win_rates", "frontier", "sweep_alpha", "sweep_form",
+    ]
     for picture in pictures:
         assert picture.svg.startswith("<svg") and picture.caption
         with Image.open(tmp_path / f"{picture.name}.png") as image:
