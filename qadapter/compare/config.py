@@ -103,7 +103,9 @@ class EvaluationSpec:
         default_factory=lambda: [RetentionTexts("unrelated text", "built-in")]
     )
     prompts: int = 32
-    """Held-out prompts, of the new and of the old preference each, that are answered."""
+    """Held-out prompts of the new preference that are answered."""
+    old_prompts: int | None = None
+    """Of the old preference; none for as many as of the new."""
     samples: int = 1
     """Sampled answers a prompt."""
     base_samples: int = 4

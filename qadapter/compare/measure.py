@@ -18,6 +18,7 @@ from qadapter.evaluation import (
 )
 from qadapter.evaluation.answers import encode_prompt, with_system
 from qadapter.evaluation.judges import judged_gain, score_draws
+from qadapter.evaluation.judges.contest import texts
 from qadapter.model import QAdapterModel
 
 _PLAIN = ("reliability_bins",)
@@ -26,9 +27,9 @@ _PLAIN = ("reliability_bins",)
 
 def probe(bench: Workbench, model: QAdapterModel) -> dict[str, Any]:
     """Retention alone, on the first of the texts: what is followed during training."""
-    name, (texts, prompt_lengths) = next(iter(bench.texts.items()))
+    name, (sequences, prompt_lengths) = next(iter(bench.texts.items()))
     found = evaluate_retention(
-        model, texts, bench.tokenizer, prompt_lengths=prompt_lengths, strength=1.0,
+        model, sequences, bench.tokenizer, prompt_lengths=prompt_lengths, strength=1.0,
         batch_size=bench.config.evaluation.batch_size, num_resamples=200,
     )
     return {"texts": name, **found.as_dict()}
@@ -76,10 +77,10 @@ def evaluate(
             "strength": strength,
             "retention": {
                 name: evaluate_retention(
-                    model, texts, bench.tokenizer, prompt_lengths=prompt_lengths,
+                    model, sequences, bench.tokenizer, prompt_lengths=prompt_lengths,
                     strength=strength, batch_size=spec.batch_size,
                 ).as_dict()
-                for name, (texts, prompt_lengths) in bench.texts.items()
+                for name, (sequences, prompt_lengths) in bench.texts.items()
             },
             "answers": {
                 kind: _answers(bench, model, kind, split, strength, seed, system)
@@ -96,7 +97,8 @@ def _answers(
 ) -> dict[str, Any]:
     """Sampled answers to held-out prompts of one kind, beside the base's."""
     spec = bench.config.evaluation
-    names, prompts = getattr(bench.kinds[kind], split).prompts(spec.prompts, spec.seed)
+    count = spec.old_prompts if kind == "old" and spec.old_prompts else spec.prompts
+    names, prompts = getattr(bench.kinds[kind], split).prompts(count, spec.seed)
     base = bench.base_answers(f"{split}-{kind}", prompts, spec.base_samples, spec.seed)
     asked = prompts if system is None else with_system(prompts, system, bench.tokenizer, "system")
     own = bench.sample(model, asked, spec.samples, seed=1000 + seed, strength=strength)
@@ -113,7 +115,7 @@ def _answers(
 
     judged = {}
     for judge in bench.judges[kind]:
-        ours = score_draws(judge, prompts, [[a.text for a in draw] for draw in own])
+        ours = score_draws(judge, prompts, texts(own))
         theirs = bench.base_scores(judge, f"{split}-{kind}", prompts, base)
         judged[judge.name] = judged_gain(ours, theirs, clusters=names).as_dict()
     return {

@@ -99,8 +99,9 @@ def _check(config: CompareConfig, path: str) -> CompareConfig:
                 refuse(f"sweeps.{name}.values", f"{value!r}: {error}")
     if any(w < 0 for w in config.evaluation.strengths):
         refuse("evaluation.strengths", "a strength must not be negative")
-    for name in ("prompts", "samples", "base_samples", "max_new_tokens", "batch_size"):
-        if getattr(config.evaluation, name) < 1:
+    for name in ("prompts", "old_prompts", "samples", "base_samples", "max_new_tokens",
+                 "batch_size"):
+        if (value := getattr(config.evaluation, name)) is not None and value < 1:
             refuse(f"evaluation.{name}", "must be at least 1")
     return config
 

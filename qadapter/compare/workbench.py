@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from qadapter.compare.config import AdapterSpec, CompareConfig, DataConfig, Meth
 from qadapter.compare.data import PreferenceData, load_texts, prepare
 from qadapter.compare.first import FIRST_NAME, teach_first
 from qadapter.errors import QAdapterError
-from qadapter.evaluation import Answer, generate_answers
 from qadapter.evaluation.answers import Prompt
 from qadapter.evaluation.judges import (
     HiddenStateJudge,
@@ -28,7 +26,7 @@ from qadapter.evaluation.judges import (
     preference_texts,
     score_draws,
 )
-from qadapter.evaluation.report import write_json
+from qadapter.evaluation.judges.contest import AnswerStore, Draws, texts
 from qadapter.model import QAdapterModel
 from qadapter.objective import ObjectiveConfig
 from qadapter.trunk_memo import TrunkMemo
@@ -149,41 +147,36 @@ class Workbench:
 
     def sample(
         self, model: QAdapterModel, prompts: Sequence[Prompt], draws: int, *, seed: int,
-        strength: float | None = None,
-    ) -> list[list[Answer]]:
-        """Sampled answers, [draws][prompts]."""
+        strength: float | None = None, file: Path | None = None,
+    ) -> Draws:
+        """Sampled answers.
+
+        Args:
+            file: of draws to keep; those in it are taken as they are.
+        """
         spec = self.config.evaluation
-        return [
-            generate_answers(
-                model, self.tokenizer, prompts, max_new_tokens=spec.max_new_tokens,
-                batch_size=4 * spec.batch_size, seed=seed + draw, strength=strength,
-                do_sample=True, temperature=spec.temperature, top_p=1.0, top_k=0,
-            )
-            for draw in range(draws)
-        ]
+        return AnswerStore(file, len(prompts)).draw(
+            "customised" if file is None else "base", draws, model, self.tokenizer, prompts,
+            seed=seed, max_new_tokens=spec.max_new_tokens, batch_size=4 * spec.batch_size,
+            strength=strength, temperature=spec.temperature, top_p=1.0, top_k=0,
+        )
 
     def base_answers(
         self, name: str, prompts: Sequence[Prompt], draws: int, seed: int
-    ) -> list[list[Answer]]:
+    ) -> Draws:
         """The base's answers, from the file in the results' folder if they are there."""
-        path = self.folder / "base_answers" / f"{name}.json"
-        if path.is_file():
-            written = json.loads(path.read_text(encoding="utf-8"))["draws"]
-            return [[Answer(**answer) for answer in draw] for draw in written]
-        self.say(f"the base answers {len(prompts)} prompts, {draws} times: {name}")
-        found = self.sample(self.fresh, prompts, draws, seed=seed, strength=0.0)
-        write_json(path, {"draws": [[vars(a) for a in draw] for draw in found]})
-        return found
+        path = self.folder / "base_answers" / f"{name}.jsonl"
+        if not path.is_file():
+            self.say(f"the base answers {len(prompts)} prompts, {draws} times: {name}")
+        return self.sample(self.fresh, prompts, draws, seed=seed, strength=0.0, file=path)
 
     def base_scores(
-        self, judge: RewardJudge, name: str, prompts: Sequence[Prompt], draws: list[list[Answer]]
+        self, judge: RewardJudge, name: str, prompts: Sequence[Prompt], draws: Draws
     ) -> np.ndarray:
         """A judge's scores of the base's answers, [draws, prompts]; the same for every run."""
         key = judge.name, name
         if key not in self._base_scores:
-            self._base_scores[key] = score_draws(
-                judge, prompts, [[answer.text for answer in draw] for draw in draws]
-            )
+            self._base_scores[key] = score_draws(judge, prompts, texts(draws))
         return self._base_scores[key]
 
     @functools.cached_property
