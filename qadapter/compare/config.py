@@ -260,6 +260,9 @@ class CompareConfig:
     training: TrainingSpec = TrainingSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     sweeps: dict[str, Sweep] = field(default_factory=dict)
+    reference: str | None = None
+    """Name of the row that all others are compared with, prompt by prompt; none for no such
+    table."""
     folder: Path = field(default=Path("."), metadata={"in_file": False})
     """Of the YAML file; relative names are looked for there first."""
 

@@ -7,9 +7,13 @@ base's.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
+
 from qadapter.compare.config import Prompted, Row
+from qadapter.compare.data import Texts
 from qadapter.compare.workbench import Workbench
 from qadapter.evaluation import (
     answer_statistics,
@@ -18,7 +22,7 @@ from qadapter.evaluation import (
 )
 from qadapter.evaluation.answers import encode_prompt, with_system
 from qadapter.evaluation.judges import judged_gain, score_draws
-from qadapter.evaluation.judges.contest import texts
+from qadapter.evaluation.judges.contest import texts as texts_of
 from qadapter.model import QAdapterModel
 
 _PLAIN = ("reliability_bins",)
@@ -27,12 +31,8 @@ _PLAIN = ("reliability_bins",)
 
 def probe(bench: Workbench, model: QAdapterModel) -> dict[str, Any]:
     """Retention alone, on the first of the texts: what is followed during training."""
-    name, (sequences, prompt_lengths) = next(iter(bench.texts.items()))
-    found = evaluate_retention(
-        model, sequences, bench.tokenizer, prompt_lengths=prompt_lengths, strength=1.0,
-        batch_size=bench.config.evaluation.batch_size, num_resamples=200,
-    )
-    return {"texts": name, **found.as_dict()}
+    name, texts = next(iter(bench.texts.items()))
+    return {"texts": name, **_retention(bench, model, texts, 1.0)}
 
 
 def evaluate_row(
@@ -68,19 +68,19 @@ def evaluate(
     # At strength 1, that of an untrained adapter included: its rewards are 0 to the last digit.
     for kind, data in bench.kinds.items():
         result = evaluate_preferences(
-            model, getattr(data, split).tokens, batch_size=spec.batch_size,
-            strength=1.0,
-        ).as_dict()
-        found["preferences"][kind] = {k: v for k, v in result.items() if k not in _PLAIN}
+            model, getattr(data, split).tokens, batch_size=spec.batch_size, strength=1.0,
+        )
+        found["preferences"][kind] = {
+            **{k: v for k, v in result.as_dict().items() if k not in _PLAIN},
+            "prompt_ids": result.pairs.prompt_id.tolist(),
+            "reward_margins": _short(result.pairs.margin("reward")),
+        }
     for strength in strengths:
         found["dial"].append({
             "strength": strength,
             "retention": {
-                name: evaluate_retention(
-                    model, sequences, bench.tokenizer, prompt_lengths=prompt_lengths,
-                    strength=strength, batch_size=spec.batch_size,
-                ).as_dict()
-                for name, (sequences, prompt_lengths) in bench.texts.items()
+                name: _retention(bench, model, texts, strength)
+                for name, texts in bench.texts.items()
             },
             "answers": {
                 kind: _answers(bench, model, kind, split, strength, seed, system)
@@ -89,6 +89,22 @@ def evaluate(
             },
         })
     return found
+
+
+def _retention(
+    bench: Workbench, model: QAdapterModel, texts: Texts, strength: float
+) -> dict[str, Any]:
+    result = evaluate_retention(
+        model, texts.texts, bench.tokenizer, prompt_lengths=texts.prompt_lengths,
+        strength=strength, batch_size=bench.config.evaluation.batch_size,
+    )
+    return {**result.as_dict(), "kl_by_text": _short(result.texts.kl_base_policy)}
+
+
+def _short(values: np.ndarray) -> list[float | None]:
+    """For what is kept pair by pair, to compare two runs with each other: 6 digits will do. None
+    for NaN."""
+    return [None if math.isnan(x) else float(f"{x:.6g}") for x in values]
 
 
 def _answers(
@@ -115,9 +131,10 @@ def _answers(
 
     judged = {}
     for judge in bench.judges[kind]:
-        ours = score_draws(judge, prompts, texts(own))
+        ours = score_draws(judge, prompts, texts_of(own))
         theirs = bench.base_scores(judge, f"{split}-{kind}", prompts, base)
-        judged[judge.name] = judged_gain(ours, theirs, clusters=names).as_dict()
+        result = judged_gain(ours, theirs, clusters=names)
+        judged[judge.name] = {**result.as_dict(), "gain_by_prompt": _short(result.gain_P)}
     return {
         "judged": judged,
         # With a system message it is another distribution than any the model is compared with.

@@ -11,17 +11,19 @@ import yaml
 
 from qadapter.compare.pictures import Picture, draw_all
 from qadapter.compare.results import (
+    Against,
     Comparison,
     Measure,
     Result,
     Spread,
+    against,
     answers,
     judged,
     policy_accuracy,
     preference,
     retention,
 )
-from qadapter.evaluation.report import write_json, write_text
+from qadapter.evaluation.report import format_value, write_json, write_text
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -103,7 +105,7 @@ def write_report(comparison: Comparison, folder: str | Path) -> Path:
 
 def summary(comparison: Comparison) -> dict[str, Any]:
     """The main table as JSON types: row → column → mean, sd, low, high."""
-    shown = columns(comparison)
+    shown, reference = columns(comparison), comparison.reference
     return {
         "title": comparison.title, "split": comparison.split,
         "judges": comparison.judges, "test_touched": comparison.touched,
@@ -116,7 +118,19 @@ def summary(comparison: Comparison) -> dict[str, Any]:
             for r in comparison.results
         },
         "length_baseline": _length_baseline(comparison),
+        "reference": reference and reference.row.name,
+        "against_reference": {} if reference is None else {
+            r.row.name: _against_as_dict(against(r, reference))
+            for r in comparison.results if r is not reference
+        },
     }
+
+
+def _against_as_dict(found: Against) -> dict[str, Any]:
+    flat = found.accuracy.as_dict("accuracy") | found.gain.as_dict("gain")
+    for name, ratio in found.kl_ratio.items():
+        flat |= ratio.as_dict(f"kl_ratio:{name}")
+    return flat
 
 
 def _length_baseline(comparison: Comparison) -> dict[str, Any]:
@@ -139,6 +153,7 @@ def page(comparison: Comparison, pictures: Sequence[Picture]) -> str:
             for r in comparison.main
         ]),
         f'<p class="dim">{_text(_note(comparison))}</p>',
+        *_against(comparison),
         *(_figure(p) for p in pictures),
         "<h2>Each judge apart</h2>", _judges(comparison),
         "<h2>The dial</h2>", _dial(comparison, shown),
@@ -204,6 +219,28 @@ def _judges(comparison: Comparison) -> str:
                 "right.</p>", _table(header, rows),
             ]
     return "\n".join(blocks)
+
+
+def _against(comparison: Comparison) -> list[str]:
+    reference = comparison.reference
+    if reference is None:
+        return []
+    rows = []
+    for result in comparison.results:
+        if result is not reference:
+            found = against(result, reference)
+            rows.append([
+                result.row.name, format_value(found.accuracy), format_value(found.gain, 2),
+                *(format_value(x, 2) for x in found.kl_ratio.values()),
+            ])
+    header = ["", "accuracy, implicit reward", "judged gain, new [SD]",
+              *(f"KL ratio, {name}" for name in comparison.texts)]
+    return [
+        f"<h2>Against {_text(reference.row.name)}</h2>", _table(header, rows),
+        '<p class="dim">Differences, and ratios of KL(base‖customised), pair by pair and prompt by '
+        "prompt; means over seeds; brackets: 95% intervals, bootstrap over prompts or texts. The "
+        "noise of the training is not in them: see ± above.</p>",
+    ]
 
 
 def _dial(comparison: Comparison, shown: Sequence[Column]) -> str:

@@ -97,6 +97,10 @@ def _check(config: CompareConfig, path: str) -> CompareConfig:
                     varied.objective()
             except (TypeError, ValueError) as error:
                 refuse(f"sweeps.{name}.values", f"{value!r}: {error}")
+    names = [BASE, *(row.name for row in config.rows())]
+    if config.reference is not None and config.reference not in names:
+        refuse("reference", f"no row is called {config.reference!r}"
+               + nearest(config.reference, names))
     if any(w < 0 for w in config.evaluation.strengths):
         refuse("evaluation.strengths", "a strength must not be negative")
     for name in ("prompts", "old_prompts", "samples", "base_samples", "max_new_tokens",
@@ -205,7 +209,8 @@ def fingerprint_files(config: CompareConfig) -> dict[str, str]:
 
 def changes(before: Any, now: Any, key: str = "") -> list[str]:
     """What differs between two written configurations, by name: ``methods.dpo.beta: 0.1 → 0.3``.
-    Methods, sweeps and seeds may be added to a comparison: finished runs stay what they are."""
+    Methods, sweeps and seeds may be added to a comparison: finished runs stay what they are; its
+    title and what is compared with what may change."""
     if isinstance(before, dict) and isinstance(now, dict):
         growing = key in ("methods", "sweeps")
         names = before.keys() | (set() if growing else now.keys())
@@ -213,6 +218,6 @@ def changes(before: Any, now: Any, key: str = "") -> list[str]:
             line for name in sorted(names) if not (growing and name not in now)
             for line in changes(before.get(name), now.get(name), f"{key}.{name}".strip("."))
         ]
-    if key.split(".")[-1] in ("seeds", "title") or before == now:
+    if key.split(".")[-1] in ("seeds", "title", "reference") or before == now:
         return []
     return [f"{key}: {before!r} → {now!r}"]

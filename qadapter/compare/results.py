@@ -10,9 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from qadapter.compare.config import BASE, CompareConfig, Prompted, Row, swept
 from qadapter.compare.run import CONFIG_NAME, TOUCHED_NAME, TRAINING_NAME, run_folder
 from qadapter.errors import QAdapterError
+from qadapter.evaluation.bootstrap import ClusterBootstrap, Estimate
+from qadapter.evaluation.preference import wins
 
 
 class Spread(NamedTuple):
@@ -80,6 +84,11 @@ class Comparison:
     @property
     def texts(self) -> list[str]:
         return list(self.results[0].runs[0]["dial"][0]["retention"])
+
+    @property
+    def reference(self) -> Result | None:
+        """The row that the others are compared with, if the comparison names one that is done."""
+        return next((r for r in self.results if r.row.name == self.config["reference"]), None)
 
     def sweep(self, name: str) -> list[tuple[float | str, Result]]:
         """(value, result) along a sweep, in the order of its values; a method that has one of them
@@ -150,6 +159,62 @@ def spread(found: Iterable[tuple[float, list[float] | None]]) -> Spread | None:
 
 def _read(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+# --- one row against another --------------------------------------------------------------------
+
+
+class Against(NamedTuple):
+    """What one row has over another at the trained policy, means over seeds: pair by pair and
+    prompt by prompt, so that what both owe to an easy prompt or to a draw of the base's cancels.
+    Intervals: 95%, bootstrap over prompts or texts; noise of the training is not in them."""
+
+    accuracy: Estimate
+    """Difference in accuracy by implicit reward, new preference."""
+    gain: Estimate
+    """Difference in judged gain, new preference, mean of the judges."""
+    kl_ratio: dict[str, Estimate]
+    """Texts → KL(base‖customised) over the other's; NaN where the other is the base."""
+
+
+def against(result: Result, reference: Result) -> Against:
+    """Compare two rows of one comparison."""
+
+    def over_seeds(side: Result, values: Callable[[dict, dict], Any]) -> np.ndarray:
+        return np.mean([
+            values(run, point) for run in side.runs for point in run["dial"]
+            if point["strength"] == side.trained
+        ], axis=0)
+
+    def difference(
+        values: Callable[[dict, dict], Any], clusters: list[str] | None = None
+    ) -> Estimate:
+        found = over_seeds(result, values) - over_seeds(reference, values)
+        return ClusterBootstrap(clusters or range(len(found))).mean(found)
+
+    def kl_ratio(name: str) -> Estimate:
+        ours, theirs = (
+            over_seeds(side, lambda run, point: point["retention"][name]["kl_by_text"])
+            for side in (result, reference)
+        )
+        if not theirs.any():
+            return Estimate(math.nan, math.nan, math.nan)
+        return ClusterBootstrap(range(len(ours))).mean(ours / theirs, theirs)
+
+    first = result.runs[0]
+    return Against(
+        difference(
+            lambda run, point: wins(np.array(run["preferences"]["new"]["reward_margins"])),
+            first["preferences"]["new"]["prompt_ids"],
+        ),
+        difference(
+            lambda run, point: np.mean([
+                judge["gain_by_prompt"] for judge in point["answers"]["new"]["judged"].values()
+                if judge["gain"] is not None  # the base's scores had no spread to measure by
+            ], axis=0),  # one entry a prompt
+        ),
+        {name: kl_ratio(name) for name in first["dial"][0]["retention"]},
+    )
 
 
 # --- measures -----------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def run_comparison(
     Args:
         folder: of the results; made, or continued.
         split: what finished runs are measured on. "validation" is for choosing; "test" is recorded
-            as touched, and measures what is trained already or trains it.
+            as touched, and measures what is trained already or trains it; sweeps are left out.
         environment: versions and machine, kept with every result.
         say: gets a line a step.
 
@@ -53,7 +53,8 @@ def run_comparison(
         raise QAdapterError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     folder = Path(folder).expanduser()
     _claim(config, folder)
-    rows = config.rows()
+    # Sweeps are for choosing by.
+    rows = [row for row in config.rows() if split == "validation" or row.sweep is None]
     todo = [
         (row, seed) for row in rows for seed in row.seeds
         if not (run_folder(folder, row.name, seed) / f"{split}.json").is_file()

@@ -51,6 +51,7 @@ def settings(**changes) -> dict:
             "alpha": {"of": "q", "option": "alpha", "values": [0.3, 1.0]},
             "form": {"of": "dpo", "option": "adapter.form", "values": ["linear", "mlp"]},
         },
+        "reference": "dpo",
         "evaluation": {
             "prompts": 3, "base_samples": 2, "max_new_tokens": 4, "strengths": [1.0, 2.0],
             "retention": [

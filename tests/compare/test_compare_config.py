@@ -52,6 +52,7 @@ def test_the_rows_of_a_sweep_leave_out_what_a_method_has(tmp_path):
     (("adapter", "kind"), "tail", "adapter.kind: expected head or lora"),
     (("evaluation", "prompts"), 0, "evaluation.prompts: must be at least 1"),
     (("old",), None, "methods.replay: replay needs old data"),
+    (("reference",), "dop", "reference: no row is called 'dop'; did you mean 'dpo'"),
     (("methods", "asked", "system"), " ", "methods.asked.system: is missing"),
     (("methods", "back", "of"), "dop", "no trained method is called 'dop'; did you mean 'dpo'"),
     (("methods", "back", "of"), "asked", "no trained method is called 'asked'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 from comparisons import old_rows, settings, write_config, write_place
@@ -13,6 +14,7 @@ from qadapter import QAdapterError, QAdapterModel
 from qadapter.compare import read_config, read_results, run_comparison
 from qadapter.compare.page import columns
 from qadapter.compare.pictures import draw_all
+from qadapter.compare.results import against, judged, preference, retention
 from qadapter.compare.run import run_folder
 
 MACHINE = {"machine": "<this>"}
@@ -175,9 +177,10 @@ def test_the_test_split_is_measured_on_request_and_recorded(place, capsys):
     flags = (folder / "compare.yaml", "--output_dir", out)
     assert cli("compare", *flags, "--split", "test") == 0
     [touch] = json.loads((out / "test_touched.json").read_text())["touched"]
-    assert touch["methods"] == [*METHODS, *CONTROLS, "q alpha=1", "dpo adapter.form=linear"]
+    assert touch["methods"] == [*METHODS, *CONTROLS]  # no sweeps: they are for choosing
     assert "steps" not in capsys.readouterr().out  # nothing was trained again
     page = (out / "report-test.html").read_text()
+    assert page.count("<svg") == 3 and "q alpha=1" not in page.split("Configuration")[0]
     assert "the test split was scored 1 time(s)" in page
     assert cli("compare", *flags, "--split", "test") == 0  # only shows what is there
     assert len(json.loads((out / "test_touched.json").read_text())["touched"]) == 1
@@ -205,6 +208,28 @@ def test_the_report_is_one_file_that_says_it_all(place, capsys):
             assert written == (None if found is None else found._asdict())
             if found is not None and result.row.sweep is None:
                 assert f"{found.mean:.{column.digits}f}" in page
+
+
+def test_rows_are_compared_prompt_by_prompt(place):
+    """The differences are those of the tables' means; a row against itself has none, to the bit."""
+    folder, _ = place
+    comparison = read_results(read_config(folder / "compare.yaml"), folder / "out", "validation")
+    rows = {r.row.name: r for r in comparison.results}
+    assert comparison.reference is rows["dpo"]
+    found = against(rows["q"], rows["dpo"])
+    for value, measure in ((found.accuracy, preference("new", "preference_accuracy")),
+                           (found.gain, judged("new", "gain"))):
+        means = [rows[name].number(measure).mean for name in ("q", "dpo")]
+        assert value.value == pytest.approx(means[0] - means[1], abs=1e-5)
+        assert value.low <= value.value <= value.high
+    kls = [rows[name].number(retention("answers", "kl_per_token")).mean for name in ("q", "dpo")]
+    assert found.kl_ratio["answers"].value == pytest.approx(kls[0] / kls[1], rel=1e-4)
+    same = against(rows["dpo"], rows["dpo"])
+    assert set(same.accuracy) == set(same.gain) == {0.0}
+    assert all(set(ratio) == {1.0} for ratio in same.kl_ratio.values())
+    assert math.isnan(against(rows["q"], rows["base"]).kl_ratio["texts"].value)
+    page = (folder / "out" / "report-validation.html").read_text()
+    assert "Against dpo" in page and f"{found.gain.value:.2f} [" in page
 
 
 def test_pictures_are_drawn_from_results_alone(place, tmp_path):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,9 +33,11 @@ class WinRate:
     gain: Estimate | None
     """Mean score of A minus that of B, in standard deviations of B's scores; None where the judge
     gives no scores."""
+    gain_P: np.ndarray | None = field(default=None, compare=False, repr=False)
+    """The same at each prompt, to compare two A's with one B."""
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON types; intervals under ``<name>_ci``."""
+        """JSON types, but for the prompts; intervals under ``<name>_ci``."""
         flat: dict[str, Any] = {
             "num_prompts": self.num_prompts, "num_comparisons": self.num_comparisons,
             "tie_rate": self.tie_rate, **self.win_rate.as_dict("win_rate"),
@@ -69,10 +71,9 @@ def judged_gain(
     verdicts_KLP = wins(a_KP[:, None], b_LP[None])
     bootstrap = _bootstrap(clusters, a_KP.shape[1], num_resamples, seed)
     spread = float(b_LP.std())
-    difference_P = a_KP.mean(0) - b_LP.mean(0)
     # Equal scores of B give no scale to measure by.
-    gain = bootstrap.mean(difference_P / (spread or math.nan))
-    return _win_rate(verdicts_KLP.reshape(-1, a_KP.shape[1]), bootstrap, gain)
+    gain_P = (a_KP.mean(0) - b_LP.mean(0)) / (spread or math.nan)
+    return _win_rate(verdicts_KLP.reshape(-1, a_KP.shape[1]), bootstrap, gain_P)
 
 
 def pair_accuracy(
@@ -132,7 +133,7 @@ def _bootstrap(
 
 
 def _win_rate(
-    verdicts_NP: np.ndarray, bootstrap: ClusterBootstrap, gain: Estimate | None
+    verdicts_NP: np.ndarray, bootstrap: ClusterBootstrap, gain_P: np.ndarray | None
 ) -> WinRate:
     given_NP = ~np.isnan(verdicts_NP)
     counts_P = given_NP.sum(0)
@@ -145,5 +146,6 @@ def _win_rate(
         # Prompts count alike, however many of their comparisons got a verdict.
         win_rate=bootstrap.mean(means_P, counts_P > 0),
         tie_rate=ties / total if total else 0.0,
-        gain=gain,
+        gain=None if gain_P is None else bootstrap.mean(gain_P),
+        gain_P=gain_P,
     )
