@@ -103,7 +103,8 @@ class EvaluationSpec:
         default_factory=lambda: [RetentionTexts("unrelated text", "built-in")]
     )
     prompts: int = 32
-    """Held-out prompts of the new preference that are answered."""
+    """Held-out prompts of the new preference that are answered. 0: none are, and there are no
+    judges; what is left is accuracy and retention."""
     old_prompts: int | None = None
     """Of the old preference; none for as many as of the new."""
     samples: int = 1

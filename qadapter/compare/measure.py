@@ -84,8 +84,8 @@ def evaluate(
             },
             "answers": {
                 kind: _answers(bench, model, kind, split, strength, seed, system)
-                for kind in bench.kinds
-                if kind == "new" or (old_answers and strength in (0.0, 1.0))
+                for kind in bench.kinds if spec.prompts > 0
+                and (kind == "new" or (old_answers and strength in (0.0, 1.0)))
             },
         })
     return found

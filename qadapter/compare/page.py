@@ -67,21 +67,28 @@ def columns(comparison: Comparison) -> list[Column]:
     if "old" in kinds:
         found.append(Column("old_accuracy_policy_mean", "… on the old preference",
                             policy_accuracy("old")))
+    asked = [kind for kind in kinds if comparison.judges[kind]]
     found += [Column(f"{kind}_win_rate", f"win rate, {kind}", judged(kind, "win_rate"))
-              for kind in kinds]
+              for kind in asked]
     found += [Column(f"{kind}_gain", f"judged gain, {kind} [SD]", judged(kind, "gain"), 2)
-              for kind in kinds]
+              for kind in asked]
     for name in texts:
         found.append(Column(f"kl:{name}", f"KL, {name}", retention(name, "kl_per_token"), 4))
+    if asked:
+        found.append(
+            Column("kl_new_answers", "KL, its own answers", answers("new", "kl_of_own_answers"), 4)
+        )
     found += [
-        Column("kl_new_answers", "KL, its own answers", answers("new", "kl_of_own_answers"), 4),
         Column(f"top1:{texts[0]}", f"same top token, {texts[0]}",
                retention(texts[0], "top1_agreement")),
         Column(f"perplexity:{texts[0]}", f"perplexity, {texts[0]}", _perplexity(texts[0]), 2),
-        Column("words", "words an answer", answers("new", "statistics", "words_mean"), 1),
-        Column("distinct_3", "distinct word triples",
-               answers("new", "statistics", "distinct_3")),
     ]
+    if asked:
+        found += [
+            Column("words", "words an answer", answers("new", "statistics", "words_mean"), 1),
+            Column("distinct_3", "distinct word triples",
+                   answers("new", "statistics", "distinct_3")),
+        ]
     return found
 
 
@@ -155,7 +162,7 @@ def page(comparison: Comparison, pictures: Sequence[Picture]) -> str:
         f'<p class="dim">{_text(_note(comparison))}</p>',
         *_against(comparison),
         *(_figure(p) for p in pictures),
-        "<h2>Each judge apart</h2>", _judges(comparison),
+        *(["<h2>Each judge apart</h2>", _judges(comparison)] if comparison.judged else []),
         "<h2>The dial</h2>", _dial(comparison, shown),
     ]
     if comparison.config["sweeps"]:

@@ -11,7 +11,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from qadapter.compare.results import Comparison, Measure, Result, judged, retention
+from qadapter.compare.results import (
+    Comparison,
+    Measure,
+    Result,
+    judged,
+    preference,
+    retention,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -94,6 +101,8 @@ def draw_retention(comparison: Comparison) -> Figure | None:
 
 
 def draw_win_rates(comparison: Comparison) -> Figure | None:
+    if not comparison.judged:
+        return None
     kinds = [kind for kind in ("new", "old") if kind in comparison.judges]
     rows = [r for r in comparison.main if r.number(judged(kinds[0], "win_rate")) is not None]
     if not rows:
@@ -126,7 +135,8 @@ def draw_win_rates(comparison: Comparison) -> Figure | None:
 
 def draw_frontier(comparison: Comparison) -> Figure | None:
     trained = [r for r in comparison.main if r.trainings]
-    gain, drift = judged("new", "gain"), retention(comparison.texts[0], "kl_per_token")
+    gain, gain_label = _learned(comparison)
+    drift = retention(comparison.texts[0], "kl_per_token")
     if not trained:
         return None
     figure, [axes] = _figure(1)
@@ -135,9 +145,9 @@ def draw_frontier(comparison: Comparison) -> Figure | None:
     for result in comparison.main[1:]:
         if not result.trainings:
             _control(axes, result, drift, gain)
-    axes.axhline(0, color="0.5", linestyle=":", linewidth=1)
+    axes.axhline(0 if comparison.judged else 0.5, color="0.5", linestyle=":", linewidth=1)
     axes.set_xscale("log")
-    _name(axes, f"{_KL}, {comparison.texts[0]}", _GAIN)
+    _name(axes, f"{_KL}, {comparison.texts[0]}", gain_label)
     _legend(figure, axes)
     return figure
 
@@ -148,8 +158,8 @@ def draw_sweep(comparison: Comparison, name: str) -> Figure | None:
         return None
     sweep = comparison.config["sweeps"][name]
     figure, panels = _figure(2)
-    measures = (judged("new", "gain"), retention(comparison.texts[0], "kl_per_token"))
-    for axes, measure, label in zip(panels, measures, (_GAIN, _KL), strict=True):
+    drift = retention(comparison.texts[0], "kl_per_token"), _KL
+    for axes, (measure, label) in zip(panels, (_learned(comparison), drift), strict=True):
         found = [(value, result.number(measure)) for value, result in points]
         found = [(value, x) for value, x in found if x is not None]
         if any(isinstance(value, str) for value, _ in points):
@@ -176,6 +186,13 @@ def draw_sweep(comparison: Comparison, name: str) -> Figure | None:
     panels[1].set_yscale("log")
     _legend(figure, panels[0])
     return figure
+
+
+def _learned(comparison: Comparison) -> tuple[Measure, str]:
+    """What was learned, and its name: the judged gain, or without judges the accuracy."""
+    if comparison.judged:
+        return judged("new", "gain"), _GAIN
+    return preference("new", "preference_accuracy"), "accuracy by implicit reward"
 
 
 # --- parts --------------------------------------------------------------------------------------

@@ -69,6 +69,8 @@ def _check(config: CompareConfig, path: str) -> CompareConfig:
             refuse(f"methods.{name}", "replay needs old data (the key old)")
         if isinstance(method, Prompted) and not method.system.strip():
             refuse(f"methods.{name}.system", "is missing")
+        if isinstance(method, Prompted) and config.evaluation.prompts == 0:
+            refuse(f"methods.{name}", "nothing is asked where evaluation.prompts is 0")
         if isinstance(method, Reversed):
             _check_reversed(config, name, method, refuse)
         if isinstance(method, QAdapter):
@@ -103,10 +105,11 @@ def _check(config: CompareConfig, path: str) -> CompareConfig:
                + nearest(config.reference, names))
     if any(w < 0 for w in config.evaluation.strengths):
         refuse("evaluation.strengths", "a strength must not be negative")
-    for name in ("prompts", "old_prompts", "samples", "base_samples", "max_new_tokens",
-                 "batch_size"):
-        if (value := getattr(config.evaluation, name)) is not None and value < 1:
-            refuse(f"evaluation.{name}", "must be at least 1")
+    least = {"prompts": 0, "old_prompts": 1, "samples": 1, "base_samples": 1, "max_new_tokens": 1,
+             "batch_size": 1}
+    for name, at_least in least.items():
+        if (value := getattr(config.evaluation, name)) is not None and value < at_least:
+            refuse(f"evaluation.{name}", f"must be at least {at_least}")
     return config
 
 

@@ -77,6 +77,11 @@ class Comparison:
     touched: list[dict[str, Any]]
 
     @property
+    def judged(self) -> bool:
+        """Whether answers were sampled and judged."""
+        return bool(self.judges["new"])
+
+    @property
     def main(self) -> list[Result]:
         """Without the rows that only a sweep asks for."""
         return [result for result in self.results if result.row.sweep is None]
@@ -172,7 +177,7 @@ class Against(NamedTuple):
     accuracy: Estimate
     """Difference in accuracy by implicit reward, new preference."""
     gain: Estimate
-    """Difference in judged gain, new preference, mean of the judges."""
+    """Difference in judged gain, new preference, mean of the judges; NaN where there are none."""
     kl_ratio: dict[str, Estimate]
     """Texts → KL(base‖customised) over the other's; NaN where the other is the base."""
 
@@ -201,18 +206,19 @@ def against(result: Result, reference: Result) -> Against:
             return Estimate(math.nan, math.nan, math.nan)
         return ClusterBootstrap(range(len(ours))).mean(ours / theirs, theirs)
 
+    def gain_by_prompt(run: dict[str, Any], point: dict[str, Any]) -> np.ndarray:
+        judges = point["answers"].get("new", {"judged": {}})["judged"].values()
+        # None where the base's scores had no spread to measure by.
+        found = [judge["gain_by_prompt"] for judge in judges if judge["gain"] is not None]
+        return np.mean(found, axis=0) if found else np.array([math.nan])
+
     first = result.runs[0]
     return Against(
         difference(
             lambda run, point: wins(np.array(run["preferences"]["new"]["reward_margins"])),
             first["preferences"]["new"]["prompt_ids"],
         ),
-        difference(
-            lambda run, point: np.mean([
-                judge["gain_by_prompt"] for judge in point["answers"]["new"]["judged"].values()
-                if judge["gain"] is not None  # the base's scores had no spread to measure by
-            ], axis=0),  # one entry a prompt
-        ),
+        difference(gain_by_prompt),
         {name: kl_ratio(name) for name in first["dial"][0]["retention"]},
     )
 

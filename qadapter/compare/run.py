@@ -131,6 +131,8 @@ def _model(
 
 def _judges(bench: Workbench, split: str) -> dict[str, Any]:
     """How far each judge can be trusted: its accuracy on pairs of the split."""
+    if bench.config.evaluation.prompts == 0:
+        return {kind: {} for kind in bench.kinds}
     return {
         kind: {
             judge.name: pair_accuracy(

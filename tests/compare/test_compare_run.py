@@ -250,6 +250,25 @@ def test_pictures_are_drawn_from_results_alone(place, tmp_path):
         read_results(config, tmp_path, "validation")
 
 
+def test_without_prompts_nothing_is_sampled_and_what_is_left_is_reported(place, capsys):
+    folder, _ = place
+    path = write_config(
+        folder, "unasked.yaml", methods={k: settings()["methods"][k] for k in ("dpo", "q")},
+        evaluation={**settings()["evaluation"], "prompts": 0},
+    )
+    assert cli("compare", path, "--output_dir", folder / "unasked") == 0
+    assert "judges" not in capsys.readouterr().out
+    assert not (folder / "unasked" / "base_answers").exists() or not list(
+        (folder / "unasked" / "base_answers").glob("validation*"))
+    comparison = read_results(read_config(path), folder / "unasked", "validation")
+    assert [p.name for p in draw_all(comparison)] == [
+        "retention", "frontier", "sweep_alpha", "sweep_form",
+    ]
+    assert not any("win" in column.key or "gain" in column.key for column in columns(comparison))
+    page = (folder / "unasked" / "report-validation.html").read_text()
+    assert "Against dpo" in page and "Each judge apart" not in page
+
+
 def test_lora_trains_in_the_trunk_by_trl(place):
     """DPO and SFT by TRL; the shared base of the judges stays as it is."""
     folder, _ = place
