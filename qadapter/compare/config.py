@@ -115,6 +115,8 @@ class EvaluationSpec:
     temperature: float = 1.0
     strengths: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0])
     """Settings of the dial; 1 is the trained policy and always among them."""
+    ask_sweeps: bool = True
+    """Whether the rows of sweeps are asked and judged too, or get accuracy and retention alone."""
     dial_seeds: int = 1
     """How many of a method's seeds get the whole dial; the others, and sweeps, strength 1 alone."""
     batch_size: int = 8

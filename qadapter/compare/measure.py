@@ -8,6 +8,7 @@ base's.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -45,13 +46,14 @@ def evaluate_row(
         return evaluate(bench, model, split, [0.0], seed, system=row.method.system)
     alone = row.sweep is not None or not row.method.trained
     if alone or row.seeds.index(seed) >= spec.dial_seeds:
-        return evaluate(bench, model, split, [1.0], seed, old_answers=row.sweep is None)
+        kinds = ("new", "old") if row.sweep is None else ("new",) if spec.ask_sweeps else ()
+        return evaluate(bench, model, split, [1.0], seed, asked=kinds)
     return evaluate(bench, model, split, sorted({*spec.strengths, 1.0}), seed)
 
 
 def evaluate(
     bench: Workbench, model: QAdapterModel, split: str, strengths: list[float], seed: int, *,
-    old_answers: bool = True, system: str | None = None,
+    asked: Collection[str] = ("new", "old"), system: str | None = None,
 ) -> dict[str, Any]:
     """All measures of one model, as JSON types.
 
@@ -59,8 +61,8 @@ def evaluate(
         split: "validation" or "test".
         strengths: settings of the dial; 0 is the base.
         seed: of the sampled answers.
-        old_answers: sample answers to the old preference's prompts too, where the model is what
-            was trained or the base: at no other setting of the dial are they shown.
+        asked: kinds of prompts to sample answers to; old ones only where the model is what was
+            trained or the base, since at no other setting of the dial they are shown.
         system: a system message to answer with.
     """
     spec = bench.config.evaluation
@@ -84,8 +86,8 @@ def evaluate(
             },
             "answers": {
                 kind: _answers(bench, model, kind, split, strength, seed, system)
-                for kind in bench.kinds if spec.prompts > 0
-                and (kind == "new" or (old_answers and strength in (0.0, 1.0)))
+                for kind in bench.kinds if spec.prompts > 0 and kind in asked
+                and (kind == "new" or strength in (0.0, 1.0))
             },
         })
     return found

@@ -135,7 +135,7 @@ def draw_win_rates(comparison: Comparison) -> Figure | None:
 
 def draw_frontier(comparison: Comparison) -> Figure | None:
     trained = [r for r in comparison.main if r.trainings]
-    gain, gain_label = _learned(comparison)
+    gain, gain_label = _learned(comparison.judged)
     drift = retention(comparison.texts[0], "kl_per_token")
     if not trained:
         return None
@@ -159,7 +159,8 @@ def draw_sweep(comparison: Comparison, name: str) -> Figure | None:
     sweep = comparison.config["sweeps"][name]
     figure, panels = _figure(2)
     drift = retention(comparison.texts[0], "kl_per_token"), _KL
-    for axes, (measure, label) in zip(panels, (_learned(comparison), drift), strict=True):
+    asked = all(result.number(judged("new", "gain")) is not None for _, result in points)
+    for axes, (measure, label) in zip(panels, (_learned(asked), drift), strict=True):
         found = [(value, result.number(measure)) for value, result in points]
         found = [(value, x) for value, x in found if x is not None]
         if any(isinstance(value, str) for value, _ in points):
@@ -188,9 +189,9 @@ def draw_sweep(comparison: Comparison, name: str) -> Figure | None:
     return figure
 
 
-def _learned(comparison: Comparison) -> tuple[Measure, str]:
-    """What was learned, and its name: the judged gain, or without judges the accuracy."""
-    if comparison.judged:
+def _learned(asked: bool) -> tuple[Measure, str]:
+    """What was learned, and its name: the judged gain, or where nothing was asked the accuracy."""
+    if asked:
         return judged("new", "gain"), _GAIN
     return preference("new", "preference_accuracy"), "accuracy by implicit reward"
 

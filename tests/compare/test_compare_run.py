@@ -269,6 +269,23 @@ def test_without_prompts_nothing_is_sampled_and_what_is_left_is_reported(place, 
     assert "Against dpo" in page and "Each judge apart" not in page
 
 
+def test_sweeps_may_go_unasked(place):
+    folder, _ = place
+    config = read_config(write_config(
+        folder, "sweeps.yaml", methods={"q": settings()["methods"]["q"]}, reference=None,
+        sweeps={"alpha": settings()["sweeps"]["alpha"]},
+        evaluation={**settings()["evaluation"], "strengths": [1.0], "ask_sweeps": False},
+    ))
+    run_comparison(config, folder / "sweeps")
+    comparison = read_results(config, folder / "sweeps", "validation")
+    rows = {r.row.name: r for r in comparison.results}
+    assert rows["q alpha=1"].number(judged("new", "gain")) is None
+    assert rows["q"].number(judged("new", "win_rate")) is not None
+    [swept] = [p for p in draw_all(comparison) if p.name == "sweep_alpha"]
+    assert "accuracy by implicit reward" in swept.svg and "judged gain" not in swept.svg
+    assert math.isnan(against(rows["q alpha=1"], rows["q"]).gain.value)
+
+
 def test_lora_trains_in_the_trunk_by_trl(place):
     """DPO and SFT by TRL; the shared base of the judges stays as it is."""
     folder, _ = place
