@@ -90,7 +90,7 @@ def test_training_on_it(tmp_path, bits, adapter):
         model, QAdapterConfig(
             output_dir=str(tmp_path / "run"), per_device_train_batch_size=4, learning_rate=1e-2,
             max_steps=6, logging_steps=1, report_to="none", disable_tqdm=True, use_cpu=True,
-            warmup_steps=0,
+            warmup_steps=0, retention_coef=0.0,
         ),
         train_dataset=preference_rows(8), processing_class=chatml(),
     )

@@ -52,7 +52,7 @@ def adapted_pair(folder, bootstrap):
         copy.deepcopy(base),
         QAdapterConfig(
             output_dir=str(folder / "ours"), alpha_0=BETA, alpha_tilde=BETA, gamma=1.0,
-            chi2_coef=0.0, bootstrap=bootstrap, **COMMON,
+            chi2_coef=0.0, bootstrap=bootstrap, retention_coef=0.0, **COMMON,
         ),
         # The tokens are TRL's: its chat template keeps the line break after an answer's end.
         train_dataset=theirs.train_dataset.select_columns(

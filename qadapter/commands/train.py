@@ -141,6 +141,10 @@ def run(
         for name, report in trainer.reports.items():
             console.print(f"{'held-out' if name == 'eval' else 'training'} pairs:")
             console.print(report.table())
+        if config.retention_coef and "retention_coef" not in given:
+            held_to = named or "the base's own answers to training prompts, sampled first"
+            console.print(f"held to {held_to} (--retention_coef {config.retention_coef:g}; 0: off)",
+                          highlight=False)
         if script.overwrite_output_dir and not resume:
             remove_files(folder, RUN_FILES)
     # The tokenized pairs: training puts their features in place of them.

@@ -43,6 +43,7 @@ def teach_first(
         trainer = QAdapterTrainer(model, QAdapterConfig(
             output_dir=scratch, seed=spec.seed, learning_rate=spec.learning_rate,
             num_train_epochs=spec.num_train_epochs, cache_features="disk",
+            retention_coef=0.0,
             per_device_train_batch_size=spec.per_device_train_batch_size,
             save_strategy="no", report_to="none", disable_tqdm=True,
         ), train_dataset=old.train.tokens, processing_class=tokenizer)

@@ -20,6 +20,8 @@ _CHOICES = {
     "on_bad_row": ("drop", "raise"),
     "cache_features": ("memory", "disk", "none"),
 }
+RETENTION_COEF = 10.0
+"""Of the retention term, where it is on by default."""
 _AT_LEAST_ONE = (
     "feature_batch_tokens", "feature_shard_mb", "workspace_mb", "pad_to_multiple_of",
     "dataset_num_proc", "retention_states",
@@ -134,12 +136,13 @@ class QAdapterConfig(TrainingArguments):
     )
 
     # --- retention (ours, not the paper's) ---
-    retention_coef: float = field(
-        default=0.0,
+    retention_coef: float | None = field(
+        default=None,
         metadata={
             "help": "Weight of KL(base||customised), in nats a token, at states of unrelated text: "
             "less drift where the preferences have no say. Texts: a retention dataset's, or else "
-            "the base's own samples for the training prompts. Try 10."
+            "the base's own samples for the training prompts. Default: 10 for a head adapter, "
+            "where it is nearly free, and with a retention dataset; else 0."
         },
     )
     retention_states: int = field(
@@ -218,10 +221,9 @@ class QAdapterConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise QAdapterError(f"{name} must be at least 1, got {value}")
-        if not (math.isfinite(self.retention_coef) and self.retention_coef >= 0):
-            raise QAdapterError(
-                f"retention_coef must be finite and not negative, got {self.retention_coef}"
-            )
+        coef = self.retention_coef
+        if coef is not None and not (math.isfinite(coef) and coef >= 0):
+            raise QAdapterError(f"retention_coef must be finite and not negative, got {coef}")
         if isinstance(self.model_init_kwargs, str):
             raise QAdapterError(
                 f"model_init_kwargs must be a JSON object, got {self.model_init_kwargs!r}"

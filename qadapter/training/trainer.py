@@ -25,7 +25,7 @@ from qadapter.model import QAdapterModel
 from qadapter.training import card, feature_store
 from qadapter.training.assembly import EitherCollator, as_qadapter_model
 from qadapter.training.checkpoints import AdapterCheckpoints
-from qadapter.training.config import QAdapterConfig
+from qadapter.training.config import RETENTION_COEF, QAdapterConfig
 from qadapter.training.features import (
     FeatureCollator,
     FeatureSet,
@@ -108,6 +108,8 @@ class QAdapterTrainer(AdapterCheckpoints):
         self.model, self.args, self.processing_class = model, args, processing_class
         if train_dataset is not None:
             train_dataset = self._prepare(train_dataset, "train")
+        if args.retention_coef is None:
+            args.retention_coef = _default_retention_coef(model, train_dataset, retention_dataset)
         self._training_prompts: list[list[int]] = []
         if args.retention_coef > 0 and retention_dataset is None:
             self._training_prompts = _prompts(train_dataset)
@@ -399,6 +401,18 @@ class QAdapterTrainer(AdapterCheckpoints):
         """Write README.md to ``output_dir``."""
         if self.is_world_process_zero():
             card.write(self, Path(self.args.output_dir), model_name, dataset_name, tags)
+
+
+def _default_retention_coef(
+    model: QAdapterModel, train_dataset: Dataset | FeatureSet | None, retention_dataset: Any
+) -> float:
+    """On where it costs next to nothing (a head adapter's states are read once; LoRA would run its
+    texts through the trunk at every step) and can be computed, or was given texts. Measured:
+    docs/compare.md."""
+    affordable = (
+        not model.adapts_trunk and model.head.softcap is None and isinstance(train_dataset, Dataset)
+    )
+    return RETENTION_COEF if affordable or retention_dataset is not None else 0.0
 
 
 def _prompts(dataset: Dataset | FeatureSet | None) -> list[list[int]]:

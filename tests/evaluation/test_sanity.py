@@ -49,6 +49,7 @@ def trained(tmp_path, train, held_out):
     arguments = QAdapterConfig(
         output_dir=str(tmp_path), max_steps=60, learning_rate=1e-2, report_to="none",
         per_device_train_batch_size=16, save_strategy="no", disable_tqdm=True, use_cpu=True,
+        retention_coef=0.0,
     )
     trainer = QAdapterTrainer(
         model, arguments, train_dataset=as_preferences(train), processing_class=chatml()

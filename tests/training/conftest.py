@@ -23,6 +23,7 @@ def make_trainer(tmp_path, tokenizer):
             "output_dir": str(tmp_path / "run"), "use_cpu": True, "disable_tqdm": True,
             "save_strategy": "no", "logging_steps": 1, "per_device_train_batch_size": 4,
             "per_device_eval_batch_size": 4, "learning_rate": 1e-2, "seed": 0,
+            "retention_coef": 0.0,
         }
         return QAdapterTrainer(
             model or build_model(), QAdapterConfig(**{**settings, **arguments}),

@@ -24,7 +24,7 @@ def run(folder: Path, batch_size: int, cache_features: str) -> None:
         per_device_eval_batch_size=2, save_strategy="no",
         ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
         cache_features=cache_features, feature_cache_dir=str(folder / "features"),
-        train_sampling_strategy="sequential",
+        train_sampling_strategy="sequential", retention_coef=0.0,
     )
     trainer = QAdapterTrainer(
         model, arguments, train_dataset=build_pairs(16), processing_class=build_tokenizer(),

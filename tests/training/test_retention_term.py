@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -109,7 +110,7 @@ def _train(tmp_path, adapter=None, texts=TEXTS, **arguments):
     settings = {
         "output_dir": str(tmp_path / "run"), "use_cpu": True, "disable_tqdm": True,
         "save_strategy": "no", "logging_steps": 1, "learning_rate": 1e-2, "seed": 0,
-        "per_device_train_batch_size": 8, "num_train_epochs": 4,
+        "per_device_train_batch_size": 8, "num_train_epochs": 4, "retention_coef": 0.0,
     }
     model = build_model(adapter)
     trainer = QAdapterTrainer(
@@ -179,11 +180,35 @@ def test_own_samples_are_the_bases(tmp_path):
     assert moved.policy.strength == 2.0 and moved.training
 
 
+def test_it_is_on_where_it_is_nearly_free_or_texts_are_given(tmp_path):
+    """Off for LoRA, a softcapped head and data without prompts, unless asked for."""
+
+    def coef(adapter=None, train=None, texts=None, **arguments):
+        settings = {"output_dir": str(tmp_path), "use_cpu": True, **arguments}
+        return QAdapterTrainer(
+            build_model(adapter), QAdapterConfig(**settings), train_dataset=train,
+            processing_class=build_tokenizer(), retention_dataset=texts,
+        ).args.retention_coef
+
+    pairs = build_pairs(4)
+    lora = copy.deepcopy(ADAPTERS["lora"])
+    assert coef(train=pairs) == 10.0 and coef(train=pairs, retention_coef=0.0) == 0.0
+    assert coef(lora, train=pairs) == 0.0 and coef(lora, train=pairs, texts=TEXTS) == 10.0
+    assert coef() == 0.0
+    capped = build_model()
+    capped.head = dataclasses.replace(capped.head, softcap=30.0)
+    trainer = QAdapterTrainer(
+        capped, QAdapterConfig(output_dir=str(tmp_path), use_cpu=True), train_dataset=pairs,
+        processing_class=build_tokenizer(),
+    )
+    assert trainer.args.retention_coef == 0.0
+
+
 def test_what_cannot_be_used_is_named(tmp_path):
     arguments = QAdapterConfig(output_dir=str(tmp_path), use_cpu=True, retention_coef=1.0)
     with pytest.raises(QAdapterError, match="needs a retention_dataset"):
         QAdapterTrainer(build_model(), arguments, processing_class=build_tokenizer())
-    without = QAdapterConfig(output_dir=str(tmp_path), use_cpu=True)
+    without = QAdapterConfig(output_dir=str(tmp_path), use_cpu=True, retention_coef=0.0)
     with pytest.raises(QAdapterError, match="retention_coef above 0"):
         QAdapterTrainer(
             build_model(), without, processing_class=build_tokenizer(), retention_dataset=TEXTS
