@@ -61,6 +61,7 @@ def columns(comparison: Comparison) -> list[Column]:
                preference("new", "preference_accuracy")),
         Column("accuracy_reward_length_controlled", "… length-controlled",
                preference("new", "preference_accuracy_length_controlled")),
+        Column("log_loss", "log loss of σ(margin)", preference("new", "log_loss")),
         Column("accuracy_policy_mean", "accuracy, log-probability a token",
                policy_accuracy("new")),
     ]
