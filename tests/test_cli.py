@@ -21,7 +21,9 @@ def place(tmp_path_factory):
     save_tiny(folder / "model")
     write_jsonl(folder / "pairs.jsonl", preference_rows(40))
     (folder / "texts.txt").write_text("The sky is blue.\n\nYes, no, maybe, never.\n")
-    assert cli("train", *train_flags(folder), "--output_dir", folder / "run") == 0
+    # Held to the base's answers, so few steps would leave greedy answers as they were.
+    flags = (*train_flags(folder), "--retention_coef", 0)
+    assert cli("train", *flags, "--output_dir", folder / "run") == 0
     return folder
 
 
@@ -167,7 +169,9 @@ def test_dropped_rows_are_shown_and_counted(place, tmp_path, capsys, monkeypatch
     write_jsonl(tmp_path / "pairs.jsonl", rows)
     flags = (*train_flags(place, steps=2), "--dataset_name", tmp_path / "pairs.jsonl")
     assert cli("train", *flags, "--output_dir", tmp_path / "run") == 0
-    assert "the two answers are the same" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "the two answers are the same" in out
+    assert "held to the base's own answers to training prompts, sampled first" in out
     data = json.loads((tmp_path / "run/summary.json").read_text())["data"]
     assert {**data["train"]["dropped"], **data["eval"]["dropped"]} == {"identical_answers": 1}
 

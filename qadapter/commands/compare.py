@@ -80,7 +80,7 @@ def _table(comparison: Comparison) -> Table:
     """The few columns a terminal has room for."""
     shown = [c for c in columns(comparison) if c.key in _SHOWN or c.key.startswith("kl:")]
     table = Table(title=f"{comparison.title}, {comparison.split} split", title_justify="left")
-    table.add_column("method")
+    table.add_column("method", no_wrap=True)
     for column in shown:
         table.add_column(column.label, justify="right")
     for result in comparison.results:
