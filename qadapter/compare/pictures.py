@@ -261,8 +261,9 @@ def _name(axes: Axes, x_label: str, y_label: str | None) -> None:
 
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
+    most = 3 if figure.get_figwidth() < 8 else 5  # names of methods are long
     figure.legend(handles, labels, frameon=False, loc="outside lower center",
-                  ncols=min(6, len(labels)), fontsize=9)
+                  ncols=min(most, len(labels)), fontsize=9)
 
 
 def _svg(figure: Figure) -> str:

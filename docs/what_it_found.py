@@ -1,0 +1,98 @@
+"""Rewrites the tables of docs/compare.md and README.md, each between two comments, from the
+committed comparisons.
+
+    python docs/what_it_found.py
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from qadapter.compare import Comparison, read_config, read_results
+from qadapter.compare.page import Column, columns
+from qadapter.compare.results import Result, Spread, against
+from qadapter.evaluation.report import format_value
+
+sys.path.insert(0, str(Path(__file__).parent))
+from what_serves_it import ROOT, put
+
+PAGE, README = ROOT / "docs/compare.md", ROOT / "README.md"
+RESULTS = ROOT / "benchmarks/results/compare"
+TESTED = ("hh", "dsp_academy", "dsp_business", "dsp_entertainment", "dsp_literature")
+CHOICES = "dsp_choices"
+"""Comparisons reported on their test split, and the one that choices are made by."""
+SHOWN = (
+    "accuracy_reward", "log_loss", "new_win_rate", "old_win_rate", "new_gain", "kl_new_answers",
+)
+IN_README = ("accuracy_reward", "new_gain", "old_gain", "kl:unrelated text")
+"""Columns beside each text's KL; there is no room for all of the report's."""
+
+
+def comparison(name: str, split: str) -> Comparison:
+    """A committed comparison, by the name of its file."""
+    config = read_config(ROOT / f"benchmarks/compare/{name}.yaml")
+    return read_results(config, RESULTS / name, split)
+
+
+def table(found: Comparison, results: list[Result], keys: tuple[str, ...] = SHOWN) -> str:
+    """Means over seeds, ± standard deviation between them."""
+    shown = [
+        c for c in columns(found)
+        if c.key in keys or (keys is SHOWN and c.key.startswith("kl:"))
+    ]
+    lines = [f"| | {' | '.join(c.label for c in shown)} |", "| --- |" + " ---: |" * len(shown)]
+    lines += [f"| {r.row.name} | {' | '.join(cell(r, c) for c in shown)} |" for r in results]
+    return "\n".join(lines) + "\n"
+
+
+def differences(found: Comparison) -> str:
+    """Every row against the reference, pair by pair and prompt by prompt."""
+    reference = found.reference
+    lines = [
+        "", f"Against {reference.row.name}, pair by pair and prompt by prompt, 95% intervals:", "",
+        "| | accuracy | judged gain [SD] | KL ratio, " + " | KL ratio, ".join(found.texts) + " |",
+        "| --- |" + " ---: |" * (2 + len(found.texts)),
+    ]
+    for result in found.main[1:]:
+        if result is not reference:
+            row = against(result, reference)
+            cells = [format_value(row.accuracy), format_value(row.gain, 2),
+                     *(format_value(x, 2) for x in row.kl_ratio.values())]
+            lines.append(f"| {result.row.name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def cell(result: Result, column: Column) -> str:
+    value: Spread | None = result.number(column.measure)
+    if value is None:
+        return "—"
+    spread = "" if value.sd is None else f" ± {value.sd:.{column.digits}f}"
+    return f"{value.mean:.{column.digits}f}{spread}"
+
+
+def tables() -> dict[str, str]:
+    """Every block of the page, by the comment before it."""
+    blocks = {}
+    for name in TESTED:
+        found = comparison(name, "test")
+        blocks[name] = table(found, found.main) + differences(found)
+    found = comparison(CHOICES, "validation")
+    blocks[CHOICES] = table(found, found.results)
+    return blocks
+
+
+def readme_table() -> str:
+    """The few columns the README has room for."""
+    found = comparison("hh", "test")
+    return table(found, found.main, IN_README)
+
+
+def main() -> None:
+    for name, block in tables().items():
+        put(PAGE, name, block)
+    put(README, "comparison", readme_table())
+
+
+if __name__ == "__main__":
+    main()

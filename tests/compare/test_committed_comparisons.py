@@ -1,0 +1,86 @@
+"""The committed comparisons: run as their files say, and told as they came out."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from qadapter.compare.config import SPLITS
+from qadapter.compare.reading import changes, read_config
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks/results/compare"
+NAMES = sorted(path.stem for path in (ROOT / "benchmarks/compare").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def page():
+    """docs/what_it_found.py."""
+    spec = importlib.util.spec_from_file_location("found", ROOT / "docs/what_it_found.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_in_the_docs_are_of_the_committed_runs(page):
+    blocks = [(page.PAGE, name, block) for name, block in page.tables().items()]
+    for file, name, block in [*blocks, (page.README, "comparison", page.readme_table())]:
+        text = file.read_text(encoding="utf-8")
+        assert text.split(f"<!-- {name} -->\n")[1].split("<!-- end -->")[0] == block
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_they_ran_what_their_file_says(name):
+    written = json.loads((RESULTS / name / "config.json").read_text())
+    del written["files_sha256"]
+    config = read_config(ROOT / f"benchmarks/compare/{name}.yaml")
+    now = json.loads(json.dumps(config.as_dict()))
+    assert changes(written, now) == changes(now, written) == []
+    assert written["seeds"] == now["seeds"]
+
+
+def test_the_test_split_was_touched_once_by_three_seeds_of_every_method(page):
+    """But the choices' own, whose test split is another comparison's."""
+    assert {*page.TESTED, page.CHOICES} == set(NAMES)
+    assert not (RESULTS / page.CHOICES / "test_touched.json").exists()
+    for name in page.TESTED:
+        found = page.comparison(name, "test")
+        [touch] = found.touched
+        assert {r.row.name for r in found.main[1:]} <= set(touch["methods"])
+        for result in found.main[1:]:
+            least = 3 if result.trainings else 1
+            assert len(result.runs) == len(result.row.seeds) >= least
+
+
+def test_what_was_chosen_by_holds_none_of_what_is_tested(page):
+    """The academy answers are cut alike for both."""
+    chosen, tested = (
+        read_config(ROOT / f"benchmarks/compare/{name}.yaml").data
+        for name in (page.CHOICES, "dsp_academy")
+    )
+    assert chosen == tested
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_untouched_base_is_the_base_to_the_last_digit(page, name):
+    for split in SPLITS:
+        if not (RESULTS / name / "base" / f"{split}.json").exists():
+            continue
+        base = page.comparison(name, split).results[0]
+        [point] = base.runs[0]["dial"]
+        for texts in point["retention"].values():
+            assert texts["kl_per_token"] == 0.0
+            assert texts["perplexity"] == texts["perplexity_base"]
+        assert base.runs[0]["preferences"]["new"]["preference_accuracy"] == 0.5
+
+
+def test_no_file_names_a_place_on_a_machine_or_holds_weights():
+    files = [path for path in RESULTS.rglob("*") if path.is_file()]
+    assert files
+    for path in files:
+        if path.suffix in (".json", ".html"):
+            text = path.read_text(encoding="utf-8")
+            assert not any(place in text for place in ("/work/", "/tmp/", "/root/", "/home/")), path
