@@ -10,6 +10,7 @@ import pytest
 
 from qadapter.compare.config import SPLITS
 from qadapter.compare.reading import changes, read_config
+from qadapter.compare.results import against
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results/compare"
@@ -62,6 +63,19 @@ def test_what_was_chosen_by_holds_none_of_what_is_tested(page):
         for name in (page.CHOICES, "dsp_academy")
     )
     assert chosen == tested
+
+
+def test_what_the_pages_say_of_retention_is_what_came_out(page):
+    """"Four to ten times nearer … at no loss of ranking"; and against the tuned DPO."""
+    assert "four to ten times nearer" in page.README.read_text(encoding="utf-8")
+    for name in page.TESTED:
+        found = page.comparison(name, "test")
+        rows = {r.row.name: r for r in found.results}
+        kept = against(rows["Q-Adapter + retention"], found.reference)
+        assert kept.accuracy.value > -0.005 and kept.accuracy.high > 0
+        tuned = found.reference.row.name == "DPO beta 1"
+        low, high = (0.15, 0.4) if tuned else (1 / 10.5, 1 / 3.75)
+        assert all(low <= ratio.value <= high for ratio in kept.kl_ratio.values())
 
 
 @pytest.mark.parametrize("name", NAMES)
