@@ -2,8 +2,8 @@
 
 Ours combines the streams into log π̃ (with a strength) and draws a token in fused kernels: no sort
 of the vocabulary. Beside it: the same combination in PyTorch, then transformers' logits processors,
-softmax and multinomial, as generate() does. There is no compiled sampler on a CPU: there, ours is
-the fused combination followed by transformers' draw.
+softmax and multinomial, as generate() does. On a CPU ours is the fused combination, transformers'
+processors and a draw by lookup in the cumulated probabilities.
 
     python benchmarks/decoding.py
 """
@@ -17,6 +17,7 @@ import torch
 from harness import HEADS, Case, Timing, interleave, parser, start
 from torch import Tensor
 
+from qadapter.sampling import draw_by_lookup
 from qadapter_kernels import dispatch
 from qadapter_kernels.reference import Coefficients
 
@@ -24,7 +25,7 @@ COEFFICIENTS = Coefficients(alpha_0=0.3, alpha_tilde=1.0, adapter_coef=1.0, base
 STRENGTH = 0.7
 TEMPERATURE, TOP_K, TOP_P, MIN_P = 0.7, 50, 0.9, 0.05
 SETTINGS = ("temperature", "top-k 50", "top-p 0.9", "min-p 0.05")
-SHAPES = {"cpu": ("SmolLM2-135M", (1, 4, 16)), "cuda": ("Llama-3.1-8B", (1, 8, 64))}
+SHAPES = {"cpu": ("SmolLM2-135M", (1, 4, 16, 64)), "cuda": ("Llama-3.1-8B", (1, 8, 64))}
 
 
 def make_logits(vocab: int, rows: int, device: str) -> tuple[Tensor, Tensor]:
@@ -51,7 +52,10 @@ def combine_fused(a: Tensor, b: Tensor) -> Tensor:
     return dispatch.select(a).combine_logits(a, b, COEFFICIENTS, strength)
 
 
-def transformers_draw(setting: str, rows: int, device: str) -> Callable[[Tensor], Tensor]:
+def filtered_draw(
+    setting: str, rows: int, device: str, draw: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """A draw behind transformers' own processors."""
     from transformers import generation
 
     processors = generation.LogitsProcessorList([generation.TemperatureLogitsWarper(TEMPERATURE)])
@@ -63,11 +67,11 @@ def transformers_draw(setting: str, rows: int, device: str) -> Callable[[Tensor]
     }
     processors.extend(extra[setting]())
     ids = torch.zeros((rows, 1), dtype=torch.int64, device=device)
+    return lambda logprobs: draw(processors(ids, logprobs))
 
-    def draw(logprobs: Tensor) -> Tensor:
-        return torch.multinomial(processors(ids, logprobs).softmax(-1), 1)[:, 0]
 
-    return draw
+def multinomial(scores: Tensor) -> Tensor:
+    return torch.multinomial(scores.softmax(-1), 1)[:, 0]
 
 
 def fused_draw(setting: str) -> Callable[[Tensor], Tensor]:
@@ -90,15 +94,15 @@ def cases(setting: str, a: Tensor, b: Tensor) -> dict[str, Callable[[], Case]]:
         return case
 
     def theirs() -> Callable[[Tensor], Tensor]:
-        return transformers_draw(setting, rows, device)
+        return filtered_draw(setting, rows, device, multinomial)
 
-    if device == "cuda":
-        return {
-            "ours": build(combine_fused, lambda: fused_draw(setting)),
-            "ours, transformers' draw": build(combine_fused, theirs),
-            "PyTorch and transformers": build(combine_eager, theirs),
-        }
+    def ours() -> Callable[[Tensor], Tensor]:
+        if device == "cuda":
+            return fused_draw(setting)
+        return filtered_draw(setting, rows, device, draw_by_lookup)
+
     return {
+        "ours": build(combine_fused, ours),
         "ours, transformers' draw": build(combine_fused, theirs),
         "PyTorch and transformers": build(combine_eager, theirs),
     }

@@ -13,16 +13,15 @@ from transformers import GenerationConfig, LogitsProcessorList, TypicalLogitsWar
 
 from qadapter import AdapterConfig, QAdapterModel, sampling
 from qadapter.errors import QAdapterError
-from qadapter.sampling import fused_sample
+from qadapter.sampling import draw_by_lookup, fused_sample
 from qadapter_kernels.triton import launch
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
-    pytest.mark.skipif(
-        not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
-        reason="needs a GPU or Triton's interpreter",
-    ),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+needs_kernel = pytest.mark.skipif(
+    not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs a GPU or Triton's interpreter",
+)
+needs_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernel draws")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FILTERS = {
     "all tokens": ({}, 200, (1.0, 0, 1.0, 0.0)),
@@ -61,7 +60,8 @@ def _small_tiles(monkeypatch):
 
 @pytest.fixture
 def draws(monkeypatch) -> list[tuple]:
-    """Arguments of every call of the kernel."""
+    """Arguments of every call of the kernel, which draws on a CPU too, in the interpreter."""
+    monkeypatch.setattr(sampling, "_in_kernel", lambda device_type: True)
     calls, kernel = [], sampling.triton.sample
 
     def sample(*arguments):
@@ -72,10 +72,8 @@ def draws(monkeypatch) -> list[tuple]:
     return calls
 
 
-@pytest.mark.parametrize("name", FILTERS)
-def test_draws_follow_transformers_own_distribution(model, draws, name):
-    options, count, told = FILTERS[name]
-    prompt = torch.tensor([ROWS[0]])
+def exactly(model, prompt, **options) -> torch.Tensor:
+    """[V]: the distribution that transformers draws the next token from."""
     with torch.no_grad():
         logits = model(prompt.to(DEVICE)).logits[:, -1].float()
     processors = model._get_logits_processor(
@@ -83,10 +81,11 @@ def test_draws_follow_transformers_own_distribution(model, draws, name):
         input_ids_seq_length=prompt.shape[1], encoder_input_ids=prompt, device=DEVICE,
         logits_processor=LogitsProcessorList(),
     )
-    exact = processors(prompt.to(DEVICE), logits).softmax(-1)[0].cpu()
-    tokens = generate(model, {"input_ids": prompt.repeat(count, 1)}, **options)[:, -1].cpu()
-    assert [call[1:5] for call in draws] == [told]
-    counts = torch.bincount(tokens, minlength=len(exact))
+    return processors(prompt.to(DEVICE), logits).softmax(-1)[0].cpu()
+
+
+def assert_drawn_from(exact: torch.Tensor, tokens: torch.Tensor) -> None:
+    count, counts = len(tokens), torch.bincount(tokens, minlength=len(exact))
     assert not counts[exact == 0].any()
     # Five standard deviations of a binomial, and one count for rounding.
     allowed = 5 * (count * exact * (1 - exact)).sqrt() + 1
@@ -98,6 +97,52 @@ def test_draws_follow_transformers_own_distribution(model, draws, name):
     assert (surprise[tokens].mean() - entropy).abs() <= 5 * spread / math.sqrt(count) + 1e-5
 
 
+@needs_kernel
+@pytest.mark.parametrize("name", FILTERS)
+def test_the_kernel_follows_transformers_own_distribution(model, draws, name):
+    options, count, told = FILTERS[name]
+    prompt = torch.tensor([ROWS[0]])
+    tokens = generate(model, {"input_ids": prompt.repeat(count, 1)}, **options)[:, -1].cpu()
+    assert [call[1:5] for call in draws] == [told]
+    assert_drawn_from(exactly(model, prompt, **options), tokens)
+
+
+@needs_cpu
+@pytest.mark.parametrize("name", FILTERS)
+def test_a_cpu_follows_transformers_own_distribution(model, name):
+    options, prompt = FILTERS[name][0], torch.tensor([ROWS[0]])
+    tokens = generate(model, {"input_ids": prompt.repeat(2000, 1)}, **options)[:, -1]
+    assert_drawn_from(exactly(model, prompt, **options), tokens)
+
+
+@needs_cpu
+@pytest.mark.parametrize("uniform", [0.0, 1.0 - 2.0**-53], ids=["least", "most"])
+def test_the_ends_of_the_uniform_numbers_draw_tokens_that_can_be(monkeypatch, uniform):
+    """0 draws the first token with any probability, the largest number the last one, though a
+    product with the total may round up to it."""
+    monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, uniform))
+    scores = torch.randn(64, 1000, generator=torch.Generator().manual_seed(0))
+    scores[:, :3] = scores[:, -3:] = -torch.inf
+    drawn = draw_by_lookup(scores)
+    assert (drawn == (3 if uniform == 0 else 996)).all()
+
+
+@needs_cpu
+def test_rows_in_which_nothing_can_be_drawn_are_refused():
+    scores = torch.zeros(2, 5)
+    scores[1] = -torch.inf
+    with pytest.raises(QAdapterError, match="nothing can be drawn"):
+        draw_by_lookup(scores)
+
+
+@needs_cpu
+def test_a_plain_model_is_drawn_from_too():
+    base, prompt = tiny_base(), torch.tensor([ROWS[0]])
+    tokens = generate(base, {"input_ids": prompt.repeat(2000, 1)})[:, -1]
+    assert_drawn_from(exactly(base, prompt), tokens)
+
+
+@needs_kernel
 def test_a_padded_batch_over_many_steps(model, draws):
     """With one token left to draw from, sampling is greedy: positions, caches and ends included."""
     greedy = model.generate(
@@ -119,6 +164,7 @@ def test_draws_follow_the_seed(model):
     assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
 
 
+@needs_kernel
 def test_scores_of_16_bits_are_searched_as_such(draws):
     base = tiny_base().to(DEVICE, torch.bfloat16)
     half = QAdapterModel.from_base(base)
@@ -136,6 +182,7 @@ def test_raw_logits_are_left_alone(model):
     assert (out.logits[0] - expected).abs().max() < 1e-5
 
 
+@needs_kernel
 def test_what_runs_as_it_is(model, draws):
     """Scores asked for, and greedy decoding: transformers' own loop."""
     prompt = {"input_ids": torch.tensor(ROWS[:1])}
@@ -144,7 +191,8 @@ def test_what_runs_as_it_is(model, draws):
     generate(model, prompt, do_sample=False)
     assert not draws
     config = GenerationConfig(return_dict_in_generate=True, output_scores=True)
-    assert "output_scores" in sampling.unavailable_reason("cuda", config)
+    for device in ("cuda", "cpu"):
+        assert "output_scores" in sampling.unavailable_reason(device, config)
     assert "backend" in sampling.unavailable_reason("mps", GenerationConfig())
 
 

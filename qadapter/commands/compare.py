@@ -34,6 +34,10 @@ class CompareArguments:
         "help": "Held-out prompts to measure on: validation, to choose by; or test, to report, "
         "which is recorded.", "choices": list(SPLITS),
     })
+    only: list[str] | None = field(default=None, metadata={
+        "help": "Rows to run, as [DPO, SFT]; default: all. For several processes on one "
+        "comparison: start the first alone, the others when the base is measured."
+    })
     report_only: bool = field(default=False, metadata={
         "help": "Write the report of what is finished, and run nothing."
     })
@@ -57,6 +61,9 @@ def run(arguments: CompareArguments, given: set[str]) -> None:
     for name in ("comparison", "output_dir"):
         if name not in given:
             raise QAdapterError(f"compare needs --{name}")
+    only = [arguments.only] if isinstance(arguments.only, str) else arguments.only
+    if only is not None and not (isinstance(only, list) and all(isinstance(x, str) for x in only)):
+        raise QAdapterError(f"only must read [name, …], got {only!r}")
     quiet_libraries()
     config = read_config(arguments.comparison)
     start = time.monotonic()
@@ -67,7 +74,7 @@ def run(arguments: CompareArguments, given: set[str]) -> None:
     with telling_full_disk(arguments.output_dir):
         if not arguments.report_only:
             run_comparison(
-                config, arguments.output_dir, split=arguments.split, say=say,
+                config, arguments.output_dir, split=arguments.split, only=only, say=say,
                 environment={"versions": versions(), "devices": devices()},
             )
         found = read_results(config, arguments.output_dir, arguments.split)

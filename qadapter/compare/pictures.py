@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = "osD^vPX*"
 _KL = "KL(base‖customised) [nats a token]"
-_GAIN = "judged gain over the base [SD of its scores]"
+_GAIN = "judged gain [SD of the base's scores]"
 _DIALLED = {"alpha": "alpha_tilde", "beta": "beta"}
 """Options of a sweep that a strength w moves too, to their value over w (design §2, fact 7)."""
 
@@ -53,8 +53,8 @@ def draw_all(comparison: Comparison, folder: str | Path | None = None) -> list[P
          "for the new preference and for the one the base had learned before. Small dots: seeds; "
          "whiskers: the mean of their 95% intervals over prompts.", draw_win_rates),
         ("frontier", "What is gained against what is moved: each curve is one method's dial, "
-         "strength 1 filled; grey: controls. Up and to the left is better. Whiskers: 95% intervals "
-         "over prompts.",
+         "strength 1 filled, small dots there its seeds; grey: controls. Up and to the left is "
+         "better. Whiskers: 95% intervals over prompts.",
          draw_frontier),
     ]
     for name, sweep in comparison.config["sweeps"].items():
@@ -204,6 +204,13 @@ def _dial(axes: Axes, number: int, result: Result, x: Measure, y: Measure) -> No
     color, marker = _color(number), MARKERS[number % len(MARKERS)]
     axes.plot([a.mean for _, a, _ in found], [b.mean for _, _, b in found], color=color,
               linewidth=1.2, alpha=0.8)
+    seeds = [
+        (x(run, point), y(run, point)) for run in result.runs for point in run["dial"]
+        if point["strength"] == result.trained
+    ]
+    if len(seeds) > 1:
+        axes.plot([a[0] for a, _ in seeds], [b[0] for _, b in seeds], ".", color=color,
+                  markersize=5, alpha=0.7)
     for w, a, b in found:
         own = w == 1
         axes.plot(a.mean, b.mean, marker, color=color, markersize=9 if own else 6,

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from qadapter.compare.measure import evaluate, evaluate_row, probe
 from qadapter.compare.methods import reversed_head, train
 from qadapter.compare.reading import changes, fingerprint_files
 from qadapter.compare.workbench import Workbench
-from qadapter.errors import QAdapterError
+from qadapter.errors import QAdapterError, nearest
 from qadapter.evaluation.judges import pair_accuracy, preference_texts
 from qadapter.evaluation.report import write_json
 from qadapter.model import QAdapterModel
@@ -34,7 +34,8 @@ CONFIG_NAME, TOUCHED_NAME, TRAINING_NAME = "config.json", "test_touched.json", "
 
 def run_comparison(
     config: CompareConfig, folder: str | Path, *, split: str = "validation",
-    environment: dict[str, Any] | None = None, say: Callable[[str], None] = lambda line: None,
+    only: Collection[str] | None = None, environment: dict[str, Any] | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Train and measure whatever is not there yet.
 
@@ -42,19 +43,29 @@ def run_comparison(
         folder: of the results; made, or continued.
         split: what finished runs are measured on. "validation" is for choosing; "test" is recorded
             as touched, and measures what is trained already or trains it; sweeps are left out.
+        only: names of the rows to run; the others are left as they are. Several processes, on one
+            machine or on a folder they share, can so run one comparison: the first one alone until
+            the base is measured, then each its own rows.
         environment: versions and machine, kept with every result.
         say: gets a line a step.
 
     Raises:
         QAdapterError: the folder holds a comparison of another configuration (what changed is
-            named); anything the configuration names that can't be used.
+            named); anything the configuration names that can't be used; an unknown row.
     """
     if split not in SPLITS:
         raise QAdapterError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     folder = Path(folder).expanduser()
-    _claim(config, folder)
     # Sweeps are for choosing by.
     rows = [row for row in config.rows() if split == "validation" or row.sweep is None]
+    if only is not None:
+        known = [row.name for row in rows]
+        for name in only:
+            if name not in known:
+                raise QAdapterError(f"only: no row of the {split} split is called {name!r}"
+                                    + nearest(name, known))
+        rows = [row for row in rows if row.name in only]
+    _claim(config, folder)
     todo = [
         (row, seed) for row in rows for seed in row.seeds
         if not (run_folder(folder, row.name, seed) / f"{split}.json").is_file()

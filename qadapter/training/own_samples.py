@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qadapter.base import cache_dir as default_cache_dir
 from qadapter.model import QAdapterModel
+from qadapter.sampling import fused_sample
 
 COUNT, MAX_NEW_TOKENS, BATCH_SIZE, SEED = 96, 64, 16, 0
 
@@ -88,5 +89,6 @@ def _generate(model: QAdapterModel, prompts: list[list[int]], pad: int) -> list[
     output = model.generate(
         input_ids=input_ids, attention_mask=mask.long(), max_new_tokens=MAX_NEW_TOKENS,
         do_sample=True, temperature=1.0, top_p=1.0, top_k=0, pad_token_id=pad,
+        custom_generate=fused_sample if device.type == "cpu" else None,
     )
     return output[:, width:].tolist()

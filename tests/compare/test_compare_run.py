@@ -256,8 +256,15 @@ def test_without_prompts_nothing_is_sampled_and_what_is_left_is_reported(place, 
         folder, "unasked.yaml", methods={k: settings()["methods"][k] for k in ("dpo", "q")},
         evaluation={**settings()["evaluation"], "prompts": 0},
     )
-    assert cli("compare", path, "--output_dir", folder / "unasked") == 0
+    # The rows named first, then what is left.
+    assert cli("compare", path, "--output_dir", folder / "unasked", "--only", "dpo") == 0
     assert "judges" not in capsys.readouterr().out
+    done = sorted(x.parts[-3] for x in (folder / "unasked").glob("*/seed-*/validation.json"))
+    assert done == ["dpo"]
+    assert cli("compare", path, "--output_dir", folder / "unasked", "--only", "[dpo, pq]") == 2
+    assert "no row of the validation split is called 'pq'" in capsys.readouterr().err
+    assert cli("compare", path, "--output_dir", folder / "unasked") == 0
+    assert "[1/3] q, seed 0: measured" in capsys.readouterr().out
     assert not (folder / "unasked" / "base_answers").exists() or not list(
         (folder / "unasked" / "base_answers").glob("validation*"))
     comparison = read_results(read_config(path), folder / "unasked", "validation")
