@@ -20,8 +20,9 @@ from what_serves_it import ROOT, put
 PAGE, README = ROOT / "docs/compare.md", ROOT / "README.md"
 RESULTS = ROOT / "benchmarks/results/compare"
 TESTED = ("hh", "dsp_academy", "dsp_business", "dsp_entertainment", "dsp_literature")
-CHOICES = "dsp_choices"
-"""Comparisons reported on their test split, and the one that choices are made by."""
+CHOICES = "dsp_choices", "dsp_judged"
+"""Comparisons reported on their test split, and on the validation split, which choices are made by.
+"""
 SHOWN = (
     "accuracy_reward", "log_loss", "new_win_rate", "old_win_rate", "new_gain", "kl_new_answers",
 )
@@ -77,8 +78,9 @@ def tables() -> dict[str, str]:
     for name in TESTED:
         found = comparison(name, "test")
         blocks[name] = table(found, found.main) + differences(found)
-    found = comparison(CHOICES, "validation")
-    blocks[CHOICES] = table(found, found.results)
+    for name in CHOICES:
+        found = comparison(name, "validation")
+        blocks[f"{name} validation"] = table(found, found.results)
     return blocks
 
 

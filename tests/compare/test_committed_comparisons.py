@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -44,14 +45,16 @@ def test_they_ran_what_their_file_says(name):
 
 
 def test_the_test_split_was_touched_once_by_three_seeds_of_every_method(page):
-    """But the choices' own, whose test split is another comparison's."""
-    assert {*page.TESTED, page.CHOICES} == set(NAMES)
-    assert not (RESULTS / page.CHOICES / "test_touched.json").exists()
+    """But the choices' own: their test splits are for other comparisons."""
+    assert {*page.TESTED, *page.CHOICES} == set(NAMES)
+    for name in {*page.CHOICES} - {*page.TESTED}:
+        assert not (RESULTS / name / "test_touched.json").exists()
     for name in page.TESTED:
         found = page.comparison(name, "test")
-        [touch] = found.touched
-        assert {r.row.name for r in found.main[1:]} <= set(touch["methods"])
+        # Several processes may have run a part of the rows each.
+        touched = Counter(row for touch in found.touched for row in touch["methods"])
         for result in found.main[1:]:
+            assert touched[result.row.name] == 1
             least = 3 if result.trainings else 1
             assert len(result.runs) == len(result.row.seeds) >= least
 
@@ -60,7 +63,7 @@ def test_what_was_chosen_by_holds_none_of_what_is_tested(page):
     """The academy answers are cut alike for both."""
     chosen, tested = (
         read_config(ROOT / f"benchmarks/compare/{name}.yaml").data
-        for name in (page.CHOICES, "dsp_academy")
+        for name in (page.CHOICES[0], "dsp_academy")
     )
     assert chosen == tested
 
