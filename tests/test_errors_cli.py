@@ -106,7 +106,8 @@ def test_the_first_bad_row_raises_where_asked(place, tmp_path, fails):
     ("t.csv", "a", "expected a .txt or .jsonl file"), ("t.txt", "\n", "is empty"),
     ("t.jsonl", '{"text": "a"}\nno', "t.jsonl:2 is not JSON"),
     ("t.jsonl", '{"body": "a"}', "t.jsonl:1 has no 'text', only body"),
-    ("t.jsonl", '{"text": 3}', "'text' must be text"), (None, None, "can't be read"),
+    ("t.jsonl", '{"text": "a\u2028b"}\n{"text": 3}', "t.jsonl:2: 'text' must be text"),
+    (None, None, "can't be read"),
 ])
 def test_bad_retention_file(place, tmp_path, fails, name, text, message):
     if name:
@@ -129,6 +130,11 @@ def test_bad_retention_file(place, tmp_path, fails, name, text, message):
     (["--eval_strategy", "sometimes"], ["sometimes"]),
     (["--columns", "chosen"], ["columns must read"]),
     (["--test_fraction", "2"], ["held-out size 2.0"]),
+    # What is measured behind the training is looked at before it.
+    (["--measure_batch_size", "0"], ["measure_batch_size must be at least 1, got 0"]),
+    (["--bootstrap_resamples", "0"], ["bootstrap_resamples must be at least 1"]),
+    (["--answer_prompts", "-1"], ["answer_prompts must be at least 0"]),
+    (["--retention_file", "nowhere.txt"], ["nowhere.txt can't be read"]),
 ])
 def test_bad_options(place, tmp_path, fails, arguments, parts):
     line = fails(*train(place, *arguments, "--output_dir", tmp_path / "run"))

@@ -99,7 +99,7 @@ def draw_answers(
         )
     asked, chosen = _choose(preference_texts(pairs, tokenizer), num_prompts, draws.seed)
     prompts = [asked.prompts[i] for i in chosen]
-    store = AnswerStore(None if folder is None else folder / ANSWERS, len(prompts))
+    store = AnswerStore(None if folder is None else folder / ANSWERS, prompts)
     options = {
         "max_new_tokens": draws.max_new_tokens, "temperature": draws.temperature,
         "top_p": draws.top_p, "top_k": 0, "batch_size": draws.batch_size,

@@ -12,7 +12,7 @@ from rich.console import Console
 from qadapter.commands import arguments as args
 from qadapter.commands.knowledge import Knowledge, check_knowledge, measure_knowledge
 from qadapter.commands.loading import load_model
-from qadapter.commands.measuring import Measurements, measure
+from qadapter.commands.measuring import Measurements, measure, read_measures
 from qadapter.commands.options import Group, command
 from qadapter.console.environment import devices, quiet_libraries, versions
 from qadapter.console.folders import (
@@ -65,6 +65,7 @@ def run(
         raise QAdapterError("eval needs --dataset_name, --lm_eval or --exemplar_probe")
     if data.dataset_name is None and measures.retention_file is not None:
         raise QAdapterError("retention_file needs --dataset_name")
+    texts = read_measures(measures)
     folder = None
     if data.output_dir is not None:
         folder = check_output_dir(
@@ -80,7 +81,7 @@ def run(
     if pairs is not None:
         dataset, report = tokenize_preferences(pairs, tokenizer, max_length=data.max_length)
         console.print(report.table())
-        measured = measure(model, tokenizer, dataset, measures, console, pairs=pairs)
+        measured = measure(model, tokenizer, dataset, measures, texts, console, pairs=pairs)
     knowledge = measure_knowledge(model, tokenizer, knowledge_args, measures, console)
     note = NOTE if measured is None else measured.note
     rows = ([] if measured is None else measured.rows) + knowledge.rows

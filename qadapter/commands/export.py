@@ -10,10 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from qadapter.commands import arguments as args
-from qadapter.commands.loading import load_model, read_texts
+from qadapter.commands.loading import load_model
 from qadapter.commands.options import Group, command
 from qadapter.console.environment import quiet_libraries
 from qadapter.console.folders import telling_full_disk
+from qadapter.data import read_texts
 from qadapter.errors import QAdapterError
 from qadapter.export import FORMS, ExportReport, export
 from qadapter.model import QAdapterModel

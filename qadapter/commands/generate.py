@@ -12,11 +12,12 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from qadapter.commands import arguments as args
-from qadapter.commands.loading import load_model, read_prompts
+from qadapter.commands.loading import load_model
 from qadapter.commands.options import Group, command
 from qadapter.console.environment import quiet_libraries
 from qadapter.console.folders import telling_full_disk
 from qadapter.console.progress import progress_bar
+from qadapter.data import read_prompts
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.answers import Prompt, generate_answers
 from qadapter.evaluation.report import write_text

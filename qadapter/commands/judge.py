@@ -12,7 +12,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from qadapter import storage
 from qadapter.commands import arguments as args
 from qadapter.commands.contest import (
     ANSWERS,
@@ -165,12 +164,14 @@ def _settings(*arguments: Any) -> dict[str, Any]:
 
 
 def _weights_hash(name: str | None) -> str | None:
-    """Of an adapter's folder: one that was trained again gives other answers."""
-    file = None if name is None else Path(name).expanduser() / storage.WEIGHTS_NAME
-    if file is None or not file.is_file():
-        return None
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    """Of a folder, an adapter's or a checkpoint's: one that was trained again gives other
+    answers."""
+    files = [] if name is None else sorted(Path(name).expanduser().glob("*.safetensors"))
+    hashes = []
+    for file in files:
+        with file.open("rb") as opened:
+            hashes.append(hashlib.file_digest(opened, "sha256").hexdigest())
+    return hashlib.sha256("".join(hashes).encode()).hexdigest() if hashes else None
 
 
 def _open_folder(data: args.JudgeDataArguments, settings: dict[str, Any]) -> Path:

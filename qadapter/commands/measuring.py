@@ -11,8 +11,9 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qadapter.commands.arguments import MeasureArguments
-from qadapter.commands.loading import read_texts
 from qadapter.console.progress import progress_bar
+from qadapter.data import read_texts
+from qadapter.errors import QAdapterError
 from qadapter.evaluation import (
     Answer,
     PreferenceResult,
@@ -98,22 +99,40 @@ class Measurements(NamedTuple):
         return base, answer_statistics(customised) if customised else None
 
 
+def read_measures(arguments: MeasureArguments) -> list[str]:
+    """The texts to measure retention on; before any model is loaded.
+
+    Raises:
+        QAdapterError: a number that can't be; texts that can't be read.
+    """
+    for name, least in (
+        ("answer_prompts", 0), ("answer_tokens", 1), ("measure_batch_size", 1),
+        ("bootstrap_resamples", 1),
+    ):
+        if getattr(arguments, name) < least:
+            raise QAdapterError(
+                f"{name} must be at least {least}, got {getattr(arguments, name)}"
+            )
+    return [] if arguments.retention_file is None else read_texts(arguments.retention_file)
+
+
 def measure(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset,
-    arguments: MeasureArguments, console: Console, *, pairs: Dataset | None = None,
+    arguments: MeasureArguments, texts: list[str], console: Console, *,
+    pairs: Dataset | None = None,
 ) -> Measurements:
     """Preferences on held-out pairs; retention on texts the user named and on the base's own
     answers to held-out prompts; answers of both models.
 
     Args:
         dataset: tokenized pairs.
+        texts: what ``read_measures`` gave.
         pairs: the same before tokenizing; its prompts are shown as they were written.
     """
     resampling = {
         "num_resamples": arguments.bootstrap_resamples, "seed": arguments.measure_seed,
         "batch_size": arguments.measure_batch_size,
     }
-    texts = read_texts(arguments.retention_file) if arguments.retention_file else []
     with progress_bar(console, "held-out pairs", "pairs") as progress:
         preferences = evaluate_preferences(model, dataset, progress=progress, **resampling)
     customised = isinstance(model, QAdapterModel)

@@ -16,13 +16,13 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from qadapter import storage
 from qadapter.base import load_tokenizer
 from qadapter.commands import arguments as args
-from qadapter.commands.loading import read_texts, say_base
-from qadapter.commands.measuring import Measurements, measure
+from qadapter.commands.loading import say_base
+from qadapter.commands.measuring import Measurements, measure, read_measures
 from qadapter.commands.options import Group, command
 from qadapter.console.environment import devices, peak_rss_bytes, quiet_libraries, versions
 from qadapter.console.folders import RUN_FILES, check_output_dir, remove_files, telling_full_disk
 from qadapter.console.progress import TrainingProgress
-from qadapter.data import load_preferences, split_by_prompt, without_prompts
+from qadapter.data import load_preferences, read_texts, split_by_prompt, without_prompts
 from qadapter.errors import QAdapterError
 from qadapter.evaluation import (
     comparison_table,
@@ -112,6 +112,7 @@ def run(
         "--overwrite_output_dir",
     )
     quiet_libraries()
+    measured_texts = read_measures(measures)
     named = script.retention_dataset_name
     retention_texts = None if named is None else read_texts(named)
     train_pairs, test_pairs = _load_pairs(script, config.seed, console)
@@ -157,7 +158,9 @@ def run(
             trainer.save_model()
     measured = (
         None if test_dataset is None
-        else measure(model, tokenizer, test_dataset, measures, console, pairs=test_pairs)
+        else measure(
+            model, tokenizer, test_dataset, measures, measured_texts, console, pairs=test_pairs
+        )
     )
     with telling_full_disk(folder):
         _write(trainer, measured, folder, time.monotonic() - start)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -139,6 +141,11 @@ class Method:
     adapter: AdapterSpec | None = None
     """Instead of the comparison's own: to compare adapters; budgets are no longer equal then."""
 
+    def check(self, training: TrainingSpec) -> None:
+        """Raises ValueError for options that can't be."""
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+
 
 @dataclass(frozen=True)
 class SFT(Method):
@@ -155,6 +162,11 @@ class Replay(Method):
     replay_fraction: float = 0.5
     """Share of the sequences that are the base's own."""
 
+    def check(self, training: TrainingSpec) -> None:
+        super().check(training)
+        if not 0 < self.replay_fraction < 1:
+            raise ValueError(f"replay_fraction must be in (0, 1), got {self.replay_fraction}")
+
 
 @dataclass(frozen=True)
 class DPO(Method):
@@ -163,6 +175,12 @@ class DPO(Method):
     kind: ClassVar[str] = "dpo"
     beta: float = 0.1
     retention_coef: float = 0.0
+
+    def check(self, training: TrainingSpec) -> None:
+        super().check(training)
+        if not self.beta > 0:
+            raise ValueError(f"beta must be positive, got {self.beta}")
+        _check_retention(self.retention_coef)
 
 
 @dataclass(frozen=True)
@@ -173,6 +191,17 @@ class RLOO(Method):
     beta: float = 0.05
     num_generations: int = 4
     max_completion_length: int = 64
+
+    def check(self, training: TrainingSpec) -> None:
+        super().check(training)
+        batch = 2 * training.per_device_train_batch_size
+        if self.num_generations < 2 or batch % self.num_generations:
+            raise ValueError(
+                f"num_generations must be at least 2 and divide a batch of {batch} answers "
+                f"(twice per_device_train_batch_size), got {self.num_generations}"
+            )
+        if self.beta < 0 or self.max_completion_length < 1:
+            raise ValueError("beta must not be negative, and max_completion_length at least 1")
 
 
 @dataclass(frozen=True)
@@ -190,9 +219,19 @@ class QAdapter(Method):
     mask_alignment: str = ObjectiveConfig.mask_alignment
     retention_coef: float = 0.0
 
+    def check(self, training: TrainingSpec) -> None:
+        super().check(training)
+        self.objective()
+        _check_retention(self.retention_coef)
+
     def objective(self) -> ObjectiveConfig:
         names = [f.name for f in dataclasses.fields(ObjectiveConfig)]
         return ObjectiveConfig(**{name: getattr(self, name) for name in names})
+
+
+def _check_retention(coef: float) -> None:
+    if not 0 <= coef < math.inf:
+        raise ValueError(f"retention_coef must not be negative, got {coef}")
 
 
 @dataclass(frozen=True)
@@ -299,7 +338,13 @@ class CompareConfig:
             spec = method.adapter or self.adapter
             spec = dataclasses.replace(spec, **{name: type(getattr(spec, name))(value)})
             return dataclasses.replace(method, adapter=None if spec == self.adapter else spec)
-        return dataclasses.replace(method, **dict.fromkeys(swept(option), value))
+        kinds = typing.get_type_hints(type(method))
+        changed = {}
+        for field_name in swept(option):
+            changed[field_name] = int(value) if kinds.get(field_name) is int else value
+            if changed[field_name] != value:
+                raise ValueError(f"{field_name} must be a whole number")
+        return dataclasses.replace(method, **changed)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON types, as written: methods with their kind, names of files not resolved."""
@@ -308,6 +353,11 @@ class CompareConfig:
         for name, method in self.methods.items():
             written["methods"][name]["method"] = method.kind
         return written
+
+
+def folder_name(row: str) -> str:
+    """Of a row's folder among the results."""
+    return row.replace(" ", "-").replace("/", "-")
 
 
 def swept(option: str) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,7 +11,13 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from qadapter.compare.config import DataConfig, RetentionTexts
-from qadapter.data import load_preferences, split_by_prompt, tokenize_preferences
+from qadapter.data import (
+    load_preferences,
+    read_texts,
+    split_by_prompt,
+    tokenize_preferences,
+    without_prompts,
+)
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.answers import Prompt
 
@@ -48,14 +53,22 @@ class PreferenceData(NamedTuple):
     summary: str
     """What was kept and dropped."""
 
+    @property
+    def prompt_ids(self) -> set[str]:
+        """Of all parts."""
+        parts = self.train, self.validation, self.test, self.judge
+        return {name for part in parts for name in part.tokens["prompt_id"]}
+
 
 def prepare(
-    config: DataConfig, file: str, tokenizer: PreTrainedTokenizerBase, key: str
+    config: DataConfig, file: str, tokenizer: PreTrainedTokenizerBase, key: str,
+    without: Iterable[str] = (),
 ) -> PreferenceData:
     """Read, tokenize and cut by prompt.
 
     Args:
         file: the data set, where it is. key: where this stands in the configuration, for messages.
+        without: ids of prompts that are left out before anything is cut.
 
     Raises:
         QAdapterError: data that can't be read, or too few prompts for the parts.
@@ -65,6 +78,11 @@ def prepare(
         domain=config.domain, rejected_domains=config.rejected_domains, limit=config.max_rows,
     )
     tokens, report = tokenize_preferences(pairs, tokenizer, max_length=config.max_length)
+    tokens = tokens.add_column("pair", report.indices)
+    summary, all_pairs = report.summary(), len(tokens)
+    tokens = without_prompts(tokens, without)
+    if len(tokens) < all_pairs:
+        summary += f"; left out: {all_pairs - len(tokens)} whose prompt the new preference has"
     try:
         parts = split_by_prompt(
             tokens, (config.validation, config.test, config.judge), config.split_seed
@@ -76,13 +94,10 @@ def prepare(
         chosen = sorted(set(train["prompt_id"]))
         random.Random(config.split_seed).shuffle(chosen)
         train = _of_prompts(train, chosen[: config.train])
-    usable = pairs.select([i for i, p in enumerate(pairs["problem"]) if p is None])
+    thin = (_thin(part, config) for part in (train, *held_out))
     return PreferenceData(
-        *(
-            Part(thin, _of_prompts(usable, thin["prompt_id"]))
-            for thin in (_thin(part, config) for part in (train, *held_out))
-        ),
-        summary=report.summary(),
+        *(Part(part.remove_columns("pair"), pairs.select(part["pair"][:])) for part in thin),
+        summary=summary,
     )
 
 
@@ -120,18 +135,7 @@ def load_texts(
     """
     if texts.preferred:
         return _preferred(texts, file, tokenizer)
-    path = BUILT_IN if texts.file == "built-in" else Path(file)
-    try:
-        lines = [x for x in path.read_text(encoding="utf-8").splitlines() if x.strip()]
-        if path.suffix == ".jsonl":
-            lines = [json.loads(line)["text"] for line in lines]
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
-        raise QAdapterError(
-            f"evaluation.retention: {path} can't be read as texts (.txt: one a line; .jsonl: key "
-            f"text): {error!r}"
-        ) from error
-    if not lines:
-        raise QAdapterError(f"evaluation.retention: {path} is empty")
+    lines = read_texts(str(BUILT_IN) if texts.file == "built-in" else file)
     return Texts(lines[: texts.max_texts])
 
 

@@ -151,13 +151,17 @@ def _sft(
     import trl
 
     tokens, spec = bench.new.train.tokens, bench.config.training
-    sequences = list(zip(tokens["prompt_ids"], tokens["chosen_ids"], strict=True))
+    # (prompt, answer, whether a token of the answer is the assistant's own)
+    masks = tokens["chosen_mask"] if "chosen_mask" in tokens.column_names else (
+        [True] * len(answer) for answer in tokens["chosen_ids"]
+    )
+    sequences = list(zip(tokens["prompt_ids"], tokens["chosen_ids"], masks, strict=True))
     if isinstance(method, Replay):
         count = round(len(sequences) * method.replay_fraction / (1 - method.replay_fraction))
-        own = bench.replayed
+        own = [(prompt, answer, [True] * len(answer)) for prompt, answer in bench.replayed]
         sequences += [own[i % len(own)] for i in range(count)]
     batch = 2 * spec.per_device_train_batch_size
-    mean = sum(len(prompt) + len(answer) for prompt, answer in sequences) / len(sequences)
+    mean = sum(len(prompt) + len(answer) for prompt, answer, _ in sequences) / len(sequences)
     args = trl.SFTConfig(
         **shared, max_steps=max(1, round(bench.budget / (mean * batch))),
         per_device_train_batch_size=batch, max_length=None, completion_only_loss=True,
@@ -165,9 +169,9 @@ def _sft(
     dataset = Dataset.from_list([
         {
             "input_ids": [*prompt, *answer],
-            "completion_mask": [0] * len(prompt) + [1] * len(answer),
+            "completion_mask": [0] * len(prompt) + [int(own) for own in mask],
         }
-        for prompt, answer in sequences
+        for prompt, answer, mask in sequences
     ])
     return _with_our_forward(
         trl.SFTTrainer, _view(model), args=args, train_dataset=dataset,
@@ -185,6 +189,11 @@ def _dpo(bench: Workbench, method: DPO, model: QAdapterModel, shared: dict[str, 
             return dataset
 
     spec = bench.config.training
+    if "chosen_mask" in bench.new.train.tokens.column_names:
+        raise QAdapterError(
+            "dpo of a LoRA trains with TRL, which takes every token of an answer for the "
+            "assistant's: these answers hold turns of others; use a head adapter"
+        )
     args = trl.DPOConfig(
         **shared, beta=method.beta, num_train_epochs=spec.num_train_epochs, max_length=None,
         per_device_train_batch_size=spec.per_device_train_batch_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -186,7 +187,9 @@ def page(comparison: Comparison, pictures: Sequence[Picture]) -> str:
 
 def _subtitle(comparison: Comparison) -> str:
     config = comparison.config
-    touched = f"; the test split was scored {len(comparison.touched)} time(s)"
+    times = Counter((touch["name"], touch["seed"]) for touch in comparison.touched)
+    again = ", ".join(f"{name} seed {seed}" for (name, seed), n in times.items() if n > 1)
+    touched = f"; scored on it more than once: {again or 'no run'}"
     seeds = ", ".join(map(str, config["seeds"]))
     return (
         f"Base {config['model_name_or_path']}; {comparison.split} split; seeds {seeds}"

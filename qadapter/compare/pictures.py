@@ -172,10 +172,14 @@ def draw_sweep(comparison: Comparison, name: str) -> Figure | None:
             if x.low is not None:
                 axes.plot([value, value], [x.low, x.high], color=_color(0), linewidth=1)
         if sweep["option"] in _DIALLED:
-            origin = next(r for r in comparison.results if r.row.name == sweep["of"])
             alpha = comparison.config["methods"][sweep["of"]][_DIALLED[sweep["option"]]]
-            dial = [(alpha / w, x.mean) for w, [x] in origin.dial(measure) if x and w > 0]
-            _line(axes, 1, *zip(*dial, strict=True), f"{sweep['of']} by the dial: {alpha:g}/w")
+            dial = [
+                (alpha / w, x.mean) for origin in comparison.results
+                if origin.row.name == sweep["of"]
+                for w, [x] in origin.dial(measure) if x and w > 0
+            ]
+            if dial:
+                _line(axes, 1, *zip(*dial, strict=True), f"{sweep['of']} by the dial: {alpha:g}/w")
         values = [value for value, _ in points]
         if any(isinstance(value, str) for value in values):
             axes.set_xlim(-0.5, len(values) - 0.5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -20,9 +21,9 @@ from qadapter.compare.config import (
     CompareConfig,
     Method,
     Prompted,
-    QAdapter,
     Replay,
     Reversed,
+    folder_name,
     swept,
 )
 from qadapter.errors import QAdapterError, nearest
@@ -73,11 +74,10 @@ def _check(config: CompareConfig, path: str) -> CompareConfig:
             refuse(f"methods.{name}", "nothing is asked where evaluation.prompts is 0")
         if isinstance(method, Reversed):
             _check_reversed(config, name, method, refuse)
-        if isinstance(method, QAdapter):
-            try:
-                method.objective()
-            except ValueError as error:
-                refuse(f"methods.{name}", str(error))
+        try:
+            method.check(config.training)
+        except ValueError as error:
+            refuse(f"methods.{name}", str(error))
     for name, sweep in config.sweeps.items():
         if sweep.of not in config.methods:
             refuse(f"sweeps.{name}.of", f"no method is called {sweep.of!r}"
@@ -94,23 +94,55 @@ def _check(config: CompareConfig, path: str) -> CompareConfig:
                    + nearest(missing[0], known))
         for value in sweep.values:
             try:
-                varied = config.varied(method, sweep.option, value)
-                if isinstance(varied, QAdapter):
-                    varied.objective()
+                config.varied(method, sweep.option, value).check(config.training)
             except (TypeError, ValueError) as error:
                 refuse(f"sweeps.{name}.values", f"{value!r}: {error}")
+    taken: dict[str, str] = {}
+    for row in config.rows():
+        if (other := taken.setdefault(folder_name(row.name), row.name)) != row.name:
+            refuse(f"methods.{row.name}", f"its folder would be that of {other!r}; rename one")
     names = [BASE, *(row.name for row in config.rows())]
     if config.reference is not None and config.reference not in names:
         refuse("reference", f"no row is called {config.reference!r}"
                + nearest(config.reference, names))
-    if any(w < 0 for w in config.evaluation.strengths):
+    if any(not 0 <= w < math.inf for w in config.evaluation.strengths):
         refuse("evaluation.strengths", "a strength must not be negative")
-    least = {"prompts": 0, "old_prompts": 1, "samples": 1, "base_samples": 1, "max_new_tokens": 1,
-             "batch_size": 1}
-    for name, at_least in least.items():
-        if (value := getattr(config.evaluation, name)) is not None and value < at_least:
-            refuse(f"evaluation.{name}", f"must be at least {at_least}")
+    _check_ranges(config, refuse)
     return config
+
+
+_AT_LEAST = {
+    "data": dict.fromkeys(
+        ("max_rows", "max_length", "train", "validation", "test", "judge", "pairs_per_prompt"), 1
+    ),
+    "first": {"rank": 1, "per_device_train_batch_size": 1},
+    "training": {"per_device_train_batch_size": 1, "curve_points": 1},
+    "evaluation": {"prompts": 0, "old_prompts": 1, "samples": 1, "base_samples": 1,
+                   "max_new_tokens": 1, "dial_seeds": 0, "batch_size": 1},
+}
+_POSITIVE = {
+    "first": ("beta", "learning_rate", "num_train_epochs"),
+    "training": ("num_train_epochs", "learning_rate"),
+    "evaluation": ("temperature",),
+}
+
+
+def _check_ranges(config: CompareConfig, refuse: Callable[[str, str], typing.NoReturn]) -> None:
+    for key in ("data", "old", "first", "training", "evaluation"):
+        if (part := getattr(config, key)) is None:
+            continue
+        kind = "data" if key == "old" else key
+        for name, least in _AT_LEAST[kind].items():
+            if (value := getattr(part, name)) is not None and value < least:
+                refuse(f"{key}.{name}", f"must be at least {least}, got {value}")
+        for name in _POSITIVE.get(kind, ()):
+            if not 0 < (value := getattr(part, name)) < math.inf:
+                refuse(f"{key}.{name}", f"must be positive, got {value}")
+    for texts in config.evaluation.retention:
+        for name in ("max_texts", "max_length"):
+            if (value := getattr(texts, name)) is not None and value < 1:
+                refuse(f"evaluation.retention.{texts.name}.{name}",
+                       f"must be at least 1, got {value}")
 
 
 def _check_reversed(
@@ -212,8 +244,8 @@ def fingerprint_files(config: CompareConfig) -> dict[str, str]:
 
 def changes(before: Any, now: Any, key: str = "") -> list[str]:
     """What differs between two written configurations, by name: ``methods.dpo.beta: 0.1 → 0.3``.
-    Methods, sweeps and seeds may be added to a comparison: finished runs stay what they are; its
-    title and what is compared with what may change."""
+    Methods, sweeps, seeds and seeds with a dial may be added to a comparison: finished runs stay
+    what they are; its title and what is compared with what may change."""
     if isinstance(before, dict) and isinstance(now, dict):
         growing = key in ("methods", "sweeps")
         names = before.keys() | (set() if growing else now.keys())
@@ -221,6 +253,6 @@ def changes(before: Any, now: Any, key: str = "") -> list[str]:
             line for name in sorted(names) if not (growing and name not in now)
             for line in changes(before.get(name), now.get(name), f"{key}.{name}".strip("."))
         ]
-    if key.split(".")[-1] in ("seeds", "title", "reference") or before == now:
+    if key.split(".")[-1] in ("seeds", "dial_seeds", "title", "reference") or before == now:
         return []
     return [f"{key}: {before!r} → {now!r}"]

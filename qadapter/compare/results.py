@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qadapter.compare.config import BASE, CompareConfig, Prompted, Row, swept
-from qadapter.compare.run import CONFIG_NAME, TOUCHED_NAME, TRAINING_NAME, run_folder
+from qadapter.compare.run import TOUCHED_NAME, TRAINING_NAME, require_same, run_folder
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.bootstrap import ClusterBootstrap, Estimate
 from qadapter.evaluation.preference import wins
@@ -118,12 +118,13 @@ def read_results(config: CompareConfig, folder: str | Path, split: str) -> Compa
     """Read what is finished.
 
     Raises:
-        QAdapterError: nothing is.
+        QAdapterError: nothing is, or what is is another comparison's.
     """
-    folder = Path(folder)
+    folder, written = Path(folder), json.loads(json.dumps(config.as_dict()))
     base = _read(folder / BASE / f"{split}.json")
     if base is None:
         raise QAdapterError(f"{folder}: nothing is measured on the {split} split")
+    require_same(written, folder)
     results = [Result(Row(BASE, None, ()), [], [base])]
     for row in config.rows():
         found = [
@@ -134,10 +135,10 @@ def read_results(config: CompareConfig, folder: str | Path, split: str) -> Compa
         if found:
             trainings, runs = zip(*found, strict=True)
             results.append(Result(row, [t for t in trainings if t], list(runs)))
-    touched = _read(folder / TOUCHED_NAME) or {"touched": []}
+    touched = folder / TOUCHED_NAME
+    lines = touched.read_text(encoding="utf-8").splitlines() if touched.is_file() else []
     return Comparison(
-        config.title, split, results, _read(folder / CONFIG_NAME) or {}, base["judges"],
-        touched["touched"],
+        config.title, split, results, written, base["judges"], [json.loads(line) for line in lines]
     )
 
 

@@ -5,7 +5,7 @@
     base/SPLIT.json        the base as it is
     NAME/seed-K/           the adapter, training.json, and SPLIT.json once it is measured
     base_answers/          the base's own draws, sampled once
-    test_touched.json      when the test split was first scored, and what was scored
+    test_touched.jsonl     a line for every time that a run was scored on the test split
 
 A file is written whole when its step is done: a killed run continues with the next step.
 """
@@ -19,7 +19,16 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from qadapter.compare.config import BASE, SPLITS, CompareConfig, Prompted, Reversed, Row
+from qadapter import storage
+from qadapter.compare.config import (
+    BASE,
+    SPLITS,
+    CompareConfig,
+    Prompted,
+    Reversed,
+    Row,
+    folder_name,
+)
 from qadapter.compare.measure import evaluate, evaluate_row, probe
 from qadapter.compare.methods import reversed_head, train
 from qadapter.compare.reading import changes, fingerprint_files
@@ -29,7 +38,7 @@ from qadapter.evaluation.judges import pair_accuracy, preference_texts
 from qadapter.evaluation.report import write_json
 from qadapter.model import QAdapterModel
 
-CONFIG_NAME, TOUCHED_NAME, TRAINING_NAME = "config.json", "test_touched.json", "training.json"
+CONFIG_NAME, TOUCHED_NAME, TRAINING_NAME = "config.json", "test_touched.jsonl", "training.json"
 
 
 def run_comparison(
@@ -81,8 +90,9 @@ def run_comparison(
             f"{name} {len(getattr(data, name).tokens):,}"
             for name in ("train", "validation", "test", "judge")
         ) + " pairs")
-    if split == "test":
-        _record_touch(folder, rows)
+    for row, _ in todo:
+        if isinstance(row.method, Prompted):
+            bench.check_prompted(row.method)
     environment = environment or {}
     if not base_file.is_file():
         say("measuring the base")
@@ -96,6 +106,8 @@ def run_comparison(
         model = _model(bench, row, seed, folder, environment, lambda x, t=told: say(f"{t}: {x}"))
         start = time.perf_counter()
         found = evaluate_row(bench, model, row, split, seed)
+        if split == "test":
+            _record_touch(folder, row.name, seed)
         write_json(where / f"{split}.json", {
             "name": row.name, "seed": seed, **found, "seconds": time.perf_counter() - start,
             "environment": environment,
@@ -106,23 +118,26 @@ def run_comparison(
 
 def run_folder(folder: Path, name: str, seed: int) -> Path:
     """Where one run's files are."""
-    return folder / name.replace(" ", "-").replace("/", "-") / f"seed-{seed}"
+    return folder / folder_name(name) / f"seed-{seed}"
 
 
 def _model(
     bench: Workbench, row: Row, seed: int, folder: Path, environment: dict[str, Any],
     say: Callable[[str], None],
 ) -> QAdapterModel:
-    """The run's model: trained now, or loaded if it was; a control's is made of what there is."""
+    """The run's model: loaded if it was trained and its weights are here, else trained now; a
+    control's is made of what there is."""
     if isinstance(row.method, Prompted):
         return bench.fresh
     if isinstance(row.method, Reversed):
         of = next(r for r in bench.config.rows() if r.name == row.method.of)
         return reversed_head(_model(bench, of, seed, folder, environment, say))
     where = run_folder(folder, row.name, seed)
-    if (where / TRAINING_NAME).is_file():
+    known = (where / TRAINING_NAME).is_file()
+    if known and (where / storage.WEIGHTS_NAME).is_file():
         return bench.load(row.method, where)
-    say("training")
+    # Who keeps results under version control may leave the weights out.
+    say("its weights are not here: training again" if known else "training")
     trained = train(bench, row.method, seed, lambda model: probe(bench, model))
     trained.model.save_pretrained(where)
     facts = trained._asdict()
@@ -158,16 +173,12 @@ def _judges(bench: Workbench, split: str) -> dict[str, Any]:
 def _claim(config: CompareConfig, folder: Path) -> None:
     """Take the folder for this comparison, or make sure that it is this one's."""
     written = {**config.as_dict(), "files_sha256": fingerprint_files(config)}
-    written = json.loads(json.dumps(written))
     path = folder / CONFIG_NAME
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = changes(before, written)
-        if changed:
-            raise QAdapterError(
-                f"{folder} holds a comparison with another configuration: {'; '.join(changed)}. "
-                "Choose another output_dir, or put it back"
-            )
+        before = require_same(written, folder)
+        # What was run once stays known: a method that comes back must be what it was.
+        for key in ("methods", "sweeps"):
+            written[key] = before[key] | written[key]
     elif folder.is_dir() and any(folder.iterdir()):
         raise QAdapterError(f"{folder} is not empty and holds no comparison: choose another folder")
     try:
@@ -176,11 +187,32 @@ def _claim(config: CompareConfig, folder: Path) -> None:
         raise QAdapterError(f"{folder} can't be written: {error}") from error
 
 
-def _record_touch(folder: Path, rows: list[Row]) -> None:
-    """The test split is for once: whoever scores it again can be seen to."""
-    path = folder / TOUCHED_NAME
-    touched = json.loads(path.read_text(encoding="utf-8"))["touched"] if path.is_file() else []
-    touched.append({
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "methods": [row.name for row in rows],
-    })
-    write_json(path, {"touched": touched})
+def require_same(written: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The configuration in a results folder.
+
+    Args:
+        written: the one asked for, as ``CompareConfig.as_dict`` gives it, with or without the
+            hashes of files.
+
+    Raises:
+        QAdapterError: they are not the same comparison's; what changed is named.
+    """
+    path = folder / CONFIG_NAME
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise QAdapterError(f"{path} can't be read: {error}") from error
+    known = {k: v for k, v in before.items() if k != "files_sha256" or k in written}
+    if changed := changes(known, json.loads(json.dumps(written))):
+        raise QAdapterError(
+            f"{folder} holds a comparison with another configuration: {'; '.join(changed)}. "
+            "Choose another output_dir, or put it back"
+        )
+    return before
+
+
+def _record_touch(folder: Path, name: str, seed: int) -> None:
+    """The test split is for once: whoever scores a run on it again can be seen to."""
+    touch = {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "name": name, "seed": seed}
+    with (folder / TOUCHED_NAME).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(touch) + "\n")

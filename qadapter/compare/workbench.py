@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from qadapter.adapters import AdapterConfig
 from qadapter.base import LoadedBase, load_base, load_tokenizer
-from qadapter.compare.config import AdapterSpec, CompareConfig, DataConfig, Method
+from qadapter.compare.config import AdapterSpec, CompareConfig, DataConfig, Method, Prompted
 from qadapter.compare.data import PreferenceData, load_texts, prepare
 from qadapter.compare.first import FIRST_NAME, teach_first
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.answers import Prompt
+from qadapter.evaluation.answers import Prompt, encode_prompt, with_system
 from qadapter.evaluation.judges import (
     HiddenStateJudge,
     PreferenceTexts,
@@ -45,7 +45,10 @@ class Workbench:
         self.loaded = self._load_base()
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.loaded.name)
         self.new = self._prepare(config.data, "data")
-        self.old = None if config.old is None else self._prepare(config.old, "old")
+        # No prompt on both sides: what a policy trains on would be what a judge was trained on.
+        self.old = None if config.old is None else self._prepare(
+            config.old, "old", self.new.prompt_ids
+        )
         self.texts = {t.name: load_texts(t, config.find(t.file), self.tokenizer)
                       for t in config.evaluation.retention}
         if config.first is not None and not (folder / FIRST_NAME).is_dir():
@@ -62,8 +65,20 @@ class Workbench:
             name = str(first)
         return load_base(name, dtype=self.config.dtype, say=self.say)
 
-    def _prepare(self, data: DataConfig, key: str) -> PreferenceData:
-        return prepare(data, self.config.find(data.dataset_name), self.tokenizer, key)
+    def _prepare(
+        self, data: DataConfig, key: str, without: Iterable[str] = ()
+    ) -> PreferenceData:
+        return prepare(data, self.config.find(data.dataset_name), self.tokenizer, key, without)
+
+    def check_prompted(self, method: Prompted) -> None:
+        """Render one prompt: a template that refuses a system message does so now.
+
+        Raises:
+            QAdapterError: it does.
+        """
+        _, prompts = self.new.test.prompts(1, 0)
+        [asked] = with_system(prompts, method.system, self.tokenizer, "system")
+        encode_prompt(self.tokenizer, asked)
 
     # --- models -----------------------------------------------------------------------------
 
@@ -155,7 +170,7 @@ class Workbench:
             file: of draws to keep; those in it are taken as they are.
         """
         spec = self.config.evaluation
-        return AnswerStore(file, len(prompts)).draw(
+        return AnswerStore(file, prompts).draw(
             "customised" if file is None else "base", draws, model, self.tokenizer, prompts,
             seed=seed, max_new_tokens=spec.max_new_tokens, batch_size=4 * spec.batch_size,
             strength=strength, temperature=spec.temperature, top_p=1.0, top_k=0,

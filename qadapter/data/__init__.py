@@ -6,6 +6,7 @@ from qadapter.data.fingerprints import fingerprint
 from qadapter.data.preferences import as_preferences, load_preferences
 from qadapter.data.report import DROP_REASONS, NOTES, PreparationReport
 from qadapter.data.splits import split_by_prompt, without_prompts
+from qadapter.data.texts import read_prompts, read_texts
 from qadapter.data.tokenization import TokenizedPreferences, tokenize_preferences
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "fingerprint",
     "learn_end_of_turn",
     "load_preferences",
+    "read_prompts",
+    "read_texts",
     "split_by_prompt",
     "tokenize_preferences",
     "without_prompts",

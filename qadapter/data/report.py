@@ -65,6 +65,7 @@ class PreparationReport:
     Attributes:
         total: pairs that came in.
         kept: pairs that came out.
+        indices: where each of them stood among the pairs that came in, in order.
         dropped: reason (a key of `DROP_REASONS`) → pairs dropped for it.
         notes: note (a key of `NOTES`) → pairs kept with that change.
         first_rows: reason or note → up to five source rows, in order.
@@ -77,6 +78,7 @@ class PreparationReport:
 
     total: int
     kept: int = 0
+    indices: list[int] = field(default_factory=list, repr=False)
     dropped: dict[str, int] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
     first_rows: dict[str, list[int]] = field(default_factory=dict)
@@ -143,7 +145,7 @@ class PreparationReport:
         return table
 
     def as_dict(self) -> dict:
-        """Everything as plain JSON types."""
+        """All but the indices, as plain JSON types."""
         return {
             "total": self.total,
             "kept": self.kept,

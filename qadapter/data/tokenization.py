@@ -100,7 +100,7 @@ def _keep_good(tokenized: Dataset, report: PreparationReport) -> Dataset:
     """Count everything in `report`; return the usable pairs without the working columns."""
     rows, problems = list(tokenized["row"]), list(tokenized["problem"])
     good = [i for i, problem in enumerate(problems) if problem is None]
-    report.kept = len(good)
+    report.kept, report.indices = len(good), good
     for row, problem, notes in zip(rows, problems, tokenized["notes"], strict=True):
         if problem is not None:
             report.count(report.dropped, BadRow.parse(problem).reason, [row])

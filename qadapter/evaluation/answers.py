@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qadapter.data import learn_end_of_turn
@@ -36,7 +37,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     where the tokenizer has one; else plain text.
 
     Raises:
-        QAdapterError: a conversation for a tokenizer without a chat template; an empty prompt.
+        QAdapterError: a conversation for a tokenizer without a chat template, or one that its
+            template refuses; an empty prompt.
     """
     if isinstance(prompt, str) and not prompt.strip():
         raise QAdapterError("the prompt is empty")
@@ -53,7 +55,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
         )
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     # Rendered first: tokenizing through the template's own call may add a second BOS.
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise QAdapterError(f"the chat template can't render a prompt: {error}") from error
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 

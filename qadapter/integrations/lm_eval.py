@@ -7,6 +7,7 @@ likelihood and generative tasks both score the policy, at the strength it is set
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -213,12 +214,16 @@ def _scores(found: dict[str, Any]) -> list[TaskScore]:
                 metric=metric if filter_name == "none" else f"{metric} ({filter_name})",
                 estimate=Estimate(*map(float, (value, value - width, value + width))),
                 num_samples=found["n-samples"].get(task, {}).get("effective"),
-                values=_values(samples, metric),
+                values=_values(samples, metric, value),
             ))
     return scores
 
 
-def _values(samples: Sequence[dict[str, Any]], metric: str) -> dict[tuple[str, int], float]:
+def _values(
+    samples: Sequence[dict[str, Any]], metric: str, reported: float
+) -> dict[tuple[str, int], float]:
+    """Of every example; none for a metric that is no mean over them (a perplexity's are
+    log-likelihoods)."""
     values: dict[tuple[str, int], float] = {}
     seen: Counter[str] = Counter()
     for sample in samples:
@@ -227,6 +232,10 @@ def _values(samples: Sequence[dict[str, Any]], metric: str) -> dict[tuple[str, i
             return {}
         values[name, seen[name]] = float(value)
         seen[name] += 1
+    if not values or not math.isclose(
+        sum(values.values()) / len(values), reported, rel_tol=1e-6, abs_tol=1e-9
+    ):
+        return {}
     return values
 
 

@@ -48,13 +48,12 @@ def test_the_test_split_was_touched_once_by_three_seeds_of_every_method(page):
     """But the choices' own: their test splits are for other comparisons."""
     assert {*page.TESTED, *page.CHOICES} == set(NAMES)
     for name in {*page.CHOICES} - {*page.TESTED}:
-        assert not (RESULTS / name / "test_touched.json").exists()
+        assert not (RESULTS / name / "test_touched.jsonl").exists()
     for name in page.TESTED:
         found = page.comparison(name, "test")
-        # Several processes may have run a part of the rows each.
-        touched = Counter(row for touch in found.touched for row in touch["methods"])
+        touched = Counter((touch["name"], touch["seed"]) for touch in found.touched)
         for result in found.main[1:]:
-            assert touched[result.row.name] == 1
+            assert {touched[result.row.name, seed] for seed in result.row.seeds} == {1}
             least = 3 if result.trainings else 1
             assert len(result.runs) == len(result.row.seeds) >= least
 

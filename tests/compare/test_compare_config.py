@@ -53,6 +53,25 @@ def test_the_rows_of_a_sweep_leave_out_what_a_method_has(tmp_path):
     (("evaluation", "prompts"), -1, "evaluation.prompts: must be at least 0"),
     (("evaluation", "prompts"), 0, "methods.asked: nothing is asked where"),
     (("evaluation", "samples"), 0, "evaluation.samples: must be at least 1"),
+    (("evaluation", "strengths"), [1, "nan"], "evaluation.strengths: a strength must not"),
+    (("evaluation", "temperature"), 0, "evaluation.temperature: must be positive, got 0.0"),
+    (("evaluation", "retention"), [{"name": "t", "file": "texts.txt", "max_texts": 0}],
+     "evaluation.retention.t.max_texts: must be at least 1"),
+    (("data", "judge"), 0, "data.judge: must be at least 1, got 0"),
+    (("old", "max_length"), 0, "old.max_length: must be at least 1"),
+    (("training", "learning_rate"), -1, "training.learning_rate: must be positive"),
+    (("training", "per_device_train_batch_size"), 0, "per_device_train_batch_size: must be at"),
+    (("methods", "sft", "learning_rate"), 0, "methods.sft: learning_rate must be positive"),
+    (("methods", "replay", "replay_fraction"), 1, r"methods.replay: replay_fraction must be in"),
+    (("methods", "dpo", "beta"), 0, "methods.dpo: beta must be positive"),
+    (("methods", "dpo", "retention_coef"), -1, "methods.dpo: retention_coef must not be negative"),
+    (("methods", "q", "retention_coef"), "nan", "methods.q: retention_coef must not be negative"),
+    (("methods", "rloo", "num_generations"), 3, "methods.rloo: num_generations must be at least 2 "
+     "and divide a batch of 8 answers"),
+    (("methods", "rloo", "max_completion_length"), 0, "methods.rloo: beta must not be negative, "
+     "and max_completion_length at least 1"),
+    (("methods", "d po"), {"method": "dpo", "beta": 2}, "methods.d po: its folder would be that "
+     "of 'd-po'"),
     (("old",), None, "methods.replay: replay needs old data"),
     (("reference",), "dop", "reference: no row is called 'dop'; did you mean 'dpo'"),
     (("methods", "asked", "system"), " ", "methods.asked.system: is missing"),
@@ -66,9 +85,15 @@ def test_the_rows_of_a_sweep_leave_out_what_a_method_has(tmp_path):
     (("sweeps", "form", "of"), "asked", "sweeps.form.of: prompted is not trained"),
     (("sweeps", "alpha", "values"), [0.3, "x"], "sweeps.alpha.values: 'x'"),
     (("sweeps", "alpha", "values"), [0.3, -1], "sweeps.alpha.values: -1.0: alpha"),
+    (("sweeps", "beta"), {"of": "dpo", "option": "beta", "values": [-1]},
+     "sweeps.beta.values: -1.0: beta must be positive"),
+    (("sweeps", "n"), {"of": "rloo", "option": "num_generations", "values": [2.5]},
+     "sweeps.n.values: 2.5: num_generations must be a whole number"),
 ])
 def test_what_cannot_be_is_named(tmp_path, path, value, message):
     written = settings()
+    if path == ("methods", "d po"):
+        written["methods"]["d-po"] = {"method": "dpo", "beta": 1}
     place = written
     for name in path[:-1]:
         place = place[name]

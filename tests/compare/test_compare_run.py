@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+from collections import Counter
 
 import pytest
 from comparisons import old_rows, settings, write_config, write_place
+from data.tiny import CHATML
 from PIL import Image
-from tiny_models import cli
+from tiny_models import cli, preference_rows, write_jsonl
 
 from qadapter import QAdapterError, QAdapterModel
 from qadapter.compare import read_config, read_results, run_comparison
+from qadapter.compare.methods import train
 from qadapter.compare.page import columns
 from qadapter.compare.pictures import draw_all
 from qadapter.compare.results import against, judged, preference, retention
 from qadapter.compare.run import run_folder
+from qadapter.compare.workbench import Workbench
+from qadapter.data import as_preferences
 
 MACHINE = {"machine": "<this>"}
 METHODS = ("sft", "replay", "dpo", "rloo", "q")
@@ -166,24 +172,101 @@ def test_another_configuration_is_refused_by_name(place):
     config = read_config(write_config(folder, "other.yaml", methods=methods))
     with pytest.raises(QAdapterError, match=r"methods\.dpo\.beta: 0\.3 → 0\.1"):
         run_comparison(config, folder / "out")
+    with pytest.raises(QAdapterError, match=r"methods\.dpo\.beta: 0\.3 → 0\.1"):
+        read_results(config, folder / "out", "validation")
     with pytest.raises(QAdapterError, match="holds no comparison"):
         run_comparison(config, folder)
+
+
+def test_a_method_that_was_left_out_must_be_what_it_was_when_it_comes_back(tmp_path):
+    folder = write_place(tmp_path)
+    methods = {"q": settings()["methods"]["q"], "dpo": settings()["methods"]["dpo"]}
+    small = {**settings()["evaluation"], "prompts": 0, "strengths": [1.0]}
+
+    def config(**some):
+        return read_config(write_config(
+            folder, methods=some, sweeps={}, evaluation=small, reference=None
+        ))
+
+    run_comparison(config(**methods), folder / "out")
+    fewer = config(q=methods["q"])
+    run_comparison(fewer, folder / "out")
+    shown = read_results(fewer, folder / "out", "validation")
+    assert [r.row.name for r in shown.results] == ["base", "q"]
+    assert list(shown.config["methods"]) == ["q"]
+    changed = config(q=methods["q"], dpo={"method": "dpo", "beta": 0.5})
+    with pytest.raises(QAdapterError, match=r"methods\.dpo\.beta: 0\.3 → 0\.5"):
+        run_comparison(changed, folder / "out")
+    # Results that are kept without the weights (under version control, say) can be gone on with.
+    where = run_folder(folder / "out", "q", 0)
+    before = json.loads((where / "training.json").read_text())
+    for file in where.glob("*adapter*"):
+        file.unlink()
+    lines: list[str] = []
+    run_comparison(fewer, folder / "out", split="test", say=lines.append)
+    assert any("its weights are not here: training again" in line for line in lines)
+    after = json.loads((where / "training.json").read_text())
+    assert after["curve"] == before["curve"] and (where / "test.json").is_file()
+
+
+def test_no_pair_is_on_two_sides(place):
+    """The old preference leaves out the new one's prompts; the two forms of a part are of the same
+    pairs, also where only some of a prompt's are taken or kept."""
+    folder, _ = place
+    shared = preference_rows(80)[:40]
+    rows = old_rows(80) + [
+        row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in shared
+    ]
+    rows[3]["chosen"] = rows[3]["rejected"]  # dropped: the two answers are the same
+    write_jsonl(folder / "both.jsonl", rows)
+    changes = settings()
+    changes["old"] |= {"dataset_name": "both.jsonl", "pairs_per_prompt": 1}
+    bench = Workbench(read_config(write_config(folder, "both.yaml", **changes)), folder, print)
+    both = {*as_preferences(shared)["prompt_id"]} & bench.new.prompt_ids
+    assert both
+    assert f"left out: {2 * len(both)} whose prompt the new preference has" in bench.old.summary
+    assert not bench.old.prompt_ids & bench.new.prompt_ids
+    for data, most in ((bench.old, 1), (bench.new, 2)):
+        for part in (data.train, data.validation, data.test, data.judge):
+            assert len(part.tokens) == len(part.pairs) > 0
+            assert part.tokens["prompt_id"][:] == part.pairs["prompt_id"][:]
+            assert max(Counter(part.pairs["prompt_id"]).values()) <= most
+            for ids, answer in zip(part.tokens["chosen_ids"], part.pairs["chosen"], strict=True):
+                text = bench.tokenizer.decode(ids, skip_special_tokens=True)
+                assert text.strip() == answer[0]["content"]
+
+
+def test_a_template_that_refuses_a_system_message_does_so_before_anything_is_trained(tmp_path):
+    folder = write_place(tmp_path)
+    (folder / "base" / "chat_template.jinja").write_text(
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        + CHATML
+    )
+    with pytest.raises(QAdapterError, match="can't render a prompt: no system"):
+        run_comparison(read_config(write_config(folder)), folder / "out")
+    assert not list((folder / "out").glob("*/seed-0"))
 
 
 def test_the_test_split_is_measured_on_request_and_recorded(place, capsys):
     folder, _ = place
     out = folder / "out"
-    assert not (out / "test_touched.json").exists()
+    assert not (out / "test_touched.jsonl").exists()
     flags = (folder / "compare.yaml", "--output_dir", out)
     assert cli("compare", *flags, "--split", "test") == 0
-    [touch] = json.loads((out / "test_touched.json").read_text())["touched"]
-    assert touch["methods"] == [*METHODS, *CONTROLS]  # no sweeps: they are for choosing
+    touched = (out / "test_touched.jsonl").read_text()
+    names = [json.loads(line)["name"] for line in touched.splitlines()]
+    assert names == [*METHODS, *CONTROLS]  # no sweeps: they are for choosing
     assert "steps" not in capsys.readouterr().out  # nothing was trained again
     page = (out / "report-test.html").read_text()
     assert page.count("<svg") == 3 and "q alpha=1" not in page.split("Configuration")[0]
-    assert "the test split was scored 1 time(s)" in page
+    assert "scored on it more than once: no run" in page
     assert cli("compare", *flags, "--split", "test") == 0  # only shows what is there
-    assert len(json.loads((out / "test_touched.json").read_text())["touched"]) == 1
+    assert (out / "test_touched.jsonl").read_text() == touched
+    # Who wants another result is seen to have asked for it.
+    run_folder(out, "dpo", 0).joinpath("test.json").unlink()
+    assert cli("compare", *flags, "--split", "test") == 0
+    page = (out / "report-test.html").read_text()
+    assert "scored on it more than once: dpo seed 0" in page
 
 
 def test_the_report_is_one_file_that_says_it_all(place, capsys):
@@ -248,6 +331,13 @@ def test_pictures_are_drawn_from_results_alone(place, tmp_path):
             assert image.width > 600
     with pytest.raises(QAdapterError, match="nothing is measured"):
         read_results(config, tmp_path, "validation")
+    # A sweep whose origin is not measured yet has no dial to show.
+    [swept] = [r for r in comparison.results if r.row.name == "q alpha=1"]
+    other = dataclasses.replace(swept, row=dataclasses.replace(swept.row, value=0.3))
+    without = [r for r in comparison.results if r.row.name != "q"]
+    pictures = draw_all(dataclasses.replace(comparison, results=[*without, other]))
+    [alone] = [p for p in pictures if p.name == "sweep_alpha"]
+    assert "by the dial" not in alone.svg
 
 
 def test_without_prompts_nothing_is_sampled_and_what_is_left_is_reported(place, capsys):
@@ -309,3 +399,41 @@ def test_lora_trains_in_the_trunk_by_trl(place):
         assert training["trained_by"].startswith("TRL")
         assert training["curve"][-1]["kl_per_token"] > 1e-9
         assert (where / "adapter_config.json").is_file()
+
+
+def test_turns_of_others_are_learned_by_no_method(tmp_path):
+    """Answers with turns of others in them: SFT scores the assistant's tokens alone, and TRL's DPO,
+    which would score all, is refused."""
+    folder = write_place(tmp_path)
+    rows = preference_rows(80)
+    for row in rows:
+        row["chosen"] = [*row["chosen"], {"role": "user", "content": "Is it always hot?"},
+                         {"role": "assistant", "content": "Never."}]
+    write_jsonl(folder / "new.jsonl", rows)
+    methods = {"sft": {"method": "sft"}}
+    small = {**settings()["evaluation"], "prompts": 0, "strengths": [1.0]}
+    options = {"sweeps": {}, "evaluation": small, "reference": None}
+    config = read_config(write_config(folder, methods=methods, **options))
+    bench = Workbench(config, folder, print)
+    dataset = []
+
+    def keep(trainer_class, *args, train_dataset, **kwargs):
+        dataset.extend(train_dataset)
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("qadapter.compare.methods._with_our_forward", keep)
+        train(bench, config.methods["sft"], 0, lambda model: {})
+    tokens = bench.new.train.tokens
+    for row, prompt, answer, mask in zip(
+        dataset, tokens["prompt_ids"], tokens["chosen_ids"], tokens["chosen_mask"], strict=True
+    ):
+        assert row["input_ids"] == [*prompt, *answer]
+        assert row["completion_mask"] == [0] * len(prompt) + [int(x) for x in mask]
+        assert 0 < sum(row["completion_mask"]) < len(answer)
+    lora = {"kind": "lora", "r": 2, "target_modules": ["q_proj"]}
+    config = read_config(write_config(
+        folder, methods={"dpo": {"method": "dpo"}}, adapter=lora, **options
+    ))
+    with pytest.raises(QAdapterError, match="these answers hold turns of others; use a head"):
+        run_comparison(config, folder / "lora")

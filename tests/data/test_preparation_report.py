@@ -44,7 +44,7 @@ def test_as_dict_is_json_and_a_copy():
     assert json.loads(json.dumps(values)) == values
     values["dropped"]["empty_answer"] = 99
     assert made.dropped["empty_answer"] == 1
-    assert set(values) == set(PreparationReport.__dataclass_fields__)
+    assert {*values, "indices"} == set(PreparationReport.__dataclass_fields__)
 
 
 def test_bad_row_survives_a_dataset_column():

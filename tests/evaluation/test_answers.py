@@ -1,6 +1,6 @@
 import pytest
 import torch
-from data.tiny import chatml, llama3
+from data.tiny import STRICT, chatml, llama3
 from tiny_models import tiny_adapter, tiny_llama
 
 from qadapter import QAdapterError
@@ -66,6 +66,8 @@ def test_prompts_of_every_kind():
     assert encode_prompt(plain, "What?") == plain("What?")["input_ids"]
     with pytest.raises(QAdapterError, match="no chat template"):
         encode_prompt(plain, [{"role": "user", "content": "What?"}])
+    with pytest.raises(QAdapterError, match="can't render a prompt: roles must alternate"):
+        encode_prompt(llama3(template=STRICT), [{"role": "user", "content": "What?"}] * 2)
     for empty in ("", "  ", []):
         with pytest.raises(QAdapterError, match="prompt is empty"):
             encode_prompt(tokenizer, empty)

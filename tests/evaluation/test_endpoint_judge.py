@@ -234,6 +234,8 @@ def test_the_prompt_file_can_be_replaced(server, tmp_path):
     ({"verdict": "A|B"}, "one group, has 0"),
     ({"verdict": "("}, "can't be used"),
     ({"verdicts": "x"}, "unexpected keyword argument 'verdicts'"),
+    ({"first": 1}, r"first must be text \(in quotes\), got 1"),
+    ({"request": "max_tokens: 7"}, "request must be keys and values"),
 ])
 def test_prompt_files_that_cannot_be_used(tmp_path, change, message):
     file = tmp_path / "mine.yaml"

@@ -1,6 +1,7 @@
 """``qadapter judge`` on a tiny run: what it writes, what it goes on with, what it refuses."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -26,9 +27,9 @@ def place(tmp_path_factory):
     return folder
 
 
-def judge(place, *more):
+def judge(place, *more, data=None):
     arguments = (
-        "judge", place / "run", "--dataset_name", place / "pairs.jsonl", "--num_prompts", 6,
+        "judge", place / "run", "--dataset_name", data or place / "pairs.jsonl", "--num_prompts", 6,
         "--max_new_tokens", 6, *more,
     )
     with pytest.raises(SystemExit) as end:
@@ -83,6 +84,23 @@ def test_an_opponent_and_pairs_of_ones_own(place, capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "left out of the judges' training: 20 pairs whose prompt is asked" in text
     assert "(opponent)" in text
+
+
+def test_a_model_that_was_trained_again_is_another_contest(place, tmp_path, capsys):
+    """Its answers in the folder are the earlier one's."""
+    shutil.copytree(place / "run", tmp_path / "run")
+    shutil.copytree(place / "model", tmp_path / "other")
+    flags = ("--opponent", tmp_path / "other", "--judge_fraction", 0.5, "--output_dir",
+             tmp_path / "out")
+    assert judge(tmp_path, *flags, data=place / "pairs.jsonl") == 0
+    for folder in ("other", "run"):
+        [weights] = (tmp_path / folder).glob("*.safetensors")
+        before = weights.read_bytes()
+        weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        capsys.readouterr()
+        assert judge(tmp_path, *flags, data=place / "pairs.jsonl") == 2
+        assert "holds a contest" in capsys.readouterr().err
+        weights.write_bytes(before)
 
 
 @pytest.mark.parametrize(("flags", "message"), [

@@ -188,6 +188,13 @@ def test_a_reward_models_logit_is_the_score(tmp_path, template):
     assert judge.name == "rm (reward model)"
 
 
+def test_a_reward_models_template_may_refuse(tmp_path):
+    folder = save_reward_model(tmp_path / "rm", True)
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('no system here') }}")
+    with pytest.raises(QAdapterError, match=r"rm .*can't render an answer: no system here"):
+        SequenceClassificationJudge(str(folder)).scores(["What?"], ["Yes."])
+
+
 def test_reward_models_that_are_none(tmp_path):
     with pytest.raises(QAdapterError, match="has 3 labels; a reward model has one"):
         SequenceClassificationJudge(str(save_reward_model(tmp_path / "three", True, labels=3)))

@@ -124,12 +124,16 @@ def test_draws_are_kept_and_a_broken_off_run_draws_the_rest(tmp_path, monkeypatc
     monkeypatch.setattr("qadapter.evaluation.judges.contest.generate_answers", generate)
 
     def draw(count):
-        return AnswerStore(file, 3).draw("p", count, None, None, PROMPTS, seed=5)
+        return AnswerStore(file, PROMPTS).draw("p", count, None, None, PROMPTS, seed=5)
 
     first = draw(2)
     assert calls == [5, 6] and first[1][2].text == "three\u20286"
     assert draw(3)[:2] == first
     assert calls == [5, 6, 7]
+    # They answer these prompts and no others, in this order.
+    for others in (["one", "two", "four"], ["two", "one", "three"], PROMPTS[:2]):
+        with pytest.raises(Exception, match=r"answers.jsonl:\d answers another prompt"):
+            AnswerStore(file, others)
     file.write_text(file.read_text() + '{"player": "p"}\n')
     with pytest.raises(Exception, match=r"answers.jsonl:10 is no answer"):
         draw(3)

@@ -13,7 +13,7 @@ from qadapter.cli import main
 
 pytest.importorskip("lm_eval")
 
-from qadapter.integrations.lm_eval import compare_tasks, evaluate_tasks
+from qadapter.integrations.lm_eval import _values, compare_tasks, evaluate_tasks
 
 TASKS = Path(__file__).parent / "lm_eval_tasks"
 CHOICE, GENERATE = "qadapter_colors_choice", "qadapter_colors_generate"
@@ -102,6 +102,13 @@ def test_an_untrained_adapter_scores_as_its_base_and_a_plain_model_has_one_colum
     plain = compare_tasks(tiny_llama(), tokenizer, [CHOICE], include_path=TASKS)
     assert plain[0].base == untrained[0].base
     assert plain[0].customised is None and plain[0].change is None
+
+
+def test_a_metric_that_is_no_mean_over_the_examples_has_no_change():
+    """A perplexity is an exponential of a mean: its examples hold log-likelihoods."""
+    samples = [{"doc_hash": name, "acc": value} for name, value in (("a", 1.0), ("b", 0.0))]
+    assert _values(samples, "acc", 0.5) == {("a", 0): 1.0, ("b", 0): 0.0}
+    assert _values(samples, "acc", 0.7) == {}
 
 
 def test_errors_name_the_task_the_folder_and_the_limit(tmp_path):

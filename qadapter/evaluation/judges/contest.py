@@ -5,6 +5,7 @@ Draws are written down as they are made, so that a run that was broken off goes 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -39,12 +40,19 @@ class Verdict:
 class AnswerStore:
     """Draws of several players, in a JSON Lines file or, without one, in memory.
 
+    Args:
+        prompts: what all players answer, before anything that one of them is told besides.
+
     Raises:
-        QAdapterError: a damaged file.
+        QAdapterError: a damaged file, or one that answers other prompts.
     """
 
-    def __init__(self, file: Path | None, num_prompts: int):
-        self.file, self.num_prompts = file, num_prompts
+    def __init__(self, file: Path | None, prompts: Sequence[Prompt]):
+        self.file = file
+        self.hashes = [
+            hashlib.blake2b(json.dumps(prompt).encode(), digest_size=8).hexdigest()
+            for prompt in prompts
+        ]
         self.draws: dict[tuple[str, int], list[Answer]] = {}
         if file is None or not file.exists():
             return
@@ -53,11 +61,18 @@ class AnswerStore:
             try:
                 row = json.loads(line)
                 answer = Answer(row["text"], row["token_ids"], row["ended"])
-                self.draws.setdefault((row["player"], row["draw"]), []).append(answer)
+                drawn = self.draws.setdefault((row["player"], row["draw"]), [])
+                asked = row["prompt_hash"]
             except (ValueError, KeyError, TypeError) as error:
                 raise QAdapterError(
                     f"{file}:{number} is no answer ({error}); remove the file to draw again"
                 ) from error
+            if [asked] != self.hashes[len(drawn) : len(drawn) + 1]:
+                raise QAdapterError(
+                    f"{file}:{number} answers another prompt than the one asked now: choose "
+                    "another folder, or remove the file to draw again"
+                )
+            drawn.append(answer)
 
     def draw(
         self, player: str, count: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
@@ -71,7 +86,7 @@ class AnswerStore:
             options: of ``generate_answers``.
         """
         for number in range(count):
-            if len(self.draws.get((player, number), ())) == self.num_prompts:
+            if len(self.draws.get((player, number), ())) == len(self.hashes):
                 continue
             done = number * len(prompts)
             answers = generate_answers(
@@ -87,9 +102,9 @@ class AnswerStore:
 
     def _write(self) -> None:
         rows = (
-            {"player": player, "draw": number, "prompt": i, **asdict(answer)}
+            {"player": player, "draw": number, "prompt_hash": name, **asdict(answer)}
             for (player, number), answers in self.draws.items()
-            for i, answer in enumerate(answers)
+            for name, answer in zip(self.hashes, answers, strict=False)
         )
         write_text(self.file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 

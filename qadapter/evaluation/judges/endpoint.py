@@ -51,6 +51,11 @@ class JudgePrompt:
         try:
             values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
             found = cls(**values)
+            for name, value in vars(found).items():
+                wanted = dict if name == "request" else str
+                if not isinstance(value, wanted):  # 1 without quotes is a number, "1" is text
+                    kind = "keys and values" if wanted is dict else "text (in quotes)"
+                    raise TypeError(f"{name} must be {kind}, got {value!r}")
             groups = re.compile(found.verdict).groups
         except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, re.error) as error:
             raise QAdapterError(f"judge prompt {path} can't be used: {error}") from error

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BatchEncoding
 
 from qadapter.errors import QAdapterError
@@ -86,12 +87,17 @@ class SequenceClassificationJudge(RewardJudge):
         texts = [prompt_text(prompt) for prompt in prompts]
         if not self.tokenizer.chat_template:
             return self.tokenizer(texts, answers, **options)
-        rendered = [
-            self.tokenizer.apply_chat_template(
-                [*([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt),
-                 {"role": "assistant", "content": answer}], tokenize=False,
-            )
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ]
+        try:
+            rendered = [
+                self.tokenizer.apply_chat_template(
+                    [*([{"role": "user", "content": prompt}] if isinstance(prompt, str)
+                       else prompt), {"role": "assistant", "content": answer}], tokenize=False,
+                )
+                for prompt, answer in zip(prompts, answers, strict=True)
+            ]
+        except TemplateError as error:
+            raise QAdapterError(
+                f"{self.name}: its chat template can't render an answer: {error}"
+            ) from error
         # The template wrote the special tokens.
         return self.tokenizer(rendered, add_special_tokens=False, **options)
