@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qadapter.compare import Comparison, read_config, read_results
 from qadapter.compare.page import Column, columns
-from qadapter.compare.results import Result, Spread, against
+from qadapter.compare.results import Against, Result, Spread, against, judged, retention
 from qadapter.evaluation.report import format_value
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -19,7 +19,9 @@ from what_serves_it import ROOT, put
 
 PAGE, README = ROOT / "docs/compare.md", ROOT / "README.md"
 RESULTS = ROOT / "benchmarks/results/compare"
-TESTED = ("hh", "dsp_academy", "dsp_business", "dsp_entertainment", "dsp_literature")
+TESTED = (
+    "hh", "dsp_academy", "dsp_business", "dsp_entertainment", "dsp_literature", "dsp_judged",
+)
 CHOICES = "dsp_choices", "dsp_judged"
 """Comparisons reported on their test split, and on the validation split, which choices are made by.
 """
@@ -57,10 +59,45 @@ def differences(found: Comparison) -> str:
     ]
     for result in found.main[1:]:
         if result is not reference:
-            row = against(result, reference)
-            cells = [format_value(row.accuracy), format_value(row.gain, 2),
-                     *(format_value(x, 2) for x in row.kl_ratio.values())]
-            lines.append(f"| {result.row.name} | {' | '.join(cells)} |")
+            lines.append(difference(result.row.name, against(result, reference)))
+    for result in found.main[1:]:
+        for strength in result.strengths:
+            # Where it moves answers more than as it was trained; no accuracy moves with it.
+            if found.judged and strength > 1:
+                turned = against(result, reference, strength)
+                lines.append(difference(f"{result.row.name}, strength {strength:g}", turned))
+    return "\n".join(lines) + "\n"
+
+
+def difference(name: str, row: Against) -> str:
+    cells = [format_value(row.accuracy), format_value(row.gain, 2),
+             *(format_value(x, 2) for x in row.kl_ratio.values())]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def dial(found: Comparison) -> str:
+    """Gain and KL together, at every setting of the dial."""
+    rows = [r for r in found.main if len(r.strengths) > 1]
+    strengths = sorted({w for r in rows for w in r.strengths})
+    count = min(found.config["evaluation"]["dial_seeds"], len(found.config["seeds"]))
+    seeds = "one seed" if count == 1 else f"{count} seeds"
+    measures = judged("new", "gain"), *(retention(t, "kl_per_token") for t in found.texts)
+    lines = [
+        "", f"Along the dial ({seeds}): judged gain [SD] at KL on {', '.join(found.texts)}:", "",
+        "| | " + " | ".join(f"strength {w:g}" for w in strengths) + " |",
+        "| --- |" + " ---: |" * len(strengths),
+    ]
+    for result in rows:
+        cells = [
+            f"{gain.mean:.2f} at " + ", ".join(f"{x.mean:.4f}" for x in kls)
+            for _, (gain, *kls) in result.dial(*measures)
+        ]
+        lines.append(f"| {result.row.name} | {' | '.join(cells)} |")
+    judges = ", ".join(
+        f"{name} {x['accuracy']:.3f} [{x['accuracy_ci'][0]:.3f}, {x['accuracy_ci'][1]:.3f}]"
+        for name, x in found.judges["new"].items()
+    )
+    lines += ["", f"The judges rank so many of these prompts' own pairs right: {judges}."]
     return "\n".join(lines) + "\n"
 
 
@@ -78,6 +115,8 @@ def tables() -> dict[str, str]:
     for name in TESTED:
         found = comparison(name, "test")
         blocks[name] = table(found, found.main) + differences(found)
+        if found.judged:
+            blocks[name] += dial(found)
     for name in CHOICES:
         found = comparison(name, "validation")
         blocks[f"{name} validation"] = table(found, found.results)

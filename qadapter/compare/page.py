@@ -256,12 +256,21 @@ def _against(comparison: Comparison) -> list[str]:
 
 def _dial(comparison: Comparison, shown: Sequence[Column]) -> str:
     moving = [c for c in shown if "accuracy" not in c.key]
-    rows = [
-        [r.row.name, f"{w:g}", *(_cell(x, c.digits) for x, c in zip(found, moving, strict=True))]
-        for r in comparison.main if len(r.strengths) > 1
-        for w, found in r.dial(*(c.measure for c in moving))
-    ]
-    return _table(["", "strength", *(c.label for c in moving)], rows)
+    header, reference = ["", "strength", *(c.label for c in moving)], comparison.reference
+    if reference is not None:
+        header += [f"gain against {reference.row.name} [SD]",
+                   *(f"KL ratio, {name}" for name in comparison.texts)]
+    rows = []
+    for result in comparison.main:
+        if len(result.strengths) < 2:
+            continue
+        for strength, found in result.dial(*(c.measure for c in moving)):
+            cells = [_cell(x, c.digits) for x, c in zip(found, moving, strict=True)]
+            if reference is not None:
+                beside = against(result, reference, strength)
+                cells += [format_value(x, 2) for x in (beside.gain, *beside.kl_ratio.values())]
+            rows.append([result.row.name, f"{strength:g}", *cells])
+    return _table(header, rows)
 
 
 def _training(results: Sequence[Result]) -> str:

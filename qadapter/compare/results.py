@@ -171,9 +171,9 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 class Against(NamedTuple):
-    """What one row has over another at the trained policy, means over seeds: pair by pair and
-    prompt by prompt, so that what both owe to an easy prompt or to a draw of the base's cancels.
-    Intervals: 95%, bootstrap over prompts or texts; noise of the training is not in them."""
+    """What one row has over another's trained policy, means over seeds: pair by pair and prompt by
+    prompt, so that what both owe to an easy prompt or to a draw of the base's cancels. Intervals:
+    95%, bootstrap over prompts or texts; noise of the training is not in them."""
 
     accuracy: Estimate
     """Difference in accuracy by implicit reward, new preference."""
@@ -183,29 +183,33 @@ class Against(NamedTuple):
     """Texts → KL(base‖customised) over the other's; NaN where the other is the base."""
 
 
-def against(result: Result, reference: Result) -> Against:
-    """Compare two rows of one comparison."""
+def against(result: Result, reference: Result, strength: float | None = None) -> Against:
+    """Compare two rows of one comparison.
 
-    def over_seeds(side: Result, values: Callable[[dict, dict], Any]) -> np.ndarray:
-        return np.mean([
-            values(run, point) for run in side.runs for point in run["dial"]
-            if point["strength"] == side.trained
-        ], axis=0)
+    Args:
+        strength: a setting of ``result``'s dial, over the seeds that were measured there and the
+            reference's runs of the same seeds; none for both trained policies, over all seeds.
+    """
+    ours = _points(result, result.trained if strength is None else strength)
+    theirs = _points(reference, reference.trained)
+    if strength is not None:
+        seeds = {run["seed"] for run, _ in ours}
+        theirs = [(run, point) for run, point in theirs if run["seed"] in seeds]
+
+    def both(values: Callable[[dict, dict], Any]) -> list[np.ndarray]:
+        return [np.mean([values(*at) for at in side], axis=0) for side in (ours, theirs)]
 
     def difference(
         values: Callable[[dict, dict], Any], clusters: list[str] | None = None
     ) -> Estimate:
-        found = over_seeds(result, values) - over_seeds(reference, values)
+        found = np.subtract(*both(values))
         return ClusterBootstrap(clusters or range(len(found))).mean(found)
 
     def kl_ratio(name: str) -> Estimate:
-        ours, theirs = (
-            over_seeds(side, lambda run, point: point["retention"][name]["kl_by_text"])
-            for side in (result, reference)
-        )
-        if not theirs.any():
+        kl, reference_kl = both(lambda run, point: point["retention"][name]["kl_by_text"])
+        if not reference_kl.any():
             return Estimate(math.nan, math.nan, math.nan)
-        return ClusterBootstrap(range(len(ours))).mean(ours / theirs, theirs)
+        return ClusterBootstrap(range(len(kl))).mean(kl / reference_kl, reference_kl)
 
     def gain_by_prompt(run: dict[str, Any], point: dict[str, Any]) -> np.ndarray:
         judges = point["answers"].get("new", {"judged": {}})["judged"].values()
@@ -222,6 +226,14 @@ def against(result: Result, reference: Result) -> Against:
         difference(gain_by_prompt),
         {name: kl_ratio(name) for name in first["dial"][0]["retention"]},
     )
+
+
+def _points(result: Result, strength: float) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """(run, its point of the dial), one a seed that was measured at this strength."""
+    return [
+        (run, point) for run in result.runs for point in run["dial"]
+        if point["strength"] == strength
+    ]
 
 
 # --- measures -----------------------------------------------------------------------------------

@@ -311,8 +311,16 @@ def test_rows_are_compared_prompt_by_prompt(place):
     assert set(same.accuracy) == set(same.gain) == {0.0}
     assert all(set(ratio) == {1.0} for ratio in same.kl_ratio.values())
     assert math.isnan(against(rows["q"], rows["base"]).kl_ratio["texts"].value)
+    # The same for a setting of the dial, beside the other's trained policy.
+    turned = against(rows["q"], rows["dpo"], 2.0)
+    of_q = dict(rows["q"].dial(judged("new", "gain"), retention("answers", "kl_per_token")))[2.0]
+    assert turned.gain.value == pytest.approx(
+        of_q[0].mean - rows["dpo"].number(judged("new", "gain")).mean, abs=1e-5
+    )
+    assert turned.kl_ratio["answers"].value == pytest.approx(of_q[1].mean / kls[1], rel=1e-4)
     page = (folder / "out" / "report-validation.html").read_text()
     assert "Against dpo" in page and f"{found.gain.value:.2f} [" in page
+    assert f"{turned.gain.value:.2f} [" in page.split("The dial")[1]
 
 
 def test_pictures_are_drawn_from_results_alone(place, tmp_path):
