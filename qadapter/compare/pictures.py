@@ -1,7 +1,7 @@
 """The pictures of a comparison, from its results alone.
 
-Colours are Okabe and Ito's, told apart with any colour vision; every method has a marker of its own
-besides.
+Colours are Okabe and Ito's, told apart with any colour vision (but their yellow, too pale for a
+line on white). Where there are more methods than colours, markers and dashes tell them apart.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX*"
+"""One more than colours, so that no pair of them comes back before the fifty-sixth method."""
+DASHES = "-", "--", ":"
 _KL = "KL(base‖customised) [nats a token]"
 _GAIN = "judged gain [SD of the base's scores]"
 _DIALLED = {"alpha": "alpha_tilde", "beta": "beta"}
@@ -122,8 +124,7 @@ def draw_win_rates(comparison: Comparison) -> Figure | None:
                 if point["strength"] == result.trained
             ]
             axes.plot(seeds, [number] * len(seeds), ".", color=color, markersize=4, alpha=0.7)
-            axes.plot(found.mean, number, MARKERS[(number - 1) % len(MARKERS)], color=color,
-                      markersize=8)
+            axes.plot(found.mean, number, _marker(number - 1), color=color, markersize=8)
         axes.axvline(0.5, color="0.5", linestyle=":", linewidth=1)
         axes.set_yticks(range(len(rows)), [r.row.name for r in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -162,10 +163,10 @@ def draw_sweep(comparison: Comparison, name: str) -> Figure | None:
     asked = all(result.number(judged("new", "gain")) is not None for _, result in points)
     for axes, (measure, label) in zip(panels, (_learned(asked), drift), strict=True):
         found = [(value, result.number(measure)) for value, result in points]
-        found = [(value, x) for value, x in found if x is not None]
         if any(isinstance(value, str) for value, _ in points):
             axes.set_xticks(range(len(points)), [value for value, _ in points])
             found = [(i, x) for i, (_, x) in enumerate(found)]
+        found = [(value, x) for value, x in found if x is not None]
         _line(axes, 0, *zip(*((value, x.mean) for value, x in found), strict=True),
               f"trained at this {sweep['option']}")
         for value, x in found:
@@ -205,9 +206,9 @@ def _learned(asked: bool) -> tuple[Measure, str]:
 
 def _dial(axes: Axes, number: int, result: Result, x: Measure, y: Measure) -> None:
     found = [(w, a, b) for w, (a, b) in result.dial(x, y) if a and b and a.mean > 0]
-    color, marker = _color(number), MARKERS[number % len(MARKERS)]
-    axes.plot([a.mean for _, a, _ in found], [b.mean for _, _, b in found], color=color,
-              linewidth=1.2, alpha=0.8)
+    color, marker = _color(number), _marker(number)
+    axes.plot([a.mean for _, a, _ in found], [b.mean for _, _, b in found], _dashes(number),
+              color=color, linewidth=1.2, alpha=0.8)
     seeds = [
         (x(run, point), y(run, point)) for run in result.runs for point in run["dial"]
         if point["strength"] == result.trained
@@ -238,7 +239,7 @@ def _control(axes: Axes, result: Result, x: Measure, y: Measure) -> None:
 def _line(
     axes: Axes, number: int, x: Sequence[float], y: Sequence[float], label: str
 ) -> None:
-    axes.plot(x, y, color=_color(number), marker=MARKERS[number % len(MARKERS)], markersize=5,
+    axes.plot(x, y, _dashes(number), color=_color(number), marker=_marker(number), markersize=5,
               linewidth=1.5, label=label)
 
 
@@ -249,6 +250,14 @@ def _range(curves: list[list[float]]) -> tuple[list[float], list[float]]:
 
 def _color(number: int) -> str:
     return COLORS[number % len(COLORS)]
+
+
+def _marker(number: int) -> str:
+    return MARKERS[number % len(MARKERS)]
+
+
+def _dashes(number: int) -> str:
+    return DASHES[number // len(COLORS) % len(DASHES)]
 
 
 def _figure(panels: int, height: float = 4.0) -> tuple[Figure, list[Axes]]:

@@ -17,7 +17,7 @@ from qadapter import QAdapterError, QAdapterModel
 from qadapter.compare import read_config, read_results, run_comparison
 from qadapter.compare.methods import train
 from qadapter.compare.page import columns
-from qadapter.compare.pictures import draw_all
+from qadapter.compare.pictures import draw_all, draw_frontier
 from qadapter.compare.results import against, judged, preference, retention
 from qadapter.compare.run import run_folder
 from qadapter.compare.workbench import Workbench
@@ -346,6 +346,17 @@ def test_pictures_are_drawn_from_results_alone(place, tmp_path):
     pictures = draw_all(dataclasses.replace(comparison, results=[*without, other]))
     [alone] = [p for p in pictures if p.name == "sweep_alpha"]
     assert "by the dial" not in alone.svg
+    # More methods than colours.
+    [base, q, *_] = comparison.main
+    many = [
+        dataclasses.replace(q, row=dataclasses.replace(q.row, name=f"q {i}")) for i in range(20)
+    ]
+    [axes] = draw_frontier(dataclasses.replace(comparison, results=[base, *many])).axes
+    looks = {
+        (line.get_color(), line.get_marker()) for line in axes.lines
+        if line.get_label().startswith("q ")
+    }
+    assert len(looks) == len(many)
 
 
 def test_without_prompts_nothing_is_sampled_and_what_is_left_is_reported(place, capsys):
