@@ -30,6 +30,12 @@ SHOWN = (
 )
 IN_README = ("accuracy_reward", "new_gain", "old_gain", "kl:unrelated text")
 """Columns beside each text's KL; there is no room for all of the report's."""
+JUDGED_IN_README = (
+    ("Q-Adapter tuned", None), ("Q-Adapter tuned + retention", None),
+    ("Q-Adapter tuned + retention", 2.0), ("DPO tuned LoRA", None), ("Q-Adapter tuned LoRA", None),
+    ("Q-Adapter tuned LoRA", 2.0), ("SFT", None),
+)
+"""Rows, and their setting of the dial where it is not as trained."""
 
 
 def comparison(name: str, split: str) -> Comparison:
@@ -123,16 +129,34 @@ def tables() -> dict[str, str]:
     return blocks
 
 
-def readme_table() -> str:
-    """The few columns the README has room for."""
+def readme_tables() -> dict[str, str]:
+    """The few columns and rows the README has room for."""
     found = comparison("hh", "test")
-    return table(found, found.main, IN_README)
+    return {"comparison": table(found, found.main, IN_README), "judged": judged_in_short()}
+
+
+def judged_in_short() -> str:
+    """Rows of the judged comparison against its reference."""
+    found = comparison("dsp_judged", "test")
+    rows, reference = {r.row.name: r for r in found.results}, found.reference
+    lines = [
+        f"| against {reference.row.name} | accuracy | judged gain [SD] | KL, {found.texts[0]} |",
+        "| --- |" + " ---: |" * 3,
+    ]
+    for name, strength in JUDGED_IN_README:
+        beside = against(rows[name], reference, strength)
+        cells = (f"{format_value(beside.accuracy)} | {format_value(beside.gain, 2)} | "
+                 f"× {format_value(beside.kl_ratio[found.texts[0]], 2)}")
+        label = name if strength is None else f"{name}, strength {strength:g}"
+        lines.append(f"| {label} | {cells} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     for name, block in tables().items():
         put(PAGE, name, block)
-    put(README, "comparison", readme_table())
+    for name, block in readme_tables().items():
+        put(README, name, block)
 
 
 if __name__ == "__main__":

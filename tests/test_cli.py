@@ -132,6 +132,20 @@ def test_yaml_and_flags_share_names_and_flags_win(place, tmp_path, capsys):
     assert (tmp_path / "run/adapter_model.safetensors").is_file()
 
 
+def test_a_lora_is_trained_when_asked_for(place, tmp_path):
+    flags = dict(zip(*[iter(map(str, train_flags(place)))] * 2, strict=True))
+    del flags["--adapter_rank"]
+    lora = ("--adapter_kind", "lora", "--lora_r", 2, "--lora_target_modules", "[q_proj, o_proj]")
+    given = [x for flag in flags.items() for x in flag]
+    assert cli("train", *given, *lora, "--output_dir", tmp_path / "run") == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert (summary["adapter"]["kind"], summary["adapter"]["r"]) == ("lora", 2)
+    assert summary["adapter"]["target_modules"] == ["o_proj", "q_proj"]
+    assert summary["preference_accuracy"] > 0.9
+    model = QAdapterModel.from_pretrained(tmp_path / "run")
+    assert model.adapts_trunk
+
+
 def test_resume_continues_and_overwrite_replaces(place, tmp_path):
     flags = (*train_flags(place, steps=4), "--output_dir", tmp_path)
     assert cli("train", *flags) == 0

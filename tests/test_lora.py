@@ -334,3 +334,13 @@ def test_nothing_is_logged_by_peft(caplog):
         warnings.simplefilter("error")
         model_of().eval()(IDS)
     assert not caplog.records
+
+
+def test_a_lora_by_the_trainers_arguments(tmp_path):
+    arguments = {"output_dir": str(tmp_path), "use_cpu": True, "adapter_kind": "lora"}
+    config = QAdapterConfig(**arguments, lora_r=2, lora_target_modules=["q_proj"]).adapter_config()
+    assert (config.r, config.lora_alpha, config.target_modules) == (2, 16, {"q_proj"})
+    with pytest.raises(QAdapterError, match=r"lora_dropout must be in \[0, 1\), got 1.0"):
+        QAdapterConfig(**arguments, lora_dropout=1.0)
+    with pytest.raises(QAdapterError, match="adapter_form is for adapter_kind head"):
+        QAdapterConfig(**arguments, adapter_form="mlp")

@@ -40,7 +40,8 @@ _DATA = (
 )
 _PREPARATION = ("max_length", "truncation_mode", "on_bad_row")
 _OBJECTIVE = (
-    "adapter_form", "adapter_rank", "alpha_0", "alpha_tilde", "gamma", "chi2_coef",
+    "adapter_kind", "adapter_form", "adapter_rank", "lora_r", "lora_alpha", "lora_dropout",
+    "lora_target_modules", "alpha_0", "alpha_tilde", "gamma", "chi2_coef",
     "parametrization", "bootstrap", "length_normalization", "mask_alignment",
 )
 _RETENTION = ("retention_coef", "retention_states")

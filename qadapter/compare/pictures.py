@@ -7,6 +7,7 @@ line on white). Where there are more methods than colours, markers and dashes te
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -282,8 +283,10 @@ def _name(axes: Axes, x_label: str, y_label: str | None) -> None:
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     most = 3 if figure.get_figwidth() < 8 else 5  # names of methods are long
-    figure.legend(handles, labels, frameon=False, loc="outside lower center",
-                  ncols=min(most, len(labels)), fontsize=9)
+    columns = min(most, len(labels))
+    figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(labels) / columns))
+    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=columns,
+                  fontsize=9)
 
 
 def _svg(figure: Figure) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from peft import LoraConfig
 from transformers import TrainingArguments
 
 from qadapter.adapters import AdapterConfig
@@ -16,6 +17,7 @@ from qadapter.objective import ObjectiveConfig
 
 _OBJECTIVE = tuple(f.name for f in dataclasses.fields(ObjectiveConfig))
 _CHOICES = {
+    "adapter_kind": ("head", "lora"),
     "truncation_mode": ("keep_start", "keep_end"),
     "on_bad_row": ("drop", "raise"),
     "cache_features": ("memory", "disk", "none"),
@@ -24,8 +26,13 @@ RETENTION_COEF = 10.0
 """Of the retention term, where it is on by default."""
 _AT_LEAST_ONE = (
     "feature_batch_tokens", "feature_shard_mb", "workspace_mb", "pad_to_multiple_of",
-    "dataset_num_proc", "retention_states",
+    "dataset_num_proc", "retention_states", "lora_r", "lora_alpha",
 )
+_OF_ONE_KIND = {
+    "head": ("adapter_form", "adapter_rank"),
+    "lora": ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
+}
+"""Options that one kind of adapter has."""
 _UNSUPPORTED = {
     "label_smoothing_factor": (0.0, "preferences have no labels to smooth"),
     "neftune_noise_alpha": (None, "the base is frozen and gets no noise"),
@@ -91,6 +98,14 @@ class QAdapterConfig(TrainingArguments):
         default=False,
         metadata={"help": "Run Python code that comes with a model or tokenizer."},
     )
+    adapter_kind: str = field(
+        default=AdapterConfig.kind,
+        metadata={
+            "help": "What is trained: a 'head' adapter behind the frozen trunk, which then runs "
+            "once, or a 'lora' in the trunk: several times the time, more learned for less drift.",
+            "choices": ["head", "lora"],
+        },
+    )
     adapter_form: str = field(
         default=AdapterConfig.form,
         metadata={
@@ -100,7 +115,19 @@ class QAdapterConfig(TrainingArguments):
         },
     )
     adapter_rank: int = field(
-        default=AdapterConfig.rank, metadata={"help": "Width of the adapter's bottleneck."}
+        default=AdapterConfig.rank, metadata={"help": "Width of the head adapter's bottleneck."}
+    )
+    lora_r: int = field(default=8, metadata={"help": "Rank of the LoRA."})
+    lora_alpha: int = field(
+        default=16, metadata={"help": "The LoRA's product is scaled by this over its rank."}
+    )
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "Dropout before the LoRA's product, in training."}
+    )
+    lora_target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Layers that get a LoRA: [q_proj, v_proj], or a string as PEFT reads it "
+                  "(all-linear, or a pattern). Default: PEFT's for the architecture."},
     )
 
     # --- objective: ObjectiveConfig's fields and defaults ---
@@ -221,6 +248,15 @@ class QAdapterConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise QAdapterError(f"{name} must be at least 1, got {value}")
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        for kind, names in _OF_ONE_KIND.items():
+            for name in names:
+                if self.adapter_kind != kind and getattr(self, name) != defaults[name]:
+                    raise QAdapterError(
+                        f"{name} is for adapter_kind {kind}, and this is {self.adapter_kind}"
+                    )
+        if not 0 <= self.lora_dropout < 1:
+            raise QAdapterError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
         coef = self.retention_coef
         if coef is not None and not (math.isfinite(coef) and coef >= 0):
             raise QAdapterError(f"retention_coef must be finite and not negative, got {coef}")
@@ -240,9 +276,14 @@ class QAdapterConfig(TrainingArguments):
         """The objective these arguments describe."""
         return ObjectiveConfig(**{name: getattr(self, name) for name in _OBJECTIVE})
 
-    def adapter_config(self) -> AdapterConfig:
-        """The head adapter these arguments describe."""
-        return AdapterConfig(form=self.adapter_form, rank=self.adapter_rank)
+    def adapter_config(self) -> AdapterConfig | LoraConfig:
+        """The adapter these arguments describe."""
+        if self.adapter_kind == "head":
+            return AdapterConfig(form=self.adapter_form, rank=self.adapter_rank)
+        return LoraConfig(
+            r=self.lora_r, lora_alpha=self.lora_alpha, lora_dropout=self.lora_dropout,
+            target_modules=self.lora_target_modules, task_type="CAUSAL_LM",
+        )
 
     def set_objective(self, objective: ObjectiveConfig) -> None:
         """Take over the objective of a model that has its own."""
