@@ -64,6 +64,8 @@ def run(arguments: CompareArguments, given: set[str]) -> None:
     only = [arguments.only] if isinstance(arguments.only, str) else arguments.only
     if only is not None and not (isinstance(only, list) and all(isinstance(x, str) for x in only)):
         raise QAdapterError(f"only must read [name, …], got {only!r}")
+    if only == [] or only == [""]:
+        raise QAdapterError("only names no row")
     quiet_libraries()
     config = read_config(arguments.comparison)
     start = time.monotonic()

@@ -19,6 +19,7 @@ import typer
 import yaml
 from rich.markup import escape
 
+from qadapter import strict_yaml
 from qadapter.errors import QAdapterError, nearest
 
 _METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT", None: "YAML"}
@@ -143,7 +144,7 @@ def read_config(path: str | Path, known: Mapping[str, Option]) -> dict[str, Any]
     except (OSError, UnicodeDecodeError) as error:
         raise QAdapterError(f"{path} can't be read: {error}") from error
     try:
-        values = yaml.safe_load(text) or {}
+        values = strict_yaml.load(text) or {}
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)

@@ -9,11 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from qadapter.adapters import AdapterConfig
 from qadapter.objective import ObjectiveConfig
 
 BASE = "base"
 """Name of the row that every comparison has: the base as it is."""
 SPLITS = ("validation", "test")
+OTHER_FILES = (
+    "base_answers", "first", "first.json", "config.json", "test_touched.jsonl",
+    *(f"{kind}-{split}{end}" for split in SPLITS
+      for kind, end in (("pictures", ""), ("report", ".html"), ("summary", ".json"))),
+)
+"""What a results folder holds beside a folder for each row."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,18 @@ class AdapterSpec:
     lora_alpha: int = 16
     lora_dropout: float = 0.0
     target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+
+    def check(self) -> None:
+        """Raises ValueError for options that can't be."""
+        if self.kind == "head":
+            AdapterConfig(form=self.form, rank=self.rank)
+        elif self.kind != "lora":
+            raise ValueError(f"kind must be head or lora, got {self.kind!r}")
+        if self.r < 1 or self.lora_alpha < 1 or not 0 <= self.lora_dropout < 1:
+            raise ValueError(
+                "r and lora_alpha must be at least 1 and lora_dropout in [0, 1), got "
+                f"{self.r}, {self.lora_alpha} and {self.lora_dropout}"
+            )
 
 
 @dataclass(frozen=True)
@@ -336,14 +355,11 @@ class CompareConfig:
         _, in_adapter, name = option.rpartition("adapter.")
         if in_adapter:
             spec = method.adapter or self.adapter
-            spec = dataclasses.replace(spec, **{name: type(getattr(spec, name))(value)})
+            kind = type(getattr(spec, name))
+            spec = dataclasses.replace(spec, **{name: _whole(kind, option, value)})
             return dataclasses.replace(method, adapter=None if spec == self.adapter else spec)
         kinds = typing.get_type_hints(type(method))
-        changed = {}
-        for field_name in swept(option):
-            changed[field_name] = int(value) if kinds.get(field_name) is int else value
-            if changed[field_name] != value:
-                raise ValueError(f"{field_name} must be a whole number")
+        changed = {name: _whole(kinds[name], name, value) for name in swept(option)}
         return dataclasses.replace(method, **changed)
 
     def as_dict(self) -> dict[str, Any]:
@@ -353,6 +369,17 @@ class CompareConfig:
         for name, method in self.methods.items():
             written["methods"][name]["method"] = method.kind
         return written
+
+
+def _whole(kind: Any, name: str, value: float | str) -> float | str:
+    """A sweep's value as an option of this type takes it."""
+    if isinstance(value, str) != (kind is str):
+        raise ValueError(f"{name} must be {'text' if kind is str else 'a number'}")
+    if kind is not int:
+        return value
+    if int(value) != value:
+        raise ValueError(f"{name} must be a whole number")
+    return int(value)
 
 
 def folder_name(row: str) -> str:

@@ -98,7 +98,7 @@ def draw_retention(comparison: Comparison) -> Figure | None:
                                   linewidth=0)
     _name(left, "tokens seen [thousands]", _KL)
     _name(right, "tokens seen [thousands]", "same top token as the base")
-    left.set_yscale("log")
+    _log_scale(left)
     _legend(figure, left)
     return figure
 
@@ -190,7 +190,7 @@ def draw_sweep(comparison: Comparison, name: str) -> Figure | None:
         else:
             axes.set_xscale("symlog", linthresh=min(v for v in values if v > 0))
         _name(axes, sweep["option"], label)
-    panels[1].set_yscale("log")
+    _log_scale(panels[1])
     _legend(figure, panels[0])
     return figure
 
@@ -247,6 +247,12 @@ def _line(
 def _range(curves: list[list[float]]) -> tuple[list[float], list[float]]:
     columns = list(zip(*curves, strict=True))
     return [min(c) for c in columns], [max(c) for c in columns]
+
+
+def _log_scale(axes: Axes) -> None:
+    """Of y, where anything can be shown on it: a run of few steps may not have moved at all."""
+    if any(y > 0 for line in axes.lines for y in line.get_ydata()):
+        axes.set_yscale("log")
 
 
 def _color(number: int) -> str:

@@ -12,11 +12,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from transformers import SchedulerType
 
+from qadapter import strict_yaml
 from qadapter.compare.config import (
     BASE,
     METHODS,
+    OTHER_FILES,
     AdapterSpec,
     CompareConfig,
     Method,
@@ -38,11 +42,13 @@ def read_config(path: str | Path) -> CompareConfig:
     """
     path = Path(path).expanduser()
     try:
-        written = yaml.safe_load(path.read_text(encoding="utf-8"))
+        written = strict_yaml.load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise QAdapterError(f"{path} can't be read: {error}") from error
     except yaml.YAMLError as error:
-        raise QAdapterError(f"{path} is not YAML: {error}") from error
+        line = f":{error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+        problem = getattr(error, "problem", None) or error
+        raise QAdapterError(f"{path}{line} is not YAML: {problem}") from error
     if not isinstance(written, dict):
         raise QAdapterError(f"{path}: expected keys and values, got {type(written).__name__}")
     config = _build(CompareConfig, written, str(path), "")
@@ -55,15 +61,19 @@ def _check(config: CompareConfig, path: str) -> CompareConfig:
 
     if not config.methods:
         refuse("methods", "there is nothing to compare")
-    if not config.seeds or len(set(config.seeds)) < len(config.seeds):
-        refuse("seeds", f"expected different whole numbers, got {config.seeds}")
+    _check_seeds(config, refuse)
     if config.first is not None and config.old is None:
         refuse("first", "the base can learn first only what old data hold (the key old)")
     specs = {f"methods.{name}.adapter": m.adapter for name, m in config.methods.items()}
     for key, spec in {"adapter": config.adapter, **specs}.items():
-        if spec is not None and spec.kind not in ("head", "lora"):
-            refuse(f"{key}.kind", f"expected head or lora, got {spec.kind!r}")
+        try:
+            if spec is not None:
+                spec.check()
+        except ValueError as error:
+            refuse(key, str(error))
     for name, method in config.methods.items():
+        if not name.strip():
+            refuse("methods", "a method's name is empty")
         if name == BASE:
             refuse(f"methods.{name}", "the base is always compared; choose another name")
         if isinstance(method, Replay) and config.old is None:
@@ -92,33 +102,61 @@ def _check(config: CompareConfig, path: str) -> CompareConfig:
         if missing:
             refuse(f"sweeps.{name}.option", f"{method.kind} has no {missing[0]!r}"
                    + nearest(missing[0], known))
+        if not sweep.values or len(set(sweep.values)) < len(sweep.values):
+            refuse(f"sweeps.{name}.values", f"expected different values, got {sweep.values}")
         for value in sweep.values:
             try:
-                config.varied(method, sweep.option, value).check(config.training)
-            except (TypeError, ValueError) as error:
+                varied = config.varied(method, sweep.option, value)
+                varied.check(config.training)
+                (varied.adapter or config.adapter).check()
+            except ValueError as error:
                 refuse(f"sweeps.{name}.values", f"{value!r}: {error}")
     taken: dict[str, str] = {}
     for row in config.rows():
+        if folder_name(row.name).startswith(".") or folder_name(row.name) in OTHER_FILES:
+            refuse(f"methods.{row.name}", "no folder can have this name; choose another")
         if (other := taken.setdefault(folder_name(row.name), row.name)) != row.name:
             refuse(f"methods.{row.name}", f"its folder would be that of {other!r}; rename one")
     names = [BASE, *(row.name for row in config.rows())]
     if config.reference is not None and config.reference not in names:
         refuse("reference", f"no row is called {config.reference!r}"
                + nearest(config.reference, names))
-    if any(not 0 <= w < math.inf for w in config.evaluation.strengths):
+    if any(w < 0 for w in config.evaluation.strengths):
         refuse("evaluation.strengths", "a strength must not be negative")
+    texts = [texts.name for texts in config.evaluation.retention]
+    if not texts or len(set(texts)) < len(texts):
+        refuse("evaluation.retention", f"expected texts of different names, got {texts}")
+    if config.dtype != "auto" and not isinstance(getattr(torch, config.dtype, None), torch.dtype):
+        refuse("dtype", f"expected auto or a torch dtype as bfloat16, got {config.dtype!r}")
+    schedules = [schedule.value for schedule in SchedulerType]
+    if (schedule := config.training.lr_scheduler_type) not in schedules:
+        refuse("training.lr_scheduler_type", f"expected one of {', '.join(schedules)}, got "
+               f"{schedule!r}")
     _check_ranges(config, refuse)
     return config
+
+
+def _check_seeds(config: CompareConfig, refuse: Callable[[str, str], typing.NoReturn]) -> None:
+    """As torch and numpy take them, and none twice: it would count double."""
+    named = {"seeds": config.seeds}
+    for key in ("methods", "sweeps"):
+        named |= {f"{key}.{n}.seeds": part.seeds for n, part in getattr(config, key).items()}
+    for key, seeds in named.items():
+        if seeds is not None and (
+            not seeds or len(set(seeds)) < len(seeds) or not all(0 <= s < 2**32 for s in seeds)
+        ):
+            refuse(key, f"expected different whole numbers from 0 up to 2³² − 1, got {seeds}")
 
 
 _AT_LEAST = {
     "data": dict.fromkeys(
         ("max_rows", "max_length", "train", "validation", "test", "judge", "pairs_per_prompt"), 1
     ),
-    "first": {"rank": 1, "per_device_train_batch_size": 1},
-    "training": {"per_device_train_batch_size": 1, "curve_points": 1},
+    "first": {"rank": 1, "per_device_train_batch_size": 1, "seed": 0},
+    "training": {"per_device_train_batch_size": 1, "curve_points": 1, "warmup_steps": 0,
+                 "max_grad_norm": 0},
     "evaluation": {"prompts": 0, "old_prompts": 1, "samples": 1, "base_samples": 1,
-                   "max_new_tokens": 1, "dial_seeds": 0, "batch_size": 1},
+                   "max_new_tokens": 1, "dial_seeds": 0, "batch_size": 1, "seed": 0},
 }
 _POSITIVE = {
     "first": ("beta", "learning_rate", "num_train_epochs"),
@@ -136,7 +174,7 @@ def _check_ranges(config: CompareConfig, refuse: Callable[[str, str], typing.NoR
             if (value := getattr(part, name)) is not None and value < least:
                 refuse(f"{key}.{name}", f"must be at least {least}, got {value}")
         for name in _POSITIVE.get(kind, ()):
-            if not 0 < (value := getattr(part, name)) < math.inf:
+            if (value := getattr(part, name)) <= 0:
                 refuse(f"{key}.{name}", f"must be positive, got {value}")
     for texts in config.evaluation.retention:
         for name in ("max_texts", "max_length"):
@@ -205,10 +243,10 @@ def _value(kind: Any, value: Any, path: str, key: str) -> Any:
         return {str(k): _value(arguments[1], v, path, f"{key}.{k}") for k, v in value.items()}
     plain = origin or kind
     if plain is float and isinstance(value, int | str) and not isinstance(value, bool):
-        try:  # YAML reads 1e-3 as text
-            return float(value)
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError):  # YAML reads 1e-3 as text
+            value = float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise QAdapterError(f"{path}: {key}: expected a finite number, got {value}")
     if not isinstance(value, plain) or (isinstance(value, bool) and plain is not bool):
         raise QAdapterError(f"{path}: {key}: expected {plain.__name__}, got {value!r}")
     return value
@@ -229,17 +267,25 @@ def _method(value: Any, path: str, key: str) -> Method:
 
 
 def fingerprint_files(config: CompareConfig) -> dict[str, str]:
-    """SHA-256 of every local file the comparison reads, by the key that names it."""
-    named = {"data.dataset_name": config.data.dataset_name}
+    """SHA-256 of every local file or folder the comparison reads, by the key that names it."""
+    named = {"data.dataset_name": config.data.dataset_name,
+             "model_name_or_path": config.model_name_or_path}
     if config.old is not None:
         named["old.dataset_name"] = config.old.dataset_name
     for texts in config.evaluation.retention:
         named[f"evaluation.retention.{texts.name}"] = texts.file
-    return {
-        key: hashlib.sha256(Path(name).read_bytes()).hexdigest()
-        for key, name in ((key, config.find(name)) for key, name in named.items())
-        if Path(name).is_file()
-    }
+    found = {key: Path(config.find(name)) for key, name in named.items()}
+    return {key: _sha256(path) for key, path in found.items() if path.exists()}
+
+
+def _sha256(path: Path) -> str:
+    """Of a file; of a folder's files with their names."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    listed = [f"{file.relative_to(path).as_posix()} {_sha256(file)}" for file in files]
+    return hashlib.sha256("\n".join(listed).encode()).hexdigest()
 
 
 def changes(before: Any, now: Any, key: str = "") -> list[str]:

@@ -138,7 +138,8 @@ def read_results(config: CompareConfig, folder: str | Path, split: str) -> Compa
     touched = folder / TOUCHED_NAME
     lines = touched.read_text(encoding="utf-8").splitlines() if touched.is_file() else []
     return Comparison(
-        config.title, split, results, written, base["judges"], [json.loads(line) for line in lines]
+        config.title, split, results, written, base["judges"],
+        [_loads(line, f"{touched}:{number}") for number, line in enumerate(lines, 1)],
     )
 
 
@@ -164,7 +165,16 @@ def spread(found: Iterable[tuple[float, list[float] | None]]) -> Spread | None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return _loads(path.read_text(encoding="utf-8"), path) if path.is_file() else None
+
+
+def _loads(text: str, where: object) -> dict[str, Any]:
+    try:
+        if (found := json.loads(text)) and isinstance(found, dict):
+            return found
+    except ValueError:
+        pass
+    raise QAdapterError(f"{where} is damaged: delete it, and what it held is measured again")
 
 
 # --- one row against another --------------------------------------------------------------------

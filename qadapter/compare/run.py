@@ -30,7 +30,7 @@ from qadapter.compare.config import (
     folder_name,
 )
 from qadapter.compare.measure import evaluate, evaluate_row, probe
-from qadapter.compare.methods import reversed_head, train
+from qadapter.compare.methods import require_trl, reversed_head, train
 from qadapter.compare.reading import changes, fingerprint_files
 from qadapter.compare.workbench import Workbench
 from qadapter.errors import QAdapterError, nearest
@@ -74,16 +74,21 @@ def run_comparison(
                 raise QAdapterError(f"only: no row of the {split} split is called {name!r}"
                                     + nearest(name, known))
         rows = [row for row in rows if row.name in only]
-    _claim(config, folder)
+    _require_ours(config, folder)
     todo = [
         (row, seed) for row in rows for seed in row.seeds
         if not (run_folder(folder, row.name, seed) / f"{split}.json").is_file()
     ]
     base_file = folder / BASE / f"{split}.json"
     if not todo and base_file.is_file():
+        _claim(config, folder)
         say(f"everything is measured on the {split} split already")
         return folder
+    require_trl(config, [row.method for row, _ in todo])
     bench = Workbench(config, folder, say)
+    # Not before all is read: a name that was mistyped must not claim the folder.
+    _claim(config, folder)
+    bench.learn_first()
     for kind, data in bench.kinds.items():
         say(f"{kind} preference: {data.summary}")
         say(f"{kind} preference: " + ", ".join(
@@ -170,17 +175,22 @@ def _judges(bench: Workbench, split: str) -> dict[str, Any]:
     }
 
 
-def _claim(config: CompareConfig, folder: Path) -> None:
-    """Take the folder for this comparison, or make sure that it is this one's."""
+def _require_ours(config: CompareConfig, folder: Path) -> dict[str, Any]:
+    """What config.json is to hold, if the folder is free or this comparison's."""
     written = {**config.as_dict(), "files_sha256": fingerprint_files(config)}
-    path = folder / CONFIG_NAME
-    if path.is_file():
+    if (folder / CONFIG_NAME).is_file():
         before = require_same(written, folder)
         # What was run once stays known: a method that comes back must be what it was.
         for key in ("methods", "sweeps"):
             written[key] = before[key] | written[key]
     elif folder.is_dir() and any(folder.iterdir()):
         raise QAdapterError(f"{folder} is not empty and holds no comparison: choose another folder")
+    return written
+
+
+def _claim(config: CompareConfig, folder: Path) -> None:
+    """Take the folder for this comparison."""
+    path, written = folder / CONFIG_NAME, _require_ours(config, folder)
     try:
         write_json(path, written)
     except OSError as error:
@@ -202,6 +212,8 @@ def require_same(written: dict[str, Any], folder: Path) -> dict[str, Any]:
         before = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise QAdapterError(f"{path} can't be read: {error}") from error
+    if not isinstance(before, dict) or "methods" not in before:
+        raise QAdapterError(f"{path} is no comparison's: choose another output_dir")
     known = {k: v for k, v in before.items() if k != "files_sha256" or k in written}
     if changed := changes(known, json.loads(json.dumps(written))):
         raise QAdapterError(

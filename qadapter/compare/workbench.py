@@ -51,11 +51,15 @@ class Workbench:
         )
         self.texts = {t.name: load_texts(t, config.find(t.file), self.tokenizer)
                       for t in config.evaluation.retention}
-        if config.first is not None and not (folder / FIRST_NAME).is_dir():
-            teach_first(config.first, self.loaded, self.old, self.tokenizer, folder, say)
-            self.loaded = self._load_base()
         self.memo = TrunkMemo()
         self._base_scores: dict[tuple[str, str], np.ndarray] = {}
+
+    def learn_first(self) -> None:
+        """Teach the base the old preference, if the comparison asks for that and it is not yet."""
+        first = self.config.first
+        if first is not None and not (self.folder / FIRST_NAME).is_dir():
+            teach_first(first, self.loaded, self.old, self.tokenizer, self.folder, self.say)
+            self.loaded = self._load_base()
 
     def _load_base(self) -> LoadedBase:
         """The base that is compared: the one named, or what that became first."""

@@ -49,11 +49,32 @@ def test_the_rows_of_a_sweep_leave_out_what_a_method_has(tmp_path):
     (("training", "learning_rate"), "fast", "training.learning_rate: expected float"),
     (("sweeps", "alpha", "of"), "qq", "no method is called 'qq'; did you mean 'q'"),
     (("sweeps", "alpha", "option"), "alfa", "q_adapter has no 'alfa'"),
-    (("adapter", "kind"), "tail", "adapter.kind: expected head or lora"),
+    (("adapter", "kind"), "tail", "adapter: kind must be head or lora, got 'tail'"),
+    (("adapter", "rank"), 0, "adapter: adapter rank must be a whole number ≥ 1"),
+    (("adapter", "form"), "foo", 'adapter: adapter form must be "linear" or "mlp"'),
+    (("methods", "dpo", "adapter"), {"kind": "lora", "r": 0}, "methods.dpo.adapter: r and lora_"),
+    (("seeds",), [-1], "seeds: expected different whole numbers from 0"),
+    (("methods", "dpo", "seeds"), [1, 1], "methods.dpo.seeds: expected different"),
+    (("sweeps", "alpha", "seeds"), [], "sweeps.alpha.seeds: expected different"),
+    (("dtype",), "foo", "dtype: expected auto or a torch dtype"),
+    (("training", "lr_scheduler_type"), "foo", "lr_scheduler_type: expected one of linear"),
+    (("training", "warmup_steps"), -1, "training.warmup_steps: must be at least 0"),
+    (("training", "max_grad_norm"), "nan", "training.max_grad_norm: expected a finite number"),
+    (("evaluation", "retention"), [], "evaluation.retention: expected texts of different names"),
+    (("methods", ".."), {"method": "sft"}, "methods...: no folder can have this name"),
+    (("methods", "base_answers"), {"method": "sft"}, "methods.base_answers: no folder can have"),
+    (("methods", ""), {"method": "sft"}, "methods: a method's name is empty"),
+    (("sweeps", "form", "values"), ["linear", "foo"], "sweeps.form.values: 'foo': adapter form"),
+    (("sweeps", "form", "values"), [1], "sweeps.form.values: 1.0: adapter.form must be text"),
+    (("sweeps", "rank"), {"of": "dpo", "option": "adapter.rank", "values": [2.5]},
+     "sweeps.rank.values: 2.5: adapter.rank must be a whole number"),
+    (("sweeps", "alpha", "values"), [0.3, 0.3], "sweeps.alpha.values: expected different values"),
+
     (("evaluation", "prompts"), -1, "evaluation.prompts: must be at least 0"),
     (("evaluation", "prompts"), 0, "methods.asked: nothing is asked where"),
     (("evaluation", "samples"), 0, "evaluation.samples: must be at least 1"),
-    (("evaluation", "strengths"), [1, "nan"], "evaluation.strengths: a strength must not"),
+    (("evaluation", "strengths"), [1, "nan"], r"evaluation.strengths\[1\]: expected a finite"),
+    (("evaluation", "strengths"), [-1], "evaluation.strengths: a strength must not"),
     (("evaluation", "temperature"), 0, "evaluation.temperature: must be positive, got 0.0"),
     (("evaluation", "retention"), [{"name": "t", "file": "texts.txt", "max_texts": 0}],
      "evaluation.retention.t.max_texts: must be at least 1"),
@@ -65,7 +86,7 @@ def test_the_rows_of_a_sweep_leave_out_what_a_method_has(tmp_path):
     (("methods", "replay", "replay_fraction"), 1, r"methods.replay: replay_fraction must be in"),
     (("methods", "dpo", "beta"), 0, "methods.dpo: beta must be positive"),
     (("methods", "dpo", "retention_coef"), -1, "methods.dpo: retention_coef must not be negative"),
-    (("methods", "q", "retention_coef"), "nan", "methods.q: retention_coef must not be negative"),
+    (("methods", "q", "retention_coef"), "nan", "methods.q.retention_coef: expected a finite"),
     (("methods", "rloo", "num_generations"), 3, "methods.rloo: num_generations must be at least 2 "
      "and divide a batch of 8 answers"),
     (("methods", "rloo", "max_completion_length"), 0, "methods.rloo: beta must not be negative, "
@@ -80,10 +101,10 @@ def test_the_rows_of_a_sweep_leave_out_what_a_method_has(tmp_path):
     (("methods", "back", "seeds"), [3], "methods.back.seeds: q has no seed 3"),
     (("methods", "back", "learning_rate"), 1, "methods.back: what is not trained"),
     (("methods", "q", "adapter"), {"kind": "lora"}, "only a head adapter can be reversed"),
-    (("methods", "dpo", "adapter"), {"kind": "tail"}, "methods.dpo.adapter.kind: expected head"),
+    (("methods", "dpo", "adapter"), {"kind": "tail"}, "methods.dpo.adapter: kind must be head"),
     (("sweeps", "form", "option"), "adapter.from", "did you mean 'adapter.form'"),
     (("sweeps", "form", "of"), "asked", "sweeps.form.of: prompted is not trained"),
-    (("sweeps", "alpha", "values"), [0.3, "x"], "sweeps.alpha.values: 'x'"),
+    (("sweeps", "alpha", "values"), [0.3, "x"], "sweeps.alpha.values: 'x': alpha_0 must be a number"),
     (("sweeps", "alpha", "values"), [0.3, -1], "sweeps.alpha.values: -1.0: alpha"),
     (("sweeps", "beta"), {"of": "dpo", "option": "beta", "values": [-1]},
      "sweeps.beta.values: -1.0: beta must be positive"),
@@ -116,12 +137,34 @@ def test_files_that_are_no_configuration(tmp_path):
     (tmp_path / "a.yaml").write_text("a: [1")
     with pytest.raises(QAdapterError, match="not YAML"):
         read_config(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("methods:\n  dpo: {method: dpo}\n  dpo: {method: sft}")
+    with pytest.raises(QAdapterError, match=r"a.yaml:3 is not YAML: the key 'dpo' stands there tw"):
+        read_config(tmp_path / "a.yaml")
     (tmp_path / "a.yaml").write_text("- 1")
     with pytest.raises(QAdapterError, match="expected keys and values, got list"):
         read_config(tmp_path / "a.yaml")
     (tmp_path / "a.yaml").write_text("data: {dataset_name: x}")
     with pytest.raises(QAdapterError, match="methods is missing"):
         read_config(tmp_path / "a.yaml")
+
+
+def test_folders_are_known_by_what_is_in_them(tmp_path):
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs/train.jsonl").write_text("{}\n")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/model.safetensors").write_bytes(b"1")
+    written = settings(model_name_or_path="model")
+    written["data"]["dataset_name"] = "pairs"
+    config = read_config(write_config(tmp_path, **written))
+    first = fingerprint_files(config)
+    assert {"data.dataset_name", "model_name_or_path"} <= set(first)
+    (tmp_path / "pairs/train.jsonl").write_text("{ }\n")
+    second = fingerprint_files(config)
+    (tmp_path / "model/model.safetensors").write_bytes(b"2")
+    third = fingerprint_files(config)
+    assert first["data.dataset_name"] != second["data.dataset_name"] == third["data.dataset_name"]
+    assert first["model_name_or_path"] == second["model_name_or_path"]
+    assert second["model_name_or_path"] != third["model_name_or_path"]
 
 
 def test_a_comparison_may_grow_and_not_change(tmp_path):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
+import shutil
+import sys
 from collections import Counter
 
 import pytest
@@ -15,9 +18,9 @@ from tiny_models import cli, preference_rows, write_jsonl
 
 from qadapter import QAdapterError, QAdapterModel
 from qadapter.compare import read_config, read_results, run_comparison
-from qadapter.compare.methods import train
+from qadapter.compare.methods import require_trl, train
 from qadapter.compare.page import columns
-from qadapter.compare.pictures import draw_all, draw_frontier
+from qadapter.compare.pictures import draw_all, draw_frontier, draw_retention
 from qadapter.compare.results import against, judged, preference, retention
 from qadapter.compare.run import run_folder
 from qadapter.compare.workbench import Workbench
@@ -247,6 +250,42 @@ def test_a_template_that_refuses_a_system_message_does_so_before_anything_is_tra
     assert not list((folder / "out").glob("*/seed-0"))
 
 
+def test_what_cannot_be_read_claims_no_folder(tmp_path):
+    folder = write_place(tmp_path)
+    written = settings()
+    for part, message in (("data", "nowhere.jsonl"), ("old", "nowhere.jsonl")):
+        typo = copy.deepcopy(written)
+        typo[part]["dataset_name"] = "nowhere.jsonl"
+        with pytest.raises(QAdapterError, match=message):
+            run_comparison(read_config(write_config(folder, **typo)), folder / "out")
+        assert not (folder / "out").exists()
+
+
+def test_without_trl_nothing_is_run_that_needs_it(tmp_path, monkeypatch):
+    folder = write_place(tmp_path)
+    monkeypatch.setitem(sys.modules, "trl", None)
+    said: list[str] = []
+    config = read_config(write_config(folder))
+    with pytest.raises(QAdapterError, match=r"sft trains with TRL: pip install 'qadapter\[comp"):
+        run_comparison(config, folder / "out", only=["q", "sft"], say=said.append)
+    assert not said and not (folder / "out").exists()
+    require_trl(config, [config.methods["q"], config.methods["dpo"]])
+
+
+@pytest.mark.parametrize(("file", "text"), [
+    ("q/seed-0/validation.json", '{"name": '), ("q/seed-0/training.json", "[]"),
+    ("base/validation.json", "{}"), ("test_touched.jsonl", '{"name": "q", "seed": 0}\n{"na'),
+    ("config.json", "[]"), ("config.json", '{"architectures": ["LlamaForCausalLM"]}'),
+])
+def test_a_damaged_result_is_named(place, tmp_path, file, text):
+    folder, _ = place
+    shutil.copytree(folder / "out", tmp_path / "out", ignore=shutil.ignore_patterns("*.safetens*"))
+    (tmp_path / "out" / file).write_text(text)
+    with pytest.raises(QAdapterError) as raised:
+        read_results(read_config(folder / "compare.yaml"), tmp_path / "out", "validation")
+    assert str(raised.value).startswith(str(tmp_path / "out" / file))
+
+
 def test_the_test_split_is_measured_on_request_and_recorded(place, capsys):
     folder, _ = place
     out = folder / "out"
@@ -346,8 +385,15 @@ def test_pictures_are_drawn_from_results_alone(place, tmp_path):
     pictures = draw_all(dataclasses.replace(comparison, results=[*without, other]))
     [alone] = [p for p in pictures if p.name == "sweep_alpha"]
     assert "by the dial" not in alone.svg
-    # More methods than colours.
+    # A run that has not moved at all has no place on a log scale.
     [base, q, *_] = comparison.main
+    still = copy.deepcopy(q.trainings)
+    for training in still:
+        for point in training["curve"]:
+            point["kl_per_token"] = 0.0
+    alone = dataclasses.replace(comparison, results=[base, dataclasses.replace(q, trainings=still)])
+    assert draw_retention(alone).axes[0].get_yscale() == "linear"
+    # More methods than colours.
     many = [
         dataclasses.replace(q, row=dataclasses.replace(q.row, name=f"q {i}")) for i in range(20)
     ]
