@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from qadapter.evaluation.judges import (
     preference_texts,
 )
 from qadapter.evaluation.judges.contest import COLUMNS, Verdict, verdict_cells
-from qadapter.evaluation.judges.endpoint import EndpointJudge
+from qadapter.evaluation.judges.endpoint import EndpointJudge, check_url
 from qadapter.evaluation.judges.trained import TrainedJudge
 from qadapter.evaluation.report import Section, Value, format_value, write_json, write_report
 
@@ -87,7 +88,7 @@ def run(
     for name in ("model_name_or_path", "dataset_name"):
         if name not in given:
             raise QAdapterError(f"judge needs --{name}")
-    _check(opponent, data, draws, judging, given)
+    _check(model_args, opponent, data, draws, judging, given)
     settings = _settings(model_args, opponent, data, draws, judging)
     folder = None if data.output_dir is None else _open_folder(data, settings)
     quiet_libraries()
@@ -95,6 +96,8 @@ def run(
     pairs = load_preferences(data.dataset_name, split=data.dataset_split, **data.load_kwargs())
     asked_pairs, judge_pairs = split_pairs(pairs, data, judging, draws.seed, console)
     with telling_full_disk(folder or "memory"):
+        if folder is not None:  # not before: a name that can't be loaded is no contest
+            write_json(folder / SETTINGS, settings)
         contest, model, tokenizer = draw_answers(
             model_args, opponent, asked_pairs, data.num_prompts, draws, folder, console
         )
@@ -113,8 +116,9 @@ def run(
 
 
 def _check(
-    opponent: args.OpponentArguments, data: args.JudgeDataArguments, draws: args.DrawArguments,
-    judging: args.JudgeArguments, given: set[str],
+    model_args: args.AdapterArguments, opponent: args.OpponentArguments,
+    data: args.JudgeDataArguments, draws: args.DrawArguments, judging: args.JudgeArguments,
+    given: set[str],
 ) -> None:
     if judging.judge_dataset_name is not None and judging.judge_fraction:
         raise QAdapterError("give either judge_dataset_name or judge_fraction, not both")
@@ -136,15 +140,31 @@ def _check(
         raise QAdapterError(f"{unused[0]} needs --judge_model")
     if (judging.judge_input_price is None) != (judging.judge_output_price is None):
         raise QAdapterError("judge_input_price and judge_output_price are given together")
+    if judging.judge_url is not None:
+        check_url(judging.judge_url, "judge_url")
     if opponent.opponent_strength is not None and opponent.opponent is None:
         raise QAdapterError("opponent_strength needs --opponent")
-    for name in ("draws", "opponent_draws", "max_new_tokens", "batch_size"):
-        if getattr(draws, name) < 1:
-            raise QAdapterError(f"{name} must be at least 1, got {getattr(draws, name)}")
-    if judging.judge_concurrency < 1 or data.num_prompts < 1:
-        raise QAdapterError("judge_concurrency and num_prompts must be at least 1")
-    if draws.temperature <= 0 or not 0 < draws.top_p <= 1:
-        raise QAdapterError("temperature must be positive, and top_p in (0, 1]")
+    for arguments, names in (
+        (draws, ("draws", "opponent_draws", "max_new_tokens", "batch_size")),
+        (judging, ("judge_concurrency",)), (data, ("num_prompts",)),
+    ):
+        for name in names:
+            if getattr(arguments, name) < 1:
+                raise QAdapterError(f"{name} must be at least 1, got {getattr(arguments, name)}")
+    for arguments, names in (
+        (model_args, ("strength",)), (opponent, ("opponent_strength",)),
+        (judging, ("judge_input_price", "judge_output_price")),
+    ):
+        for name in names:
+            value = getattr(arguments, name)
+            if value is not None and not 0 <= value < math.inf:  # not so for NaN either
+                raise QAdapterError(f"{name} must be finite and not negative, got {value}")
+    if not 0 < draws.temperature < math.inf:
+        raise QAdapterError(f"temperature must be finite and positive, got {draws.temperature}")
+    if not 0 < draws.top_p <= 1:
+        raise QAdapterError(f"top_p must be above 0 and at most 1, got {draws.top_p}")
+    if not 0 <= draws.seed < 2**63:
+        raise QAdapterError(f"seed must be at least 0 and below 2**63, got {draws.seed}")
 
 
 # --- the folder ---------------------------------------------------------------------------------
@@ -175,19 +195,23 @@ def _weights_hash(name: str | None) -> str | None:
 
 
 def _open_folder(data: args.JudgeDataArguments, settings: dict[str, Any]) -> Path:
+    """The folder, if it holds nothing or an earlier part of this contest."""
     folder = check_output_dir(
         data.output_dir, (*RUN_FILES, *EVALUATION_FILES), False, "choose another folder"
     )
     if data.overwrite_output_dir:
         remove_files(folder, CONTEST_FILES)
     file = folder / SETTINGS
-    if not file.exists():
-        write_json(file, settings)
+    # Settings of a run that kept nothing (its model could not be loaded) bind nobody.
+    if not file.exists() or not any((folder / name).exists() for name in CONTEST_FILES[1:]):
         return folder
+    way_out = "choose another output_dir, or replace it with --overwrite_output_dir"
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise QAdapterError(f"{file} is not JSON: {error}") from error
+    except ValueError as error:  # or not UTF-8
+        raise QAdapterError(f"{file} is not JSON ({error}): {way_out}") from error
+    if not isinstance(before, dict):
+        raise QAdapterError(f"{file} holds no settings: {way_out}")
     changed = [name for name in settings if settings[name] != before.get(name)]
     if changed:
         name = changed[0]

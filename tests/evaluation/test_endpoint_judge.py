@@ -79,7 +79,8 @@ def server(monkeypatch):
     for name in ("OPENAI_BASE_URL", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     found = Server()
-    threading.Thread(target=found.serve_forever, daemon=True).start()
+    # Shutting down waits for the next poll.
+    threading.Thread(target=found.serve_forever, args=(0.01,), daemon=True).start()
     yield found
     found.shutdown()
     found.server_close()
@@ -150,6 +151,60 @@ def test_replies_that_cannot_be_read_are_asked_again_and_then_left_out(server):
         assert found.usage.unread == 1 and found.usage.verdicts == 3
 
 
+NO_COMPLETIONS = [
+    {"error": {"message": "no such model"}}, [], None, b"", {"choices": {"a": 1}}, {"choices": 3},
+    {"choices": [7]}, {"choices": [{"message": 3}]}, b"<html>sign in</html>", b"data: {}\n\n",
+    b"\xff\xfe", b"[" * 10**5,
+]
+
+
+@pytest.mark.parametrize("reply", NO_COMPLETIONS, ids=lambda reply: str(reply)[:30])
+def test_a_server_without_one_readable_reply_ends_in_an_error_and_is_asked_again(
+    server, tmp_path, reply
+):
+    file = tmp_path / "judgements.jsonl"
+    # A None in the script stands for the usual reply.
+    server.script = [b"null" if reply is None else reply] * (2 * ATTEMPTS)
+    with pytest.raises(QAdapterError, match=r"no reply of the judge at .* could be") as error:
+        judge(server, file).compare(PROMPTS[:1], GOOD[:1], BAD[:1])
+    assert "\n" not in str(error.value) and len(server.requests) == 2 * ATTEMPTS
+    # The server is mended: the same command asks again, and knows what both times cost.
+    found = judge(server, file)
+    assert found.compare(PROMPTS[:1], GOOD[:1], BAD[:1]).tolist() == [1]
+    assert found.usage.replies == 2 * ATTEMPTS + 2 and found.usage.unread == 0
+    assert len(server.requests) == 2 * ATTEMPTS + 2
+    # Later lines of the file count.
+    assert judge(server, file).compare(PROMPTS[:1], GOOD[:1], BAD[:1]).tolist() == [1]
+    assert len(server.requests) == 2 * ATTEMPTS + 2
+
+
+def test_the_error_quotes_what_the_server_said_in_short(server):
+    server.script = [{"error": {"message": "no such model " + "x" * 5000}}] * (2 * ATTEMPTS)
+    with pytest.raises(QAdapterError, match=r"no such model x+…") as error:
+        judge(server).compare(PROMPTS[:1], GOOD[:1], BAD[:1])
+    assert len(str(error.value)) < 500
+
+
+def test_one_verdict_that_cannot_be_read_is_asked_for_again_by_the_next_run(server, tmp_path):
+    file = tmp_path / "judgements.jsonl"
+    server.script = [completion("Hm.")] * ATTEMPTS
+    found = judge(server, file, concurrency=1)
+    assert np.isnan(found.compare(PROMPTS, GOOD, BAD)).sum() == 1
+    asked = len(server.requests)
+    # Not by the same run.
+    found.compare(PROMPTS, BAD, GOOD)
+    assert len(server.requests) == asked
+    assert judge(server, file).compare(PROMPTS, GOOD, BAD).tolist() == [1, 1, 1]
+    assert len(server.requests) == asked + 1
+
+
+def test_half_a_character_in_a_reply(server, tmp_path):
+    file = tmp_path / "judgements.jsonl"
+    server.script = [completion("\ud83d [[A]]")]
+    judge(server, file, concurrency=1).compare(PROMPTS[:1], GOOD[:1], BAD[:1])
+    assert json.loads(file.read_text().splitlines()[0])["reply"] == "? [[A]]"
+
+
 def test_an_endpoint_that_fails_ends_in_one_line_and_a_second_run_goes_on(server, tmp_path):
     file = tmp_path / "judgements.jsonl"
     server.script = [completion("[[A]]"), completion("[[B]]"), 401]
@@ -187,6 +242,19 @@ def test_what_was_under_way_when_another_request_failed_is_kept(server, tmp_path
     assert len(file.read_text().splitlines()) == len(server.requests) - 1
 
 
+def test_an_error_names_the_key_and_only_a_file_that_is_there(server, tmp_path):
+    server.script = [401, 401]  # the other order may be under way
+    with pytest.raises(QAdapterError, match="OPENAI_API_KEY") as error:
+        judge(server, tmp_path / "judgements.jsonl", concurrency=1).compare(
+            PROMPTS[:1], GOOD[:1], BAD[:1]
+        )
+    assert "judgements" not in str(error.value)
+    server.script = [404, 404]
+    with pytest.raises(QAdapterError, match="404") as error:
+        judge(server, concurrency=1).compare(PROMPTS[:1], GOOD[:1], BAD[:1])
+    assert "OPENAI_API_KEY" not in str(error.value)
+
+
 def test_a_reply_may_hold_any_character(server, tmp_path):
     server.script = [completion("a\u2028b\u0085c\n[[A]]")]
     file = tmp_path / "judgements.jsonl"
@@ -203,12 +271,43 @@ def test_usage_that_is_not_reported_is_counted(server):
 
 def test_no_key_and_a_damaged_file(server, tmp_path, monkeypatch):
     file = tmp_path / "judgements.jsonl"
-    file.write_text('{"key": "x"}\nnonsense\n')
-    with pytest.raises(QAdapterError, match=r"judgements.jsonl:2 is no judgement"):
-        judge(server, file)
+    whole = {"key": "x", "verdict": 1.0, "replies": 1, "prompt_tokens": 1,
+             "completion_tokens": 1, "without_usage": 0}
+    for line, reason in (
+        ("nonsense", "Expecting value"), ("[]", "list indices"),
+        ('{"key": "x", "verdict": null}', "it has no 'replies'"),
+        (json.dumps(whole | {"verdict": "A"}), "its verdict is 'A'"),
+        (json.dumps(whole | {"replies": None}), "its replies are None"),
+    ):
+        file.write_text(json.dumps(whole) + f"\n{line}\n")
+        with pytest.raises(
+            QAdapterError, match=rf"judgements.jsonl:2 is no judgement: {reason}"
+        ):
+            judge(server, file)
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(QAdapterError, match="OPENAI_API_KEY"):
         judge(server)
+
+
+@pytest.mark.parametrize("key", ["sk-…", "ключ", "sk-a\n", "sk a"])
+def test_keys_that_cannot_be_sent(server, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(QAdapterError, match="OPENAI_API_KEY is no key") as error:
+        judge(server)
+    assert key.strip() not in str(error.value)
+
+
+@pytest.mark.parametrize("url", [
+    "notaurl", "", "ftp://host/v1", "http://", "http://host:99999/v1", "http://host:x/v1",
+    "http://a..b/v1", "http://[::1/v1", "http://a b/v1", "localhost:8000/v1",
+])
+def test_addresses_that_are_none(server, monkeypatch, url):
+    with pytest.raises(QAdapterError, match="base_url must be the address of an endpoint"):
+        EndpointJudge("m", base_url=url)
+    if url:
+        monkeypatch.setenv("OPENAI_BASE_URL", url)
+        with pytest.raises(QAdapterError, match="OPENAI_BASE_URL must be the address"):
+            EndpointJudge("m")
 
 
 def test_the_prompt_file_can_be_replaced(server, tmp_path):
@@ -233,9 +332,17 @@ def test_the_prompt_file_can_be_replaced(server, tmp_path):
     ({"user": "{prompt} {answer_a}"}, r"user has no \{answer_b\}"),
     ({"verdict": "A|B"}, "one group, has 0"),
     ({"verdict": "("}, "can't be used"),
-    ({"verdicts": "x"}, "unexpected keyword argument 'verdicts'"),
+    ({"verdicts": "x"}, r"mine.yaml can't be used: unknown key 'verdicts'; did you mean 'verdict'"),
     ({"first": 1}, r"first must be text \(in quotes\), got 1"),
     ({"request": "max_tokens: 7"}, "request must be keys and values"),
+    ({"request": {"temperatur": 0}}, "mine.yaml can't be used: request takes no 'temperatur'; "
+     "did you mean 'temperature'"),
+    ({"request": {"model": "y"}}, "request takes no 'model'"),
+    ({"request": {"stream": True}}, "request takes no 'stream'"),
+    ({"request": {"self": 1}}, "request takes no 'self'"),
+    ({"request": {1: 0}}, "request takes no 1"),
+    ({"request": {"temperature": float("nan")}}, "not JSON compliant"),
+    ({"request": {"extra_body": "x"}}, "extra_body must be keys and values, got 'x'"),
 ])
 def test_prompt_files_that_cannot_be_used(tmp_path, change, message):
     file = tmp_path / "mine.yaml"
@@ -244,3 +351,14 @@ def test_prompt_files_that_cannot_be_used(tmp_path, change, message):
         JudgePrompt.read(file)
     with pytest.raises(QAdapterError, match=r"none.yaml can't be used"):
         JudgePrompt.read(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("", "it must hold keys and values"), ("- a", "it must hold keys and values"),
+    ("user: x", "verdict is missing"), ("user: [", "while parsing"),
+])
+def test_prompt_files_that_are_none(tmp_path, text, message):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(QAdapterError, match=rf"mine.yaml can't be used: {message}") as error:
+        JudgePrompt.read(tmp_path / "mine.yaml")
+    assert "\n" not in str(error.value)

@@ -112,6 +112,20 @@ def test_a_model_that_was_trained_again_is_another_contest(place, tmp_path, caps
     (("--judge_fraction", 0.5, "--draws", 0), "draws must be at least 1"),
     (("--judge_model", "m", "--judge_input_price", 1), "given together"),
     (("--reward_model", "/nowhere/at/all"), "can't be loaded"),
+    (("--judge_fraction", 0.5, "--temperature", "nan"), "temperature must be finite and positive"),
+    (("--judge_fraction", 0.5, "--temperature", "inf"), "temperature must be finite and positive"),
+    (("--judge_fraction", 0.5, "--temperature", 0), "positive, got 0.0"),
+    (("--judge_fraction", 0.5, "--top_p", 2), "top_p must be above 0 and at most 1, got 2.0"),
+    (("--judge_fraction", 0.5, "--seed", -1), "seed must be at least 0 and below 2**63, got -1"),
+    (("--judge_fraction", 0.5, "--num_prompts", 0), "num_prompts must be at least 1, got 0"),
+    (("--judge_fraction", 0.5, "--strength", "nan"), "strength must be finite"),
+    (("--judge_model", "m", "--judge_concurrency", 0), "judge_concurrency must be at least 1"),
+    (("--judge_model", "m", "--judge_input_price", -1, "--judge_output_price", 1),
+     "judge_input_price must be finite and not negative, got -1.0"),
+    (("--judge_model", "m", "--judge_input_price", 1, "--judge_output_price", "nan"),
+     "judge_output_price must be finite"),
+    (("--judge_model", "m", "--judge_url", "notaurl"), "judge_url must be the address"),
+    (("--judge_model", "m", "--judge_url", ""), "judge_url must be the address"),
 ])
 def test_refusals(place, capsys, flags, message):
     assert judge(place, *flags) == 2
@@ -132,3 +146,33 @@ def test_a_folder_of_another_kind_is_left_alone(place, tmp_path, capsys):
     assert judge(place, "--judge_fraction", 0.5, "--output_dir", tmp_path) == 2
     assert "holds another run (summary.json)" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_a_command_that_could_not_be_started_binds_no_other(place, tmp_path, capsys):
+    """Names of a dataset, a reward model or a model that were mistyped are no contest."""
+    out = tmp_path / "out"
+    flags = ("--judge_fraction", 0.5, "--output_dir", out)
+    assert judge(place, *flags, data=place / "none.jsonl") == 2
+    assert judge(place, *flags, "--reward_model", place / "none") == 2
+    assert not any(out.iterdir())
+    assert judge(place, *flags, "--opponent", place / "none") == 2
+    capsys.readouterr()
+    assert judge(place, *flags) == 0
+    assert json.loads((out / "settings.json").read_text())["opponent"] is None
+    assert judge(place, *flags, data=place / "others.jsonl") == 2
+    assert "holds a contest with another dataset_name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("settings.json", b"[]", "settings.json holds no settings"),
+    ("settings.json", b"{", "settings.json is not JSON"),
+    ("settings.json", b"\xff\xfe", "settings.json is not JSON"),
+    ("answers.jsonl", b'{"text": null, "token_ids": [], "ended": true, "player": "base", '
+     b'"draw": 0, "prompt_hash": ""}', "answers.jsonl:1 is no answer"),
+])
+def test_damaged_files_are_named(place, tmp_path, capsys, name, content, message):
+    (tmp_path / "answers.jsonl").write_bytes(b"")
+    (tmp_path / name).write_bytes(content)
+    assert judge(place, "--judge_fraction", 0.5, "--output_dir", tmp_path) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert message in error and "Traceback" not in error

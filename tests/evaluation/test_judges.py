@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from data.tiny import chatml
-from tiny_models import preference_rows, tiny_adapter, tiny_llama
+from tiny_models import preference_rows, save_tiny, tiny_adapter, tiny_llama
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from qadapter import QAdapterError
@@ -200,5 +200,26 @@ def test_reward_models_that_are_none(tmp_path):
         SequenceClassificationJudge(str(save_reward_model(tmp_path / "three", True, labels=3)))
     with pytest.raises(QAdapterError, match="nowhere can't be loaded"):
         SequenceClassificationJudge(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("labels", [1, 2])
+def test_a_plain_language_model_is_no_reward_model(tmp_path, labels):
+    """Its head would be drawn at random."""
+    save_tiny(tmp_path / "plain")
+    config = LlamaConfig.from_pretrained(tmp_path / "plain", num_labels=labels)
+    config.save_pretrained(tmp_path / "plain")
+    with pytest.raises(QAdapterError, match=r"plain is not a reward model .*plain language model"):
+        SequenceClassificationJudge(str(tmp_path / "plain"))
+
+
+def test_reward_models_whose_weights_are_damaged(tmp_path):
+    folder = save_reward_model(tmp_path / "rm", True)
+    LlamaConfig.from_pretrained(folder, num_labels=3).save_pretrained(folder)
+    with pytest.raises(QAdapterError, match="rm can't be loaded"):
+        SequenceClassificationJudge(str(folder))
+    [weights] = folder.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(QAdapterError, match="rm can't be loaded"):
+        SequenceClassificationJudge(str(folder))
 
 

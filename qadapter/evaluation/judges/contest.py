@@ -61,6 +61,8 @@ class AnswerStore:
             try:
                 row = json.loads(line)
                 answer = Answer(row["text"], row["token_ids"], row["ended"])
+                if not isinstance(answer.text, str) or not isinstance(answer.token_ids, list):
+                    raise TypeError("its text is no text or its token_ids no list")
                 drawn = self.draws.setdefault((row["player"], row["draw"]), [])
                 asked = row["prompt_hash"]
             except (ValueError, KeyError, TypeError) as error:

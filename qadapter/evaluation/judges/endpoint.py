@@ -2,24 +2,27 @@
 
 The prompt and the reading of replies stand in a file (``endpoint_prompt.yaml``) that can be
 replaced. Every judgement is written down as it arrives: a run that was broken off goes on where it
-stopped, and nothing is paid for twice.
+stopped, and no verdict is paid for twice; a reply that could not be read is asked for again.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 import yaml
 
-from qadapter.errors import QAdapterError
+from qadapter.errors import QAdapterError, nearest
 from qadapter.evaluation.answers import Prompt
 from qadapter.evaluation.judges.interface import Judge, Progress, check_lengths
 from qadapter.evaluation.judges.texts import prompt_text
@@ -28,6 +31,7 @@ PROMPT_FILE = Path(__file__).with_name("endpoint_prompt.yaml")
 ATTEMPTS = 3
 """Times a comparison is asked while its reply can't be read."""
 _PLACES = ("prompt", "answer_a", "answer_b")
+_COUNTS = ("replies", "prompt_tokens", "completion_tokens", "without_usage")
 
 
 @dataclass(frozen=True)
@@ -50,15 +54,19 @@ class JudgePrompt:
         """
         try:
             values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+            _check_keys(values, cls)
             found = cls(**values)
             for name, value in vars(found).items():
                 wanted = dict if name == "request" else str
                 if not isinstance(value, wanted):  # 1 without quotes is a number, "1" is text
                     kind = "keys and values" if wanted is dict else "text (in quotes)"
                     raise TypeError(f"{name} must be {kind}, got {value!r}")
+            _check_request(found.request)
             groups = re.compile(found.verdict).groups
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, re.error) as error:
-            raise QAdapterError(f"judge prompt {path} can't be used: {error}") from error
+        except (OSError, ValueError, yaml.YAMLError, TypeError, re.error) as error:
+            raise QAdapterError(
+                f"judge prompt {path} can't be used: {_shortened(str(error), 400)}"
+            ) from error
         if missing := [name for name in _PLACES if f"{{{name}}}" not in found.user]:
             raise QAdapterError(f"judge prompt {path}: user has no {{{missing[0]}}}")
         if groups != 1:
@@ -79,6 +87,38 @@ class JudgePrompt:
         matches = re.findall(self.verdict, reply)
         said = {self.first: 1.0, self.second: 0.0, self.tie: 0.5}
         return said.get(matches[-1]) if matches else None
+
+
+def _check_keys(values: Any, cls: type) -> None:
+    """Raises TypeError unless the file's content makes a prompt."""
+    if not isinstance(values, dict):
+        raise TypeError("it must hold keys and values")
+    known = {found.name: found for found in fields(cls)}
+    if unknown := [key for key in values if key not in known]:
+        raise TypeError(f"unknown key {unknown[0]!r}{nearest(str(unknown[0]), known)}")
+    for name, found in known.items():
+        if name not in values and found.default is found.default_factory is MISSING:
+            raise TypeError(f"{name} is missing")
+
+
+def _check_request(request: dict[str, Any]) -> None:
+    """Raises TypeError or ValueError for what the client would refuse, but after all answers are
+    drawn."""
+    try:
+        from openai.resources.chat.completions import Completions
+    except ImportError:
+        return  # without the client nothing is asked; EndpointJudge says so
+    known = inspect.signature(Completions.create).parameters.keys()
+    known = known - {"self", "model", "messages", "stream"}
+    for name, value in request.items():
+        if name not in known:
+            raise TypeError(
+                f"request takes no {name!r}{nearest(str(name), sorted(known))} (a server's own "
+                "arguments go into extra_body)"
+            )
+        if str(name).startswith("extra_") and not isinstance(value, dict):
+            raise TypeError(f"request: {name} must be keys and values, got {value!r}")
+    json.dumps(request, allow_nan=False)  # YAML has dates and infinity
 
 
 @dataclass
@@ -130,7 +170,8 @@ class EndpointJudge(Judge):
         timeout: of a request, in seconds.
 
     Raises:
-        QAdapterError: no client library, no key (OPENAI_API_KEY), a damaged judgements file.
+        QAdapterError: no client library, no key (OPENAI_API_KEY) or one that can't be sent, an
+            address that is none, a damaged judgements file.
     """
 
     def __init__(
@@ -144,6 +185,10 @@ class EndpointJudge(Judge):
             raise QAdapterError(
                 "judging by an endpoint needs the openai client: pip install 'qadapter[judge]'"
             ) from error
+        if base_url is not None:
+            check_url(base_url, "base_url")
+        elif os.environ.get("OPENAI_BASE_URL"):
+            check_url(os.environ["OPENAI_BASE_URL"], "OPENAI_BASE_URL")
         try:
             self.client = openai.OpenAI(
                 base_url=base_url, max_retries=max_retries, timeout=timeout
@@ -153,11 +198,21 @@ class EndpointJudge(Judge):
                 "judging by an endpoint needs its key in OPENAI_API_KEY (anything for a server "
                 f"that asks for none): {error}"
             ) from error
+        key = self.client.api_key or ""
+        if not key.isascii() or not key.isprintable() or " " in key:
+            # Not quoted: it is a secret.
+            raise QAdapterError(
+                "OPENAI_API_KEY is no key: it holds spaces or characters that can't be sent (only "
+                "printable ASCII can)"
+            )
         self.model, self.concurrency = model, concurrency
         self.name = f"{model} (endpoint)"
         self.prompt = JudgePrompt.read() if prompt is None else prompt
         self.judgements_file = None if judgements_file is None else Path(judgements_file)
-        self.judgements = {} if self.judgements_file is None else _read(self.judgements_file)
+        known = {} if self.judgements_file is None else _read(self.judgements_file)
+        self.judgements = {k: v for k, v in known.items() if v["verdict"] is not None}
+        # Asked again, as the server may be another by now; what they cost is not forgotten.
+        self._unread = {k: v for k, v in known.items() if v["verdict"] is None}
         self.usage = Usage()
 
     def compare(
@@ -174,6 +229,12 @@ class EndpointJudge(Judge):
         asked = {q.key: q for pair in questions if pair is not None for q in pair}
         self._ask_all([q for q in asked.values() if q.key not in self.judgements], progress)
         self._count(asked, [pair for pair in questions if pair is not None])
+        if asked and not self.usage.verdicts:
+            reply = next(self.judgements[key]["reply"] for key in asked)
+            raise QAdapterError(
+                f"no reply of the judge at {self.client.base_url} could be read as a verdict; one "
+                f"was {_shortened(reply)!r} (the same command asks again)"
+            )
         return np.array([
             0.5 if pair is None else self._verdict(*pair) for pair in questions
         ], dtype=np.float64)
@@ -188,20 +249,40 @@ class EndpointJudge(Judge):
     def _ask_all(self, questions: list[_Question], progress: Progress | None) -> None:
         if not questions:
             return
+        import openai
+
         pool = ThreadPoolExecutor(self.concurrency)
         futures = [pool.submit(self._ask, question) for question in questions]
+        failure: openai.OpenAIError | None = None
         try:
             # Written here and not in the threads: one line at a time.
             for done, future in enumerate(as_completed(futures), 1):
                 self._keep(future.result())
                 if progress is not None:
                     progress(done, len(questions))
+        except openai.OpenAIError as error:
+            failure = error
         finally:
             # What was not begun is dropped; what is under way is waited for and kept: it is paid.
             pool.shutdown(cancel_futures=True)
             for future in futures:
                 if not future.cancelled() and future.exception() is None:
                     self._keep(future.result())
+        if failure is not None:
+            raise self._explained(failure) from failure
+
+    def _explained(self, error: Exception) -> QAdapterError:
+        import openai
+
+        message = f"the judge at {self.client.base_url} failed: {_shortened(str(error), 400)}"
+        if isinstance(error, openai.AuthenticationError):
+            message += "; its key is read from OPENAI_API_KEY"
+        if self.judgements_file is not None and self.judgements_file.exists():
+            message += (
+                f"; the judgements so far are in {self.judgements_file}: the same command goes on "
+                "from them"
+            )
+        return QAdapterError(message)
 
     def _keep(self, judgement: dict[str, Any]) -> None:
         if judgement["key"] in self.judgements:
@@ -212,36 +293,32 @@ class EndpointJudge(Judge):
 
     def _ask(self, question: _Question) -> dict[str, Any]:
         """One judgement; asked again while the reply can't be read."""
-        import openai
-
         messages = self.prompt.messages(question.prompt, question.first, question.second)
+        before = self._unread.get(question.key, dict.fromkeys(_COUNTS, 0))
         judgement: dict[str, Any] = {
-            "key": question.key, "verdict": None, "reply": None, "replies": 0,
-            "prompt_tokens": 0, "completion_tokens": 0, "without_usage": 0,
+            "key": question.key, "verdict": None, "reply": None,
+            **{name: before[name] for name in _COUNTS},
         }
-        while judgement["verdict"] is None and judgement["replies"] < ATTEMPTS:
+        for _ in range(ATTEMPTS):
+            raw = self.client.chat.completions.with_raw_response.create(
+                model=self.model, messages=messages, **self.prompt.request
+            )
             try:
-                reply = self.client.chat.completions.create(
-                    model=self.model, messages=messages, **self.prompt.request
-                )
-            except openai.OpenAIError as error:
-                kept = "" if self.judgements_file is None else (
-                    f"; the judgements so far are in {self.judgements_file}: the same command goes "
-                    "on from them"
-                )
-                raise QAdapterError(
-                    f"the judge at {self.client.base_url} failed: {error}{kept}"
-                ) from error
-            except json.JSONDecodeError:
+                reply = raw.parse()
+            except (ValueError, RecursionError):
                 reply = None  # says JSON in its header and is none: as good as an unreadable reply
             text, tokens = _read_reply(reply)
             judgement["replies"] += 1
-            judgement["reply"], judgement["verdict"] = text, self.prompt.read_verdict(text or "")
+            judgement["verdict"] = self.prompt.read_verdict(text or "")
+            # Not a chat completion: what came says what is wrong with the server.
+            judgement["reply"] = _shortened(raw.text, 1000) if text is None else text
             if tokens is None:
                 judgement["without_usage"] += 1
             else:
                 judgement["prompt_tokens"] += tokens[0]
                 judgement["completion_tokens"] += tokens[1]
+            if judgement["verdict"] is not None:
+                break
         return judgement
 
     def _verdict(self, forth: _Question, back: _Question) -> float:
@@ -257,7 +334,7 @@ class EndpointJudge(Judge):
         usage = self.usage
         for key in asked:
             judgement = self.judgements[key]
-            for name in ("replies", "prompt_tokens", "completion_tokens", "without_usage"):
+            for name in _COUNTS:
                 setattr(usage, name, getattr(usage, name) + judgement[name])
             if judgement["verdict"] is None:
                 usage.unread += 1
@@ -269,15 +346,46 @@ class EndpointJudge(Judge):
             usage.disagreements += None not in (one, two) and one != 1 - two
 
 
+def check_url(url: str, name: str) -> None:
+    """Whether requests can be sent there at all: the client would try for a minute, and after all
+    answers are drawn.
+
+    Args:
+        name: of the option, for the message.
+
+    Raises:
+        QAdapterError: it has no http or https, no host, or a port that is none.
+    """
+    try:
+        parts = urlsplit(url)
+        host = (parts.hostname or "").encode("idna")
+        good = parts.scheme in ("http", "https") and host and parts.port != 0
+    except ValueError:  # of the port, of brackets, of the host's name
+        good = False
+    if not good or re.search(r"[\s\x00-\x1f\x7f]", url):
+        raise QAdapterError(
+            f"{name} must be the address of an endpoint, as http://localhost:8000/v1, got {url!r}"
+        )
+
+
+def _shortened(text: str, length: int = 200) -> str:
+    """On one line."""
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
 def _read_reply(reply: Any) -> tuple[str | None, tuple[int, int] | None]:
     """(text, (prompt tokens, completion tokens)) of whatever the server sent."""
     choices = getattr(reply, "choices", None)
-    message = getattr(choices[0], "message", None) if choices else None
+    # A server may send anything; the client checks no types.
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    message = getattr(choice, "message", None)
     text = getattr(message, "content", None)
     usage = getattr(reply, "usage", None)
     tokens = getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None)
     return (
-        text if isinstance(text, str) else None,
+        # JSON can hold half a character (a lone surrogate), a file can't.
+        text.encode("utf-8", "replace").decode() if isinstance(text, str) else None,
         tokens if all(isinstance(count, int) for count in tokens) else None,
     )
 
@@ -302,7 +410,15 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     for number, line in enumerate(whole.split(b"\n")[:-1], 1):
         try:
             judgement = json.loads(line)
+            if judgement["verdict"] not in (None, 0, 0.5, 1):
+                raise TypeError(f"its verdict is {judgement['verdict']!r}")
+            for name in _COUNTS:
+                if not isinstance(judgement[name], int):
+                    raise TypeError(f"its {name} are {judgement[name]!r}")
             judgements[judgement["key"]] = judgement
         except (ValueError, KeyError, TypeError) as error:
-            raise QAdapterError(f"{path}:{number} is no judgement: {error}") from error
+            reason = f"it has no {error}" if isinstance(error, KeyError) else error
+            raise QAdapterError(
+                f"{path}:{number} is no judgement: {reason}; remove the line to ask again"
+            ) from error
     return judgements

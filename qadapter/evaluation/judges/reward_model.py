@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from jinja2 import TemplateError
+from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BatchEncoding
 
 from qadapter.errors import QAdapterError
@@ -29,7 +30,8 @@ class SequenceClassificationJudge(RewardJudge):
         device: default: a GPU where there is one.
 
     Raises:
-        QAdapterError: it can't be loaded, or has more than one label.
+        QAdapterError: it can't be loaded, lacks weights (as a plain language model lacks those of
+            the head), or has more than one label.
     """
 
     def __init__(
@@ -40,13 +42,20 @@ class SequenceClassificationJudge(RewardJudge):
         options = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **options)
-            model = AutoModelForSequenceClassification.from_pretrained(
-                model_name_or_path, dtype=dtype, **options
+            model, loading = AutoModelForSequenceClassification.from_pretrained(
+                model_name_or_path, dtype=dtype, output_loading_info=True, **options
             )
-        except (OSError, ValueError, ImportError) as error:
+        # RuntimeError: weights of other shapes than the config says.
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise QAdapterError(
                 f"the reward model {model_name_or_path} can't be loaded: {error}"
             ) from error
+        if missing := sorted(loading["missing_keys"]):
+            # transformers draws them at random, and would score by that.
+            raise QAdapterError(
+                f"{model_name_or_path} is not a reward model with one label (a plain language "
+                f"model?): it holds no weights for {missing[0]}"
+            )
         if model.config.num_labels != 1:
             raise QAdapterError(
                 f"{model_name_or_path} has {model.config.num_labels} labels; a reward model has one"
