@@ -3,11 +3,13 @@
 import errno
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from tiny_models import preference_rows, save_tiny, write_jsonl
 
 from qadapter.cli import main
+from qadapter.console import folders
 from qadapter.evaluation import report
 from qadapter.training import QAdapterTrainer
 
@@ -132,11 +134,19 @@ def test_bad_retention_file(place, tmp_path, fails, name, text, message):
     (["--torch_compile"], ["torch_compile=True can't be honoured"]),
     (["--eval_strategy", "sometimes"], ["sometimes"]),
     (["--columns", "chosen"], ["columns must read"]),
-    (["--test_fraction", "2"], ["held-out size 2.0"]),
+    (["--test_fraction", "1"], ["test_fraction must be from 0 to below 1, got 1.0"]),
+    (["--test_fraction", "nan"], ["test_fraction must be from 0 to below 1"]),
+    (["--max_rows", "0"], ["max_rows (limit) must be at least 1, got 0"]),
+    (["--max_length", "1"], ["max_length must be at least 2, got 1"]),
+    (["--seed", "-1"], ["seed must be at least 0, got -1"]),
+    (["--report_to", "foo"], ["report_to: 'foo' is not installed, or no integration", "wandb"]),
+    (["--resume_from_checkpoint", "nowhere"], ["nowhere: not a checkpoint"]),
+    (["--resume_from_checkpoint", "true"], ["no checkpoint to resume from"]),
     # What is measured behind the training is looked at before it.
     (["--measure_batch_size", "0"], ["measure_batch_size must be at least 1, got 0"]),
     (["--bootstrap_resamples", "0"], ["bootstrap_resamples must be at least 1"]),
     (["--answer_prompts", "-1"], ["answer_prompts must be at least 0"]),
+    (["--measure_seed", "-1"], ["measure_seed must be at least 0, got -1"]),
     (["--retention_file", "nowhere.txt"], ["nowhere.txt can't be read"]),
 ])
 def test_bad_options(place, tmp_path, fails, arguments, parts):
@@ -145,10 +155,38 @@ def test_bad_options(place, tmp_path, fails, arguments, parts):
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
 
 
+def test_options_are_looked_at_before_the_model(place, tmp_path, fails):
+    nowhere = ("--model_name_or_path", tmp_path / "nowhere")
+    assert "not a checkpoint" in fails(*train(
+        place, *nowhere, "--resume_from_checkpoint", tmp_path, "--output_dir", tmp_path / "run"
+    ))
+    data = ("--dataset_name", place / "pairs.jsonl")
+    for option, value, message in (
+        ("--strength", "nan", "strength must be finite and not negative, got nan"),
+        ("--max_length", 1, "max_length must be at least 2, got 1"),
+        ("--measure_seed", -1, "measure_seed must be at least 0, got -1"),
+        ("--max_rows", 0, "max_rows (limit) must be at least 1, got 0"),
+    ):
+        assert message in fails("eval", *nowhere, *data, option, value)
+
+
+@pytest.mark.parametrize("option", ["--retention_file", "--retention_dataset_name"])
+def test_texts_without_a_token_to_score_are_named_before_training(place, tmp_path, fails, option):
+    file = tmp_path / "short.txt"
+    file.write_text("a\n")
+    line = fails(*train(place, option, file, "--output_dir", tmp_path / "run"))
+    assert f"{option[2:]} {file}: no text has two tokens" in line
+    assert not list((tmp_path / "run").iterdir())
+    if option == "--retention_file":
+        assert str(file) in fails("eval", "--model_name_or_path", place / "model", "--dataset_name",
+                                  place / "pairs.jsonl", option, file)
+
+
 @pytest.mark.parametrize("text, message", [
     ("lerning_rate: 1", "unknown key 'lerning_rate'; did you mean 'learning_rate'?"),
     ("seed: one", "seed: expected a whole number, got 'one'"),
     ("seed: [1]", "seed: expected a whole number, got [1]"),
+    ("seed: 1\nseed: 2", "bad.yaml:2 is not YAML: the key 'seed' stands there twice"),
     ("a: b: c", "bad.yaml:1 is not YAML"), ("- seed", "holds a list"),
 ])
 def test_bad_config_files(place, tmp_path, fails, text, message):
@@ -213,6 +251,28 @@ def test_damaged_base(place, tmp_path, fails):
     assert str(tmp_path / "model") in line and "can't be loaded" in line
 
 
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-50])
+
+
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 255
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("name, damage", [
+    ("optimizer.pt", truncate), ("optimizer.pt", flip), ("scheduler.pt", truncate),
+    ("rng_state.pth", truncate), ("trainer_state.json", truncate),
+])
+def test_damaged_checkpoints(place, tmp_path, fails, name, damage):
+    shutil.copytree(place / "run", tmp_path / "run")
+    damage(tmp_path / "run/checkpoint-2" / name)
+    line = fails(*train(place, "--max_steps", 3, "--resume_from_checkpoint", "true",
+                        "--output_dir", tmp_path / "run"))
+    assert f"{tmp_path / 'run/checkpoint-2' / name} is damaged" in line
+
+
 # --- folders, disks, interrupts -------------------------------------------------------------------
 
 
@@ -228,6 +288,50 @@ def test_a_folder_that_holds_another_run_is_left_alone(place, tmp_path, fails):
         "eval", "--model_name_or_path", place / "run", "--dataset_name", place / "pairs.jsonl",
         "--output_dir", tmp_path,
     )
+
+
+@pytest.mark.parametrize("flags", [(), ("--overwrite_output_dir",)])
+def test_inputs_outlive_a_run_into_their_folder(place, tmp_path, fails, flags):
+    shutil.copytree(place / "model", tmp_path / "base")
+    (tmp_path / "proj").mkdir()
+    rows = [row | {"text": "Yes, no."} for row in preference_rows(12)]
+    pairs = write_jsonl(tmp_path / "proj/pairs.jsonl", rows)
+    metrics = write_jsonl(tmp_path / "proj/metrics.jsonl", rows)
+    (tmp_path / "proj/eval.json").write_text("{}")  # even where an evaluation seems to be
+    before = contents(tmp_path)
+    line = fails("eval", tmp_path / "base", "--dataset_name", pairs, "--output_dir",
+                 tmp_path / "proj", *flags)
+    assert f"dataset_name {pairs} would be written over" in line
+    line = fails("eval", tmp_path / "base", "--dataset_name", place / "pairs.jsonl",
+                 "--retention_file", pairs, "--output_dir", tmp_path / "proj", *flags)
+    assert f"retention_file {pairs} would be written over" in line
+    for option, name, folder in (
+        ("model_name_or_path", tmp_path / "base", tmp_path / "base"),
+        ("dataset_name", tmp_path / "proj", tmp_path / "proj"),
+        ("test_dataset_name", metrics, tmp_path / "proj"),
+    ):
+        line = fails(*train(place, f"--{option}", name, "--output_dir", folder, *flags))
+        assert f"{option} {name} would be written over" in line
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "report.md"])
+def test_only_an_evaluation_is_replaced_by_one(place, tmp_path, fails, name):
+    (tmp_path / name).write_text("mine")
+    line = fails("eval", place / "model", "--dataset_name", place / "pairs.jsonl", "--output_dir",
+                 tmp_path, "--overwrite_output_dir")
+    assert f"holds a {name} of something else (eval.json is not beside it)" in line
+    assert contents(tmp_path) == {Path(name): b"mine"}
+
+
+def test_a_folder_that_cannot_be_written_to_is_seen_first(place, tmp_path, fails, monkeypatch):
+    def refuse(dir):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(folders.tempfile, "TemporaryFile", refuse)
+    line = fails("eval", tmp_path / "nowhere", "--dataset_name", place / "pairs.jsonl",
+                 "--output_dir", tmp_path)
+    assert f"output_dir {tmp_path} can't be written to: Permission denied" in line
 
 
 def test_overwriting_waits_until_the_new_run_can_start(place, tmp_path, fails):
@@ -290,6 +394,15 @@ def test_interrupted(place, tmp_path, fails, monkeypatch):
     line = fails(*train(place, "--output_dir", tmp_path), code=130)
     assert line == "error: interrupted"
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 0.7}
+
+
+def test_nothing_is_left_where_nothing_was_logged(place, tmp_path, fails, monkeypatch):
+    def interrupt(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(QAdapterTrainer, "train", interrupt)
+    fails(*train(place, "--output_dir", tmp_path), code=130)
+    assert not list(tmp_path.iterdir())
 
 
 def test_debug_shows_the_traceback_before_the_line(place, tmp_path, capfd):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from rich.console import Console
 from qadapter.commands import arguments as args
 from qadapter.commands.knowledge import Knowledge, check_knowledge, measure_knowledge
 from qadapter.commands.loading import load_model
-from qadapter.commands.measuring import Measurements, measure, read_measures
+from qadapter.commands.measuring import Measurements, check_texts, measure, read_measures
 from qadapter.commands.options import Group, command
 from qadapter.console.environment import devices, quiet_libraries, versions
 from qadapter.console.folders import (
     EVALUATION_FILES,
+    EVALUATION_NAME,
     check_output_dir,
     remove_files,
     telling_full_disk,
@@ -65,18 +67,27 @@ def run(
         raise QAdapterError("eval needs --dataset_name, --lm_eval or --exemplar_probe")
     if data.dataset_name is None and measures.retention_file is not None:
         raise QAdapterError("retention_file needs --dataset_name")
+    if (dial := model_args.strength) is not None and not 0 <= dial < math.inf:
+        raise QAdapterError(f"strength must be finite and not negative, got {dial}")
+    if data.max_length is not None and data.max_length < 2:
+        raise QAdapterError(f"max_length must be at least 2, got {data.max_length}")
     texts = read_measures(measures)
     folder = None
     if data.output_dir is not None:
         folder = check_output_dir(
             data.output_dir, EVALUATION_FILES, data.overwrite_output_dir,
             "choose another, or replace it with --overwrite_output_dir",
+            inputs={
+                "dataset_name": data.dataset_name, "retention_file": measures.retention_file,
+            },
+            known_by=EVALUATION_NAME,
         )
     quiet_libraries()
     pairs = None
     if data.dataset_name is not None:
         pairs = load_preferences(data.dataset_name, split=data.dataset_split, **data.load_kwargs())
     model, tokenizer = load_model(model_args, console)
+    check_texts("retention_file", measures.retention_file, texts, tokenizer)
     measured = report = None
     if pairs is not None:
         dataset, report = tokenize_preferences(pairs, tokenizer, max_length=data.max_length)
@@ -101,17 +112,19 @@ def _write(
     found: dict[str, Any] = {
         "model": model_args.model_name_or_path, "strength": model_args.strength,
     }
-    report_path = folder / "report.md"
-    title, sections = model_args.model_name_or_path, []
     if measured is not None and report is not None:
         found |= {"dataset": data.dataset_name, **measured.summary(), "data": report.as_dict()}
+    # First: by it the other files are known for an evaluation's.
+    write_json(folder / EVALUATION_NAME, {
+        **found, **knowledge.summary(), "versions": versions(), "devices": devices(),
+    })
+    report_path = folder / "report.md"
+    title, sections = model_args.model_name_or_path, []
+    if measured is not None:
         write_text(folder / "pairs.jsonl", _pairs_jsonl(measured.preferences))
         title, sections = f"{title} on {data.dataset_name}", measured.sections(report_path)
     if knowledge.rows:
         sections.append(Section("Knowledge", comparison_markdown(knowledge.rows, note=NOTE)))
-    write_json(folder / "eval.json", {
-        **found, **knowledge.summary(), "versions": versions(), "devices": devices(),
-    })
     write_report(report_path, title, sections)
 
 

@@ -107,13 +107,27 @@ def read_measures(arguments: MeasureArguments) -> list[str]:
     """
     for name, least in (
         ("answer_prompts", 0), ("answer_tokens", 1), ("measure_batch_size", 1),
-        ("bootstrap_resamples", 1),
+        ("bootstrap_resamples", 1), ("measure_seed", 0),
     ):
         if getattr(arguments, name) < least:
             raise QAdapterError(
                 f"{name} must be at least {least}, got {getattr(arguments, name)}"
             )
     return [] if arguments.retention_file is None else read_texts(arguments.retention_file)
+
+
+def check_texts(
+    option: str, path: str | None, texts: list[str] | None, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Refuse texts without a token to score as soon as there is a tokenizer to tell.
+
+    Raises:
+        QAdapterError: no text has two tokens; names the option and the file.
+    """
+    if texts and not any(len(tokenizer(text, verbose=False)["input_ids"]) > 1 for text in texts):
+        raise QAdapterError(
+            f"{option} {path}: no text has two tokens, and a text's first one is never scored"
+        )
 
 
 def measure(

@@ -17,7 +17,7 @@ from qadapter import storage
 from qadapter.base import load_tokenizer
 from qadapter.commands import arguments as args
 from qadapter.commands.loading import say_base
-from qadapter.commands.measuring import Measurements, measure, read_measures
+from qadapter.commands.measuring import Measurements, check_texts, measure, read_measures
 from qadapter.commands.options import Group, command
 from qadapter.console.environment import devices, peak_rss_bytes, quiet_libraries, versions
 from qadapter.console.folders import RUN_FILES, check_output_dir, remove_files, telling_full_disk
@@ -33,6 +33,7 @@ from qadapter.evaluation import (
 from qadapter.evaluation.report import Section, pictures_markdown, write_json
 from qadapter.model import QAdapterModel
 from qadapter.training import QAdapterConfig, QAdapterTrainer
+from qadapter.training.checkpoints import find_checkpoint
 
 _DATA = (
     "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split",
@@ -105,13 +106,23 @@ def run(
     for name in ("dataset_name", "output_dir"):
         if name not in given:
             raise QAdapterError(f"train needs --{name}")
+    if not 0 <= script.test_fraction < 1:
+        raise QAdapterError(f"test_fraction must be from 0 to below 1, got {script.test_fraction}")
     resume: str | bool | None = config.resume_from_checkpoint
     resume = True if str(resume).lower() == "true" else resume
     folder = check_output_dir(
         config.output_dir, RUN_FILES, bool(resume) or script.overwrite_output_dir,
         "choose another, continue it with --resume_from_checkpoint true, or replace it with "
         "--overwrite_output_dir",
+        inputs={
+            "model_name_or_path": model_args.model_name_or_path,
+            "dataset_name": script.dataset_name, "test_dataset_name": script.test_dataset_name,
+            "retention_dataset_name": script.retention_dataset_name,
+            "retention_file": measures.retention_file,
+        },
     )
+    if resume:
+        resume = find_checkpoint(folder, resume)
     quiet_libraries()
     measured_texts = read_measures(measures)
     named = script.retention_dataset_name
@@ -125,6 +136,8 @@ def run(
     tokenizer = load_tokenizer(
         base_name, revision=model_args.model_revision, trust_remote_code=config.trust_remote_code
     )
+    check_texts("retention_file", measures.retention_file, measured_texts, tokenizer)
+    check_texts("retention_dataset_name", named, retention_texts, tokenizer)
     loading = {
         "dtype": model_args.dtype, "revision": model_args.model_revision,
         "trust_remote_code": config.trust_remote_code,
@@ -203,7 +216,7 @@ def _load_pairs(
 
 
 def _train(
-    trainer: QAdapterTrainer, resume: str | bool | None, folder: Path, console: Console
+    trainer: QAdapterTrainer, resume: str | None, folder: Path, console: Console
 ) -> None:
     progress = TrainingProgress(console)
     trainer.remove_callback(ProgressCallback)
@@ -214,8 +227,10 @@ def _train(
         trainer.train(resume_from_checkpoint=resume)
     except BaseException:
         # What was logged before training broke off is worth keeping; the error is worth more.
+        # Where nothing was, an empty file would only pass for another run.
         with contextlib.suppress(OSError):
-            write_metrics_jsonl(folder / "metrics.jsonl", trainer.state.log_history)
+            if trainer.state.log_history:
+                write_metrics_jsonl(folder / "metrics.jsonl", trainer.state.log_history)
         raise
     finally:
         progress.stop()

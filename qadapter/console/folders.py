@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import shutil
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from qadapter import storage
@@ -15,32 +16,64 @@ RUN_FILES = (
     storage.WEIGHTS_NAME, storage.CONFIG_NAME, "summary.json", "metrics.jsonl", "report.md",
     "training_args.json", "checkpoint-*",
 )
-EVALUATION_FILES = ("eval.json", "pairs.jsonl", "report.md", "calibration.png")
+EVALUATION_NAME = "eval.json"
+EVALUATION_FILES = (EVALUATION_NAME, "pairs.jsonl", "report.md", "calibration.png")
 
 
 def check_output_dir(
-    folder: str | Path, files: Sequence[str], may_exist: bool, way_out: str
+    folder: str | Path, files: Sequence[str], may_exist: bool, way_out: str, *,
+    inputs: Mapping[str, str | None] | None = None, known_by: str | None = None,
 ) -> Path:
     """The folder as a path, if it can be written to and holds none of ``files`` (patterns).
 
     Args:
         may_exist: an earlier run there is fine.
         way_out: what the user can do instead, for the message.
+        inputs: option → what is read from there (a file, a folder, or no local path at all), and
+            must outlive the run whatever ``may_exist`` says.
+        known_by: the file without which ``files`` are the user's own, not an earlier run's.
 
     Raises:
-        QAdapterError: a file, not writable, or it holds another run.
+        QAdapterError: a file, not writable, it holds another run, or an input would be lost.
     """
     folder = Path(folder).expanduser()
     if folder.exists() and not folder.is_dir():
         raise QAdapterError(f"output_dir {folder} is a file")
-    held = [path.name for pattern in files for path in sorted(folder.glob(pattern))]
+    held = [path for pattern in files for path in sorted(folder.glob(pattern))]
+    for option, name in (inputs or {}).items():
+        if name is not None and _would_be_lost(Path(name).expanduser(), folder, held):
+            raise QAdapterError(
+                f"output_dir {folder}: {option} {name} would be written over: choose another folder"
+            )
+    if held and known_by is not None and not (folder / known_by).exists():
+        raise QAdapterError(
+            f"output_dir {folder} holds a {held[0].name} of something else ({known_by} is not "
+            "beside it): choose another folder"
+        )
     if held and not may_exist:
-        raise QAdapterError(f"output_dir {folder} holds another run ({held[0]}): {way_out}")
+        raise QAdapterError(f"output_dir {folder} holds another run ({held[0].name}): {way_out}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise QAdapterError(f"output_dir {folder} can't be made: {error.strerror}") from error
+    try:
+        # Only writing tells: permissions alone don't (root, read-only mounts, /sys).
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise QAdapterError(
+            f"output_dir {folder} can't be written to: {error.strerror}"
+        ) from error
     return folder
+
+
+def _would_be_lost(read: Path, folder: Path, held: Sequence[Path]) -> bool:
+    """Whether what is read is the folder itself, or in what a run there replaces."""
+    if not read.exists():  # a hub name
+        return False
+    read = read.resolve()
+    replaced = [path.resolve() for path in held]
+    return read == folder.resolve() or any(p == read or p in read.parents for p in replaced)
 
 
 @contextlib.contextmanager

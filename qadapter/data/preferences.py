@@ -69,7 +69,7 @@ def load_preferences(
             columns needed.
     """
     if limit is not None and limit < 1:
-        raise QAdapterError(f"limit must be at least 1, not {limit}")
+        raise QAdapterError(f"max_rows (limit) must be at least 1, got {limit}")
     rows = read_rows(dataset_name, config=config, split=split, limit=limit)
     return _convert(rows, str(dataset_name), columns, domain, rejected_domains)
 

@@ -52,7 +52,8 @@ def without_prompts(dataset: Dataset, prompt_ids: Iterable[str]) -> Dataset:
 
 
 def _count(size: float | int, total: int) -> int:
-    if isinstance(size, bool) or size <= 0 or (isinstance(size, float) and size >= 1):
+    # "not above 0" and not "at most 0": NaN is neither.
+    if isinstance(size, bool) or not size > 0 or (isinstance(size, float) and size >= 1):
         raise QAdapterError(
             f"held-out size {size!r} must be a fraction between 0 and 1 or a count of prompts"
         )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 
 from qadapter import storage
 from qadapter.errors import QAdapterError
@@ -18,21 +19,47 @@ CHECKPOINT_STATE = "trainer_state.json"
 ARGUMENTS_NAME = "training_args.json"
 
 
-class AdapterCheckpoints(Trainer):
-    """A ``Trainer`` whose checkpoints hold the adapter alone, and nothing of it as pickle."""
+def find_checkpoint(output_dir: str | Path, wanted: str | bool) -> str:
+    """The checkpoint's folder, looked through; ``wanted``: a folder, or true for the last whole
+    one in ``output_dir``.
 
-    def _find_checkpoint(self, wanted: str | bool) -> str:
-        if wanted is not True:
-            if not (Path(wanted) / CHECKPOINT_STATE).is_file():
-                raise QAdapterError(f"{wanted}: not a checkpoint ({CHECKPOINT_STATE} is missing)")
-            return str(wanted)
+    Raises:
+        QAdapterError: none there, or damaged; the message names the file.
+    """
+    if wanted is not True:
+        folder = Path(wanted)
+        if not (folder / CHECKPOINT_STATE).is_file():
+            raise QAdapterError(f"{wanted}: not a checkpoint ({CHECKPOINT_STATE} is missing)")
+    else:
         whole = {
             int(path.parent.name.removeprefix("checkpoint-")): path.parent
-            for path in Path(self.args.output_dir).glob(f"checkpoint-[0-9]*/{CHECKPOINT_STATE}")
+            for path in Path(output_dir).glob(f"checkpoint-[0-9]*/{CHECKPOINT_STATE}")
         }
         if not whole:
-            raise QAdapterError(f"{self.args.output_dir}: no checkpoint to resume from")
-        return str(whole[max(whole)])
+            raise QAdapterError(f"{output_dir}: no checkpoint to resume from")
+        folder = whole[max(whole)]
+    try:
+        TrainerState.load_from_json(str(folder / CHECKPOINT_STATE))
+    except (OSError, ValueError, TypeError) as error:
+        raise _damaged(folder / CHECKPOINT_STATE, error) from error
+    for path in sorted((*folder.glob("*.pt"), *folder.glob("*.pth"))):
+        # torch.save writes zip files with checksums: read here, nothing need be unpickled.
+        try:
+            with zipfile.ZipFile(path) as file:
+                bad = file.testzip()
+        except (OSError, zipfile.BadZipFile) as error:
+            raise _damaged(path, error) from error
+        if bad is not None:
+            raise _damaged(path, f"the checksum of {bad} is wrong")
+    return str(folder)
+
+
+def _damaged(path: Path, why: object) -> QAdapterError:
+    return QAdapterError(f"{path} is damaged ({why}): resume from another checkpoint")
+
+
+class AdapterCheckpoints(Trainer):
+    """A ``Trainer`` whose checkpoints hold the adapter alone, and nothing of it as pickle."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"

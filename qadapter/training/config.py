@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 import torch
 from peft import LoraConfig
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from qadapter.adapters import AdapterConfig
 from qadapter.errors import QAdapterError
@@ -24,10 +26,23 @@ _CHOICES = {
 }
 RETENTION_COEF = 10.0
 """Of the retention term, where it is on by default."""
-_AT_LEAST_ONE = (
-    "feature_batch_tokens", "feature_shard_mb", "workspace_mb", "pad_to_multiple_of",
-    "dataset_num_proc", "retention_states", "lora_r", "lora_alpha",
-)
+_AT_LEAST = {
+    **dict.fromkeys((
+        "feature_batch_tokens", "feature_shard_mb", "workspace_mb", "pad_to_multiple_of",
+        "dataset_num_proc", "retention_states", "lora_r", "lora_alpha",
+        "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+        "eval_accumulation_steps", "dataloader_prefetch_factor",
+    ), 1),
+    **dict.fromkeys((
+        "learning_rate", "warmup_steps", "max_grad_norm", "weight_decay", "adam_epsilon",
+        "logging_steps", "eval_steps", "save_steps", "eval_delay", "dataloader_num_workers",
+        "seed", "data_seed", "retention_coef",
+    ), 0),
+    "max_length": 2,  # a token of the prompt, one of the answer
+    "max_steps": -1,  # transformers' own default: not set
+}
+_MOST_SEED = 2**32 - 1
+"""NumPy takes no more."""
 _OF_ONE_KIND = {
     "head": ("adapter_form", "adapter_rank"),
     "lora": ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
@@ -227,6 +242,7 @@ class QAdapterConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        self._check_ranges()  # first: transformers would trip over some of these without a name
         super().__post_init__()
         for name, (allowed, reason) in _UNSUPPORTED.items():
             value = getattr(self, name)
@@ -244,10 +260,6 @@ class QAdapterConfig(TrainingArguments):
                 raise QAdapterError(
                     f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
                 )
-        for name in _AT_LEAST_ONE:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise QAdapterError(f"{name} must be at least 1, got {value}")
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         for kind, names in _OF_ONE_KIND.items():
             for name in names:
@@ -257,9 +269,14 @@ class QAdapterConfig(TrainingArguments):
                     )
         if not 0 <= self.lora_dropout < 1:
             raise QAdapterError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
-        coef = self.retention_coef
-        if coef is not None and not (math.isfinite(coef) and coef >= 0):
-            raise QAdapterError(f"retention_coef must be finite and not negative, got {coef}")
+        # transformers doesn't list these two wherever they can be used.
+        usable = [*get_available_reporting_integrations(), "azure_ml", "flyte"]
+        for name in self.report_to:
+            if name not in usable:
+                raise QAdapterError(
+                    f"report_to: {name!r} is not installed, or no integration of transformers "
+                    f"({', '.join(INTEGRATION_TO_CALLBACK)})"
+                )
         if isinstance(self.model_init_kwargs, str):
             raise QAdapterError(
                 f"model_init_kwargs must be a JSON object, got {self.model_init_kwargs!r}"
@@ -271,6 +288,22 @@ class QAdapterConfig(TrainingArguments):
             raise QAdapterError(str(error)) from error
         # Pinned memory serves copies to an accelerator; without one torch only warns about it.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+
+    def _check_ranges(self) -> None:
+        for name, least in _AT_LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:  # NaN is neither
+                raise QAdapterError(f"{name} must be at least {least}, got {value}")
+            # Clipping to infinity is a way to log the norm and not to clip.
+            if value == math.inf and name != "max_grad_norm":
+                raise QAdapterError(f"{name} must be finite")
+        if not 0 < self.num_train_epochs < math.inf:
+            raise QAdapterError(f"num_train_epochs must be positive, got {self.num_train_epochs}")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise QAdapterError(f"{name} must be from 0 to below 1, got {getattr(self, name)}")
+        if self.seed > _MOST_SEED:
+            raise QAdapterError(f"seed must be at most {_MOST_SEED}, got {self.seed}")
 
     def objective_config(self) -> ObjectiveConfig:
         """The objective these arguments describe."""

@@ -24,7 +24,7 @@ from qadapter.errors import QAdapterError
 from qadapter.model import QAdapterModel
 from qadapter.training import card, feature_store
 from qadapter.training.assembly import EitherCollator, as_qadapter_model
-from qadapter.training.checkpoints import AdapterCheckpoints
+from qadapter.training.checkpoints import AdapterCheckpoints, find_checkpoint
 from qadapter.training.config import RETENTION_COEF, QAdapterConfig
 from qadapter.training.features import (
     FeatureCollator,
@@ -385,7 +385,7 @@ class QAdapterTrainer(AdapterCheckpoints):
                 "the adapter is frozen: load it with from_pretrained(..., is_trainable=True)"
             )
         if resume_from_checkpoint:
-            resume_from_checkpoint = self._find_checkpoint(resume_from_checkpoint)
+            resume_from_checkpoint = find_checkpoint(self.args.output_dir, resume_from_checkpoint)
         self._train_sums, self._gradients_checked = None, False
         self._step_losses.clear()
         self._retention_losses.clear()

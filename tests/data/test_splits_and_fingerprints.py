@@ -46,7 +46,7 @@ def test_tokenized_pairs_split_alike(pairs):
     assert list(before) == list(after)
 
 
-@pytest.mark.parametrize("held_out", [0, 1.0, -1, 20, 21, (10, 10), True, 0.99])
+@pytest.mark.parametrize("held_out", [0, 1.0, -1, 20, 21, (10, 10), True, 0.99, float("nan")])
 def test_impossible_sizes(pairs, held_out):
     with pytest.raises(QAdapterError):
         split_by_prompt(pairs, held_out)

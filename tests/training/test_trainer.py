@@ -335,6 +335,30 @@ def test_what_cannot_be_honoured_is_refused(make_trainer, pairs):
         QAdapterTrainer(torch.nn.Linear(2, 2), QAdapterConfig(use_cpu=True))
 
 
+@pytest.mark.parametrize("name, value", [
+    ("learning_rate", math.nan), ("learning_rate", -1.0), ("learning_rate", math.inf),
+    ("per_device_train_batch_size", 0), ("per_device_eval_batch_size", 0),
+    ("gradient_accumulation_steps", 0), ("warmup_steps", math.nan), ("dataloader_num_workers", -1),
+    ("adam_beta1", 2.0), ("adam_beta2", math.nan), ("num_train_epochs", -2.0),
+    ("eval_steps", math.nan), ("max_grad_norm", math.nan), ("max_grad_norm", -1.0),
+    ("max_steps", -2), ("max_length", 0), ("seed", -1), ("seed", 2**32), ("report_to", "foo"),
+])
+def test_values_out_of_range_are_refused_by_name(name, value):
+    with pytest.raises(QAdapterError, match=f"^{name}"):
+        QAdapterConfig(use_cpu=True, **{name: value})
+
+
+def test_what_transformers_means_by_its_odd_values_is_kept():
+    config = QAdapterConfig(use_cpu=True, max_steps=-1, max_grad_norm=math.inf, learning_rate=0.0)
+    assert config.max_steps == -1 and config.report_to == []
+
+
+def test_reporting_needs_the_package(monkeypatch):
+    monkeypatch.setattr("qadapter.training.config.get_available_reporting_integrations", list)
+    with pytest.raises(QAdapterError, match="report_to: 'wandb' is not installed"):
+        QAdapterConfig(use_cpu=True, report_to="wandb")
+
+
 def test_every_own_option_explains_itself():
     own = QAdapterConfig.__annotations__.keys() - {"_VALID_DICT_FIELDS"}
     fields = QAdapterConfig.__dataclass_fields__
