@@ -315,6 +315,12 @@ def test_inputs_outlive_a_run_into_their_folder(place, tmp_path, fails, flags):
     assert contents(tmp_path) == before
 
 
+def test_a_readme_of_ones_own_is_not_written_over(place, tmp_path, fails):
+    (tmp_path / "README.md").write_text("mine")
+    assert "(README.md): choose another" in fails(*train(place, "--output_dir", tmp_path))
+    assert contents(tmp_path) == {Path("README.md"): b"mine"}
+
+
 @pytest.mark.parametrize("name", ["pairs.jsonl", "report.md"])
 def test_only_an_evaluation_is_replaced_by_one(place, tmp_path, fails, name):
     (tmp_path / name).write_text("mine")

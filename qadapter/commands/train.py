@@ -110,8 +110,9 @@ def run(
         raise QAdapterError(f"test_fraction must be from 0 to below 1, got {script.test_fraction}")
     resume: str | bool | None = config.resume_from_checkpoint
     resume = True if str(resume).lower() == "true" else resume
+    # The model card takes the name of a README that may be the user's own.
     folder = check_output_dir(
-        config.output_dir, RUN_FILES, bool(resume) or script.overwrite_output_dir,
+        config.output_dir, (*RUN_FILES, "README.md"), bool(resume) or script.overwrite_output_dir,
         "choose another, continue it with --resume_from_checkpoint true, or replace it with "
         "--overwrite_output_dir",
         inputs={
