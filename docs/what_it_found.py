@@ -6,12 +6,15 @@ committed comparisons.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from qadapter.compare import Comparison, read_config, read_results
 from qadapter.compare.page import Column, columns
 from qadapter.compare.results import Against, Result, Spread, against, judged, retention
+from qadapter.evaluation.bootstrap import Estimate
 from qadapter.evaluation.report import format_value
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -19,6 +22,7 @@ from what_serves_it import ROOT, put
 
 PAGE, README = ROOT / "docs/compare.md", ROOT / "README.md"
 RESULTS = ROOT / "benchmarks/results/compare"
+PROBES = ROOT / "benchmarks/results/exemplar_probe"
 TESTED = (
     "hh", "dsp_academy", "dsp_business", "dsp_entertainment", "dsp_literature", "dsp_judged",
 )
@@ -115,6 +119,30 @@ def cell(result: Result, column: Column) -> str:
     return f"{value.mean:.{column.digits}f}{spread}"
 
 
+def probes() -> str:
+    """What the exemplar probe said of a few runs (``qadapter eval RUN --exemplar_probe``)."""
+    lines = [
+        "| | KL, worked solutions | same top token | perplexity | right choice, MMLU's, change |",
+        "| --- |" + " ---: |" * 4,
+    ]
+    for path in sorted(PROBES.glob("*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        solutions, [choice, *_] = (found["exemplar_probe"][k] for k in ("solutions", "measures"))
+        name = Path(found["model"]).parent.name.replace("-", " ")
+        cells = (
+            _interval(solutions, "kl_per_token"), _interval(solutions, "top1_agreement"),
+            f"{solutions['perplexity_base']:.2f} → {solutions['perplexity']:.2f}",
+            _interval(choice, "change"),
+        )
+        label = name if found["strength"] == 1 else f"{name}, strength {found['strength']:g}"
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _interval(found: dict[str, Any], name: str) -> str:
+    return format_value(Estimate(found[name], *found[f"{name}_ci"]))
+
+
 def tables() -> dict[str, str]:
     """Every block of the page, by the comment before it."""
     blocks = {}
@@ -126,7 +154,7 @@ def tables() -> dict[str, str]:
     for name in CHOICES:
         found = comparison(name, "validation")
         blocks[f"{name} validation"] = table(found, found.results)
-    return blocks
+    return blocks | {"exemplar probe": probes()}
 
 
 def readme_tables() -> dict[str, str]:
