@@ -120,13 +120,14 @@ def cell(result: Result, column: Column) -> str:
 
 
 def probes() -> str:
-    """What the exemplar probe said of a few runs (``qadapter eval RUN --exemplar_probe``)."""
+    """What the exemplar probe said of a few runs (``qadapter eval RUN --exemplar_probe``), those
+    that moved most first."""
     lines = [
         "| | KL, worked solutions | same top token | perplexity | right choice, MMLU's, change |",
         "| --- |" + " ---: |" * 4,
     ]
-    for path in sorted(PROBES.glob("*.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in PROBES.glob("*.json")]
+    for found in sorted(runs, key=lambda x: -x["exemplar_probe"]["solutions"]["kl_per_token"]):
         solutions, [choice, *_] = (found["exemplar_probe"][k] for k in ("solutions", "measures"))
         name = Path(found["model"]).parent.name.replace("-", " ")
         cells = (
