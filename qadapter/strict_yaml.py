@@ -1,28 +1,43 @@
-"""YAML in which a key that stands twice is an error: the first one would be lost without a word."""
+"""YAML files in which a key that stands twice is an error: the first one would be lost without a
+word."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
+
+from qadapter.errors import QAdapterError
 
 
 class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key.value!r} stands there twice", key.start_mark
                 )
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
-def load(text: str) -> Any:
-    """What a YAML text holds.
+def read(path: str | Path) -> Any:
+    """What a YAML file holds.
 
     Raises:
-        yaml.YAMLError: it is no YAML, or a key stands in it twice.
+        QAdapterError: it can't be read, is no YAML, or a key stands in it twice; names file and
+            line.
     """
-    return yaml.load(text, _Loader)
+    try:
+        return yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise QAdapterError(f"{path} can't be read: {error}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        problem = getattr(error, "problem", None) or error
+        raise QAdapterError(f"{where} is not YAML: {problem}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,16 @@ from qadapter.errors import QAdapterError
 
 def _field(default: Any, help_text: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help_text, **metadata})
+
+
+def require_not_negative(name: str, value: float | None) -> None:
+    """Refuse a number below 0, NaN or infinity; none is fine.
+
+    Raises:
+        QAdapterError: names the option and the value.
+    """
+    if value is not None and not 0 <= value < math.inf:  # not so for NaN either
+        raise QAdapterError(f"{name} must be finite and not negative, got {value}")
 
 
 @dataclass
@@ -43,6 +54,9 @@ class AdapterArguments(ModelArguments):
     strength: float | None = _field(
         None, "Dial of the policy: 0 is the base, 1 the trained policy, more than 1 goes further."
     )
+
+    def __post_init__(self) -> None:
+        require_not_negative("strength", self.strength)
 
 
 @dataclass
@@ -166,6 +180,9 @@ class OpponentArguments:
         None, "An adapter or a plain model to hold the answers against; default: the model's base."
     )
     opponent_strength: float | None = _field(None, "Dial of an opponent that is an adapter.")
+
+    def __post_init__(self) -> None:
+        require_not_negative("opponent_strength", self.opponent_strength)
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +66,6 @@ def run(
         raise QAdapterError("eval needs --dataset_name, --lm_eval or --exemplar_probe")
     if data.dataset_name is None and measures.retention_file is not None:
         raise QAdapterError("retention_file needs --dataset_name")
-    if (dial := model_args.strength) is not None and not 0 <= dial < math.inf:
-        raise QAdapterError(f"strength must be finite and not negative, got {dial}")
     if data.max_length is not None and data.max_length < 2:
         raise QAdapterError(f"max_length must be at least 2, got {data.max_length}")
     texts = read_measures(measures)

@@ -45,6 +45,7 @@ from qadapter.evaluation.judges.contest import COLUMNS, Verdict, verdict_cells
 from qadapter.evaluation.judges.endpoint import EndpointJudge, check_url
 from qadapter.evaluation.judges.trained import TrainedJudge
 from qadapter.evaluation.report import Section, Value, format_value, write_json, write_report
+from qadapter.hashing import file_sha256
 
 GROUPS = (
     Group(args.AdapterArguments, "Model", (
@@ -88,7 +89,7 @@ def run(
     for name in ("model_name_or_path", "dataset_name"):
         if name not in given:
             raise QAdapterError(f"judge needs --{name}")
-    _check(model_args, opponent, data, draws, judging, given)
+    _check(opponent, data, draws, judging, given)
     settings = _settings(model_args, opponent, data, draws, judging)
     folder = None if data.output_dir is None else _open_folder(data, settings)
     quiet_libraries()
@@ -116,9 +117,8 @@ def run(
 
 
 def _check(
-    model_args: args.AdapterArguments, opponent: args.OpponentArguments,
-    data: args.JudgeDataArguments, draws: args.DrawArguments, judging: args.JudgeArguments,
-    given: set[str],
+    opponent: args.OpponentArguments, data: args.JudgeDataArguments, draws: args.DrawArguments,
+    judging: args.JudgeArguments, given: set[str],
 ) -> None:
     if judging.judge_dataset_name is not None and judging.judge_fraction:
         raise QAdapterError("give either judge_dataset_name or judge_fraction, not both")
@@ -151,14 +151,8 @@ def _check(
         for name in names:
             if getattr(arguments, name) < 1:
                 raise QAdapterError(f"{name} must be at least 1, got {getattr(arguments, name)}")
-    for arguments, names in (
-        (model_args, ("strength",)), (opponent, ("opponent_strength",)),
-        (judging, ("judge_input_price", "judge_output_price")),
-    ):
-        for name in names:
-            value = getattr(arguments, name)
-            if value is not None and not 0 <= value < math.inf:  # not so for NaN either
-                raise QAdapterError(f"{name} must be finite and not negative, got {value}")
+    for name in ("judge_input_price", "judge_output_price"):
+        args.require_not_negative(name, getattr(judging, name))
     if not 0 < draws.temperature < math.inf:
         raise QAdapterError(f"temperature must be finite and positive, got {draws.temperature}")
     if not 0 < draws.top_p <= 1:
@@ -187,11 +181,8 @@ def _weights_hash(name: str | None) -> str | None:
     """Of a folder, an adapter's or a checkpoint's: one that was trained again gives other
     answers."""
     files = [] if name is None else sorted(Path(name).expanduser().glob("*.safetensors"))
-    hashes = []
-    for file in files:
-        with file.open("rb") as opened:
-            hashes.append(hashlib.file_digest(opened, "sha256").hexdigest())
-    return hashlib.sha256("".join(hashes).encode()).hexdigest() if hashes else None
+    hashes = "".join(file_sha256(file) for file in files)
+    return hashlib.sha256(hashes.encode()).hexdigest() if hashes else None
 
 
 def _open_folder(data: args.JudgeDataArguments, settings: dict[str, Any]) -> Path:

@@ -139,16 +139,7 @@ def read_config(path: str | Path, known: Mapping[str, Option]) -> dict[str, Any]
         QAdapterError: missing, not YAML (with its line), not a mapping, an unknown key (with the
             nearest known one), a value of the wrong type.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise QAdapterError(f"{path} can't be read: {error}") from error
-    try:
-        values = strict_yaml.load(text) or {}
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise QAdapterError(f"{where} is not YAML: {getattr(error, 'problem', error)}") from error
+    values = strict_yaml.read(path) or {}
     if not isinstance(values, dict):
         raise QAdapterError(f"{path} holds a {type(values).__name__}; it must map names to values")
     for name in values:

@@ -15,8 +15,10 @@ from qadapter.objective import ObjectiveConfig
 BASE = "base"
 """Name of the row that every comparison has: the base as it is."""
 SPLITS = ("validation", "test")
+CONFIG_NAME, TOUCHED_NAME = "config.json", "test_touched.jsonl"
+FIRST_NAME, ANSWERS_NAME = "first", "base_answers"
 OTHER_FILES = (
-    "base_answers", "first", "first.json", "config.json", "test_touched.jsonl",
+    CONFIG_NAME, TOUCHED_NAME, ANSWERS_NAME, FIRST_NAME, f"{FIRST_NAME}.json",
     *(f"{kind}-{split}{end}" for split in SPLITS
       for kind, end in (("pictures", ""), ("report", ".html"), ("summary", ".json"))),
 )
@@ -356,10 +358,10 @@ class CompareConfig:
         if in_adapter:
             spec = method.adapter or self.adapter
             kind = type(getattr(spec, name))
-            spec = dataclasses.replace(spec, **{name: _whole(kind, option, value)})
+            spec = dataclasses.replace(spec, **{name: _converted(kind, option, value)})
             return dataclasses.replace(method, adapter=None if spec == self.adapter else spec)
         kinds = typing.get_type_hints(type(method))
-        changed = {name: _whole(kinds[name], name, value) for name in swept(option)}
+        changed = {name: _converted(kinds[name], name, value) for name in swept(option)}
         return dataclasses.replace(method, **changed)
 
     def as_dict(self) -> dict[str, Any]:
@@ -371,7 +373,7 @@ class CompareConfig:
         return written
 
 
-def _whole(kind: Any, name: str, value: float | str) -> float | str:
+def _converted(kind: Any, name: str, value: float | str) -> float | str:
     """A sweep's value as an option of this type takes it."""
     if isinstance(value, str) != (kind is str):
         raise ValueError(f"{name} must be {'text' if kind is str else 'a number'}")

@@ -14,7 +14,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from qadapter.adapters import AdapterConfig
 from qadapter.base import LoadedBase
-from qadapter.compare.config import FirstSpec
+from qadapter.compare.config import FIRST_NAME, FirstSpec
 from qadapter.compare.data import PreferenceData
 from qadapter.evaluation import evaluate_preferences
 from qadapter.evaluation.report import write_json
@@ -22,8 +22,6 @@ from qadapter.export import export
 from qadapter.model import QAdapterModel
 from qadapter.objective import ObjectiveConfig
 from qadapter.training import QAdapterConfig, QAdapterTrainer
-
-FIRST_NAME = "first"
 
 
 def teach_first(

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import SchedulerType
 
 from qadapter import strict_yaml
@@ -31,6 +30,7 @@ from qadapter.compare.config import (
     swept,
 )
 from qadapter.errors import QAdapterError, nearest
+from qadapter.hashing import file_sha256
 
 
 def read_config(path: str | Path) -> CompareConfig:
@@ -41,14 +41,7 @@ def read_config(path: str | Path) -> CompareConfig:
             names the key.
     """
     path = Path(path).expanduser()
-    try:
-        written = strict_yaml.load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise QAdapterError(f"{path} can't be read: {error}") from error
-    except yaml.YAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
-        problem = getattr(error, "problem", None) or error
-        raise QAdapterError(f"{path}{line} is not YAML: {problem}") from error
+    written = strict_yaml.read(path)
     if not isinstance(written, dict):
         raise QAdapterError(f"{path}: expected keys and values, got {type(written).__name__}")
     config = _build(CompareConfig, written, str(path), "")
@@ -113,9 +106,10 @@ def _check(config: CompareConfig, path: str) -> CompareConfig:
                 refuse(f"sweeps.{name}.values", f"{value!r}: {error}")
     taken: dict[str, str] = {}
     for row in config.rows():
-        if folder_name(row.name).startswith(".") or folder_name(row.name) in OTHER_FILES:
+        folder = folder_name(row.name)
+        if folder.startswith(".") or folder in OTHER_FILES:
             refuse(f"methods.{row.name}", "no folder can have this name; choose another")
-        if (other := taken.setdefault(folder_name(row.name), row.name)) != row.name:
+        if (other := taken.setdefault(folder, row.name)) != row.name:
             refuse(f"methods.{row.name}", f"its folder would be that of {other!r}; rename one")
     names = [BASE, *(row.name for row in config.rows())]
     if config.reference is not None and config.reference not in names:
@@ -281,10 +275,9 @@ def fingerprint_files(config: CompareConfig) -> dict[str, str]:
 def _sha256(path: Path) -> str:
     """Of a file; of a folder's files with their names."""
     if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(path)
     files = sorted(file for file in path.rglob("*") if file.is_file())
-    listed = [f"{file.relative_to(path).as_posix()} {_sha256(file)}" for file in files]
+    listed = [f"{file.relative_to(path).as_posix()} {file_sha256(file)}" for file in files]
     return hashlib.sha256("\n".join(listed).encode()).hexdigest()
 
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qadapter.compare.config import BASE, CompareConfig, Prompted, Row, swept
-from qadapter.compare.run import TOUCHED_NAME, TRAINING_NAME, require_same, run_folder
+from qadapter.compare.config import BASE, TOUCHED_NAME, CompareConfig, Prompted, Row, swept
+from qadapter.compare.run import TRAINING_NAME, require_same, run_folder
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.bootstrap import ClusterBootstrap, Estimate
 from qadapter.evaluation.preference import wins

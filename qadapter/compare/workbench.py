@@ -13,9 +13,17 @@ from transformers import PreTrainedTokenizerBase
 
 from qadapter.adapters import AdapterConfig
 from qadapter.base import LoadedBase, load_base, load_tokenizer
-from qadapter.compare.config import AdapterSpec, CompareConfig, DataConfig, Method, Prompted
+from qadapter.compare.config import (
+    ANSWERS_NAME,
+    FIRST_NAME,
+    AdapterSpec,
+    CompareConfig,
+    DataConfig,
+    Method,
+    Prompted,
+)
 from qadapter.compare.data import PreferenceData, load_texts, prepare
-from qadapter.compare.first import FIRST_NAME, teach_first
+from qadapter.compare.first import teach_first
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.answers import Prompt, encode_prompt, with_system
 from qadapter.evaluation.judges import (
@@ -184,7 +192,7 @@ class Workbench:
         self, name: str, prompts: Sequence[Prompt], draws: int, seed: int
     ) -> Draws:
         """The base's answers, from the file in the results' folder if they are there."""
-        path = self.folder / "base_answers" / f"{name}.jsonl"
+        path = self.folder / ANSWERS_NAME / f"{name}.jsonl"
         if not path.is_file():
             self.say(f"the base answers {len(prompts)} prompts, {draws} times: {name}")
         return self.sample(self.fresh, prompts, draws, seed=seed, strength=0.0, file=path)

@@ -269,14 +269,15 @@ class QAdapterConfig(TrainingArguments):
                     )
         if not 0 <= self.lora_dropout < 1:
             raise QAdapterError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
-        # transformers doesn't list these two wherever they can be used.
-        usable = [*get_available_reporting_integrations(), "azure_ml", "flyte"]
-        for name in self.report_to:
-            if name not in usable:
-                raise QAdapterError(
-                    f"report_to: {name!r} is not installed, or no integration of transformers "
-                    f"({', '.join(INTEGRATION_TO_CALLBACK)})"
-                )
+        if self.report_to:  # else nothing is looked for among the installed packages
+            # transformers doesn't list these two wherever they can be used.
+            usable = [*get_available_reporting_integrations(), "azure_ml", "flyte"]
+            for name in self.report_to:
+                if name not in usable:
+                    raise QAdapterError(
+                        f"report_to: {name!r} is not installed, or no integration of transformers "
+                        f"({', '.join(INTEGRATION_TO_CALLBACK)})"
+                    )
         if isinstance(self.model_init_kwargs, str):
             raise QAdapterError(
                 f"model_init_kwargs must be a JSON object, got {self.model_init_kwargs!r}"

@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from qadapter.base import cache_dir as default_cache_dir
 from qadapter.data import fingerprint
 from qadapter.errors import QAdapterError
+from qadapter.hashing import file_sha256
 from qadapter.model import QAdapterModel
 from qadapter.training.features import FeatureSet, Shard, compute_shard, progress_bar, token_counts
 
@@ -103,7 +104,7 @@ class _Store:
         try:
             if entry is None or entry["total"] != total or path.stat().st_size != entry["bytes"]:
                 return False
-            return _sha256(path) == entry["sha256"]
+            return file_sha256(path) == entry["sha256"]
         except OSError:
             return False
 
@@ -116,7 +117,7 @@ class _Store:
                 save_file(shard._asdict(), temporary)
                 self.index["shards"][str(number)] = {
                     "total": total, "bytes": temporary.stat().st_size, "pairs": len(shard.rows),
-                    "sha256": _sha256(temporary),
+                    "sha256": file_sha256(temporary),
                 }
                 os.replace(temporary, path)
                 index = Path(scratch) / INDEX_NAME
@@ -157,8 +158,3 @@ def _spans(dataset: Dataset, model: QAdapterModel, shard_mb: int) -> Iterator[tu
         end = max(start + 1, int(np.searchsorted(sizes, before + limit, side="right")))
         yield start, end
         start = end
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
