@@ -15,15 +15,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from qadapter import storage
 from qadapter.compare.config import (
     BASE,
+    CONFIG_NAME,
     SPLITS,
+    TOUCHED_NAME,
     CompareConfig,
+    Method,
     Prompted,
     Reversed,
     Row,
@@ -38,7 +41,7 @@ from qadapter.evaluation.judges import pair_accuracy, preference_texts
 from qadapter.evaluation.report import write_json
 from qadapter.model import QAdapterModel
 
-CONFIG_NAME, TOUCHED_NAME, TRAINING_NAME = "config.json", "test_touched.jsonl", "training.json"
+TRAINING_NAME = "training.json"
 
 
 def run_comparison(
@@ -74,20 +77,21 @@ def run_comparison(
                 raise QAdapterError(f"only: no row of the {split} split is called {name!r}"
                                     + nearest(name, known))
         rows = [row for row in rows if row.name in only]
-    _require_ours(config, folder)
+    written = {**config.as_dict(), "files_sha256": fingerprint_files(config)}
+    _require_ours(written, folder)
     todo = [
         (row, seed) for row in rows for seed in row.seeds
         if not (run_folder(folder, row.name, seed) / f"{split}.json").is_file()
     ]
     base_file = folder / BASE / f"{split}.json"
     if not todo and base_file.is_file():
-        _claim(config, folder)
+        _claim(written, folder)
         say(f"everything is measured on the {split} split already")
         return folder
-    require_trl(config, [row.method for row, _ in todo])
+    require_trl(config, _to_train(config, folder, todo))
     bench = Workbench(config, folder, say)
     # Not before all is read: a name that was mistyped must not claim the folder.
-    _claim(config, folder)
+    _claim(written, folder)
     bench.learn_first()
     for kind, data in bench.kinds.items():
         say(f"{kind} preference: {data.summary}")
@@ -126,6 +130,23 @@ def run_folder(folder: Path, name: str, seed: int) -> Path:
     return folder / folder_name(name) / f"seed-{seed}"
 
 
+def _is_trained(where: Path) -> bool:
+    """Who keeps results under version control may leave the weights out: it trains again then."""
+    return (where / TRAINING_NAME).is_file() and (where / storage.WEIGHTS_NAME).is_file()
+
+
+def _to_train(
+    config: CompareConfig, folder: Path, todo: Iterable[tuple[Row, int]]
+) -> Iterator[Method]:
+    """The methods that runs still have to be trained by; a reversed head is another row's."""
+    for row, seed in todo:
+        name, method = row.name, row.method
+        if isinstance(method, Reversed):
+            name, method = method.of, config.methods[method.of]
+        if method.trained and not _is_trained(run_folder(folder, name, seed)):
+            yield method
+
+
 def _model(
     bench: Workbench, row: Row, seed: int, folder: Path, environment: dict[str, Any],
     say: Callable[[str], None],
@@ -138,10 +159,9 @@ def _model(
         of = next(r for r in bench.config.rows() if r.name == row.method.of)
         return reversed_head(_model(bench, of, seed, folder, environment, say))
     where = run_folder(folder, row.name, seed)
-    known = (where / TRAINING_NAME).is_file()
-    if known and (where / storage.WEIGHTS_NAME).is_file():
+    if _is_trained(where):
         return bench.load(row.method, where)
-    # Who keeps results under version control may leave the weights out.
+    known = (where / TRAINING_NAME).is_file()
     say("its weights are not here: training again" if known else "training")
     trained = train(bench, row.method, seed, lambda model: probe(bench, model))
     trained.model.save_pretrained(where)
@@ -175,24 +195,22 @@ def _judges(bench: Workbench, split: str) -> dict[str, Any]:
     }
 
 
-def _require_ours(config: CompareConfig, folder: Path) -> dict[str, Any]:
+def _require_ours(written: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What config.json is to hold, if the folder is free or this comparison's."""
-    written = {**config.as_dict(), "files_sha256": fingerprint_files(config)}
     if (folder / CONFIG_NAME).is_file():
         before = require_same(written, folder)
         # What was run once stays known: a method that comes back must be what it was.
-        for key in ("methods", "sweeps"):
-            written[key] = before[key] | written[key]
-    elif folder.is_dir() and any(folder.iterdir()):
+        return written | {key: before[key] | written[key] for key in ("methods", "sweeps")}
+    if folder.is_dir() and any(folder.iterdir()):
         raise QAdapterError(f"{folder} is not empty and holds no comparison: choose another folder")
     return written
 
 
-def _claim(config: CompareConfig, folder: Path) -> None:
-    """Take the folder for this comparison."""
-    path, written = folder / CONFIG_NAME, _require_ours(config, folder)
+def _claim(written: dict[str, Any], folder: Path) -> None:
+    """Take the folder for this comparison. Looked at again: another process may have added rows."""
+    found = _require_ours(written, folder)
     try:
-        write_json(path, written)
+        write_json(folder / CONFIG_NAME, found)
     except OSError as error:
         raise QAdapterError(f"{folder} can't be written: {error}") from error
 

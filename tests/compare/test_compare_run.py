@@ -272,6 +272,26 @@ def test_without_trl_nothing_is_run_that_needs_it(tmp_path, monkeypatch):
     require_trl(config, [config.methods["q"], config.methods["dpo"]])
 
 
+def test_without_trl_a_reversed_head_that_it_must_train_is_refused(tmp_path, monkeypatch):
+    folder = write_place(tmp_path)
+    monkeypatch.setitem(sys.modules, "trl", None)
+    methods = {"sft": {"method": "sft"}, "back": {"method": "reversed", "of": "sft"}}
+    config = read_config(write_config(folder, methods=methods, sweeps={}, reference=None))
+    with pytest.raises(QAdapterError, match="sft trains with TRL"):
+        run_comparison(config, folder / "out", only=["back"])
+
+
+def test_without_trl_what_it_trained_can_be_measured(place, tmp_path, monkeypatch):
+    folder, _ = place
+    shutil.copytree(folder / "out", tmp_path / "out")
+    file = run_folder(tmp_path / "out", "sft", 0) / "validation.json"
+    before = json.loads(file.read_text())
+    file.unlink()
+    monkeypatch.setitem(sys.modules, "trl", None)
+    run_comparison(read_config(folder / "compare.yaml"), tmp_path / "out", only=["sft"])
+    assert json.loads(file.read_text())["preferences"] == before["preferences"]
+
+
 @pytest.mark.parametrize(("file", "text"), [
     ("q/seed-0/validation.json", '{"name": '), ("q/seed-0/training.json", "[]"),
     ("base/validation.json", "{}"), ("test_touched.jsonl", '{"name": "q", "seed": 0}\n{"na'),
