@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, Cache, LlamaConfig, PreTrainedMod
 
 from qadapter import AdapterConfig, ObjectiveConfig, QAdapterModel
 from qadapter.base import load_base
+from qadapter.caches import CACHE
 from qadapter.exporting.trunk import merged_trunk
 
 STRENGTH = 0.5
@@ -94,8 +95,8 @@ def generating(
 
     def run(cache: Cache) -> Tensor:
         return model.generate(
-            prompt_BT, attention_mask=mask, past_key_values=cache, max_new_tokens=new_tokens,
-            do_sample=False, **options,
+            prompt_BT, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False,
+            **{CACHE: cache}, **options,
         )
 
     return Case(run, lambda: prefilled(model, prompt_BT, **options))
@@ -105,7 +106,7 @@ def generating(
 def prefilled(model: PreTrainedModel, prompt_BT: Tensor, **options: float) -> Cache:
     return model(
         input_ids=prompt_BT[:, :-1], use_cache=True, logits_to_keep=1, **options
-    ).past_key_values
+    )[CACHE]
 
 
 def two_passes(
@@ -119,7 +120,7 @@ def two_passes(
         ids, tokens = prompt_BT[:, -1:], [prompt_BT]
         for _ in range(new_tokens):
             adapted_BV, base_BV = (
-                model(input_ids=ids, past_key_values=cache, use_cache=True)
+                model(input_ids=ids, use_cache=True, **{CACHE: cache})
                 .logits[:, -1].float().log_softmax(-1)
                 for model, cache in zip(models, caches, strict=True)
             )

@@ -8,6 +8,7 @@ meet in one product with the head (design §2, fact 5).
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from qadapter.adapters import HeadAdapter
+from qadapter.caches import CACHE, is_paged, take_cache
 from qadapter.errors import QAdapterError
 from qadapter.head import trunk
 from qadapter.policy import BASE
@@ -106,39 +108,40 @@ class StreamedGeneration(GenerationMixin):
         # A weight for each row is not looked at: that would wait for the GPU at every step.
         return tuple(s for s, w in weights.items() if isinstance(w, Tensor) or w != 0) or (BASE,)
 
-    def _run(self, streams: tuple[int, ...], **inputs: Any) -> BaseModelOutputWithPast:
+    def _run(
+        self, streams: tuple[int, ...], *, cache: Any = None, **inputs: Any
+    ) -> BaseModelOutputWithPast:
         """The trunk, for S streams with S·B rows."""
         body = trunk(self.base)
         shaped = inputs["input_ids"]
         if shaped is None:
             shaped = inputs["inputs_embeds"]
         rows, tokens = shaped.shape[:2]
-        if streams == (BASE,):
-            off = self.adapter.off() if self.adapts_trunk else contextlib.nullcontext()
-            self._check_cache(streams, inputs.get("past_key_values"))
-            with torch.no_grad(), off:
-                return body(**inputs)
-        if len(streams) == 1:
-            self._check_cache(streams, inputs.get("past_key_values"))
-            with self.adapter.on(streams, rows, tokens):
-                return body(**inputs)
-        if "cache" in inputs:  # continuous batching's, of requests packed into one row
-            return self._run_paged(streams, **inputs)
+        if len(streams) > 1 and is_paged(cache):
+            return self._run_paged(streams, cache, **inputs)
         count = len(streams)
-        cache, use_cache = inputs.pop("past_key_values", None), inputs["use_cache"]
-        if use_cache is None:
-            use_cache = self.config.get_text_config().use_cache
-        if cache is None and use_cache:
+        if count > 1 and cache is None and self._uses_cache(inputs["use_cache"]):
             cache = StreamCache(DynamicCache(config=self.base.config), count)
         self._check_cache(streams, cache)
-        if cache is not None:
+        if isinstance(cache, StreamCache):
             cache.rows = rows
+        # Attention looks for a paged cache by that name, whatever the trunk calls its own.
+        name = "cache" if is_paged(cache) else self._trunk_cache
+        if streams == (BASE,):
+            off = self.adapter.off() if self.adapts_trunk else contextlib.nullcontext()
+            with torch.no_grad(), off:
+                return body(**{name: cache}, **inputs)
         with self.adapter.on(streams, count * rows, tokens):
-            outputs = body(past_key_values=cache, **repeated(inputs, rows, count))
+            if count == 1:
+                return body(**{name: cache}, **inputs)
+            outputs = body(**{name: cache}, **repeated(inputs, rows, count))
         for name in ("hidden_states", "attentions"):
             if outputs.get(name) is not None:  # the customised model's: its adapted stream
                 outputs[name] = tuple(x[:rows] for x in outputs[name])
         return outputs
+
+    def _uses_cache(self, asked: bool | None) -> bool:
+        return self.config.get_text_config().use_cache if asked is None else asked
 
     def _run_paged(
         self, streams: tuple[int, ...], cache: PagedAttentionCache, **inputs: Any
@@ -168,12 +171,20 @@ class StreamedGeneration(GenerationMixin):
                 f"this policy runs the {_named(streams)} stream alone: a StreamCache can't serve it"
             )
 
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; a cache may be given by any of the names its versions have."""
+        cache = take_cache(kwargs)
+        if cache is not None:
+            kwargs[CACHE] = cache
+        return super().generate(*args, **kwargs)
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any,
         batch_size: int, max_cache_length: int,
     ) -> None:
         streams = self._streams(model_kwargs.get("strength"))
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE)
         if given is not None and self.adapts_trunk:
             filled = _FILLED.setdefault(given, streams)
             if filled != streams and given.get_seq_length():
@@ -186,9 +197,9 @@ class StreamedGeneration(GenerationMixin):
             generation_config, model_kwargs, generation_mode,
             len(streams) * batch_size, max_cache_length,
         )
-        made = model_kwargs.get("past_key_values")
+        made = model_kwargs.get(CACHE)
         if len(streams) > 1 and given is None and made is not None:
-            model_kwargs["past_key_values"] = StreamCache(made, len(streams))
+            model_kwargs[CACHE] = StreamCache(made, len(streams))
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers. A policy of several streams has to stay as it is until the manager

@@ -25,9 +25,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from qadapter import storage
 from qadapter.adapters import AdapterConfig, HeadAdapter
 from qadapter.base import LoadedBase, as_loaded
+from qadapter.caches import CACHE, name_of_cache, take_cache
 from qadapter.decoding import StreamedGeneration
 from qadapter.errors import QAdapterError
-from qadapter.head import LanguageModelHead
+from qadapter.head import LanguageModelHead, trunk
 from qadapter.objective import ObjectiveConfig, find_actions, sequence_loss
 from qadapter.policy import BASE, Policy
 from qadapter.trunk_memo import TrunkMemo
@@ -74,6 +75,7 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         self.policy = Policy(objective)
         self.trunk_memo: TrunkMemo | None = None
         self.head = LanguageModelHead.of(base)
+        self._trunk_cache = name_of_cache(trunk(base))
         self.generation_config = copy.deepcopy(base.generation_config)
         self.all_tied_weights_keys = {}
         self.supports_gradient_checkpointing = self.adapts_trunk
@@ -240,16 +242,18 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         """Logits of the customised policy, [B, T, V], in the base's dtype.
 
         Args:
+            past_key_values: also by the name ``cache``, as transformers calls it from 5.24 on; what
+                is returned has the installed version's name.
             labels: [B, T]; next-token cross-entropy under the policy is returned as ``loss``.
             logits_to_keep: last positions to compute logits for, as in transformers.
             strength: dial of this call: a number, or a tensor [B], one for each row.
             The others: as in the base's forward.
         """
         streams = self._streams(strength)
+        kwargs["past_key_values"] = past_key_values
         outputs = self._run(
-            streams, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
-            **kwargs,
+            streams, cache=take_cache(kwargs), input_ids=input_ids, attention_mask=attention_mask,
+            position_ids=position_ids, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         # On a CPU a product with a slice of a batch would copy the head's weight for every row.
@@ -265,8 +269,8 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
                 logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
             )
         result = CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values,
-            hidden_states=outputs.get("hidden_states"), attentions=outputs.get("attentions"),
+            loss=loss, logits=logits, hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"), **{CACHE: outputs.get(self._trunk_cache)},
         )
         return result.to_tuple() if return_dict is False else result
 
@@ -359,10 +363,10 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
 
     def base_hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The frozen base's last hidden states [B, T, D], after the final norm."""
-        trunk = functools.partial(self._trunk_hidden, BASE)
+        run = functools.partial(self._trunk_hidden, BASE)
         if self.trunk_memo is None:
-            return trunk(input_ids, attention_mask)
-        return self.trunk_memo(trunk, input_ids, attention_mask)
+            return run(input_ids, attention_mask)
+        return self.trunk_memo(run, input_ids, attention_mask)
 
     def adapter_hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The adapted stream's last hidden states [B, T, D]; gradients reach the adapter."""

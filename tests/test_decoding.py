@@ -23,6 +23,7 @@ from transformers import (
 
 from qadapter import ObjectiveConfig, QAdapterError, QAdapterModel
 from qadapter.batching import PagedStreams
+from qadapter.caches import CACHE
 from qadapter.decoding import StreamCache
 from qadapter.lora import LoraAdapter
 from qadapter.policy import BASE
@@ -136,7 +137,7 @@ def test_both_streams_are_those_of_the_model_alone():
     """Bitwise: an adapter gated off per row is no approximation."""
     model, naive = lora_pair(AUTHORS)
     ids = torch.tensor(ROWS[0] + ROWS[1])[None]
-    outputs = model._run((0, BASE), input_ids=ids, past_key_values=None, use_cache=False)
+    outputs = model._run((0, BASE), input_ids=ids, use_cache=False)
     h_a, h_b = outputs.last_hidden_state.chunk(2)
     torch.testing.assert_close(h_b, naive.base.model(ids).last_hidden_state, atol=1e-6, rtol=1e-5)
     expected = naive.adapted.base_model.model.model(ids).last_hidden_state
@@ -282,7 +283,7 @@ def test_forward_by_hand_keeps_both_streams(pair):
     model, naive = pair
     ids = torch.tensor(ROWS[0])[None].repeat(2, 1)
     first = model(ids[:, :4], strength=0.4, use_cache=True)
-    cache = first.past_key_values
+    cache = first[CACHE]
     assert isinstance(cache, StreamCache) and cache.rows == 2
     cache.reorder_cache(torch.tensor([1, 0]))
     cache.batch_select_indices(torch.tensor([0]))

@@ -71,7 +71,7 @@ def test_streams_are_those_of_the_quantized_model(folder, bits):
     peft.set_peft_model_state_dict(theirs, model.adapter.state_dict())
     adapter_hidden = theirs.base_model.model.model(IDS).last_hidden_state
     with torch.no_grad():
-        streams = model._run((0, -1), input_ids=IDS, past_key_values=None, use_cache=False)
+        streams = model._run((0, -1), input_ids=IDS, use_cache=False)
         alone = model.hidden_streams(IDS)
     for h_a, h_b in (streams.last_hidden_state.chunk(2), alone):
         torch.testing.assert_close(h_a, adapter_hidden, atol=1e-4, rtol=0)

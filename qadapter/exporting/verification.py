@@ -22,6 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from qadapter.caches import name_of_cache
 from qadapter.errors import QAdapterError
 from qadapter.head import trunk
 from qadapter.model import QAdapterModel
@@ -143,17 +144,17 @@ def check_states(
         QAdapterError: they differ by more than rounding.
     """
     body, device = trunk(base), base.get_input_embeddings().weight.device
-    rows = []
+    name, rows = name_of_cache(body), []
     for prompt, tokens in zip(prompts, decoded, strict=True):
         fed, cache, length = torch.tensor([prompt], device=device), None, 0
         for token in tokens.tolist():
             length += fed.shape[1]
             output = body(
-                input_ids=fed, past_key_values=cache, use_cache=True,
+                input_ids=fed, use_cache=True, **{name: cache},
                 attention_mask=torch.ones(1, length, dtype=torch.int64, device=device),
             )
             rows.append(output.last_hidden_state[0, -1])
-            cache, fed = output.past_key_values, torch.tensor([[token]], device=device)
+            cache, fed = output.get(name), torch.tensor([[token]], device=device)
     ours_KD = torch.stack(rows).to("cpu", torch.float64)
     differences_K = (states_KD.double() - ours_KD).norm(dim=-1) / ours_KD.norm(dim=-1)
     allowed = min(0.25, _STATES_MAY_DIFFER * torch.finfo(base.dtype).eps)
