@@ -54,8 +54,8 @@ from qadapter import AdapterConfig, ObjectiveConfig, QAdapterModel
 from qadapter.data.collation import PreferenceCollator
 from qadapter.head import trunk
 from qadapter.objective import find_actions, sequence_loss
+from qadapter.packing import Packing, hidden_states, packed_attention
 from qadapter.training.losses import batch_loss
-from qadapter.training.packing import Group, Packing, hidden_states, packed_attention
 from qadapter_kernels import linear_logsumexp
 
 MODELS = SHAPES | {
@@ -148,8 +148,11 @@ class Bench:
 
     def _pack(self) -> tuple[Packing, Tensor]:
         """The pairs in one row, and where in it each action's state is."""
-        groups = [Group(p["prompt_ids"], [p["chosen_ids"], p["rejected_ids"]]) for p in self.pairs]
-        packing = Packing.of(groups, torch.device(self.device))
+        texts = [
+            torch.cat([pair["prompt_ids"], pair[f"{side}_ids"]])
+            for pair in self.pairs for side in ("chosen", "rejected")
+        ]
+        packing = Packing.of(texts, torch.device(self.device))
         states = [
             line[len(pair["prompt_ids"]) - 1 : -1]
             for side in range(2)

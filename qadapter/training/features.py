@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from qadapter.errors import QAdapterError
 from qadapter.model import QAdapterModel
-from qadapter.training.packing import Group, Packing, hidden_states, packed_attention
+from qadapter.packing import Packing, hidden_states, packed_attention
 from qadapter_kernels import linear_logsumexp
 
 _SIDES = ("chosen", "rejected")
@@ -210,8 +210,8 @@ def compute_shard(
     states = torch.from_numpy(np.concatenate([sequence.states for sequence in sequences]))
     longest = max(len(sequence.ids) for sequence in sequences)
     with packed_attention(model.base, longest) as packed:
-        for groups, members in _batches(sequences, batch_tokens, share_prompts=packed):
-            packing = Packing.of(groups, head.weight.device)
+        for texts, members in _batches(sequences, batch_tokens):
+            packing = Packing.of(texts, head.weight.device)
             rows_N = torch.cat(
                 [
                     line[sequences[number].states]
@@ -256,36 +256,35 @@ def _sequences(dataset: Dataset, mask_alignment: str, pad_token_id: int) -> list
 
 
 def _batches(
-    sequences: Sequence[_Sequence], batch_tokens: int, share_prompts: bool
-) -> Iterator[tuple[list[Group], list[list[int]]]]:
-    """Groups of sequences, longest first, and for each of a batch's lines the sequences it is.
-
-    Several pairs of one prompt often share an answer: each distinct sequence is one line.
+    sequences: Sequence[_Sequence], batch_tokens: int
+) -> Iterator[tuple[list[Tensor], list[list[int]]]]:
+    """Batches of distinct texts, and for each text the sequences that it is (several pairs of one
+    prompt often share an answer). Longest first; answers to one prompt stay together.
     """
     uses: dict[bytes, dict[bytes, list[int]]] = {}
     for number, sequence in enumerate(sequences):
-        split = sequence.prompt_length if share_prompts else len(sequence.ids)
-        endings = uses.setdefault(sequence.ids[:split].tobytes(), {})
-        endings.setdefault(sequence.ids[split:].tobytes(), []).append(number)
-    members = [list(endings.values()) for endings in uses.values()]
-    groups = []
-    for lines in members:
-        firsts = [sequences[numbers[0]] for numbers in lines]
-        split = firsts[0].prompt_length if share_prompts else len(firsts[0].ids)
-        prefix = torch.from_numpy(firsts[0].ids[:split]).long()
-        groups.append(Group(prefix, [torch.from_numpy(s.ids[split:]).long() for s in firsts]))
-    order = sorted(range(len(groups)), key=lambda i: groups[i].longest, reverse=True)
-    start = 0
-    while start < len(order):
-        length, lines, end = groups[order[start]].longest, 0, start
-        while end < len(order):
-            lines += len(members[order[end]])
-            if end > start and lines * length > batch_tokens:
-                break
-            end += 1
-        batch = order[start:end]
-        yield [groups[i] for i in batch], [numbers for i in batch for numbers in members[i]]
-        start = end
+        prompt = sequence.ids[: sequence.prompt_length].tobytes()
+        uses.setdefault(prompt, {}).setdefault(sequence.ids.tobytes(), []).append(number)
+
+    def length(numbers: list[int]) -> int:
+        return len(sequences[numbers[0]].ids)
+
+    prompts = sorted(
+        (list(texts.values()) for texts in uses.values()),
+        key=lambda texts: max(map(length, texts)), reverse=True,
+    )
+    batch: list[list[int]] = []
+    for texts in prompts:
+        longest = max(map(length, [*batch, *texts]))
+        if batch and longest * (len(batch) + len(texts)) > batch_tokens:
+            yield _texts(sequences, batch), batch
+            batch = []
+        batch = batch + texts
+    yield _texts(sequences, batch), batch
+
+
+def _texts(sequences: Sequence[_Sequence], members: list[list[int]]) -> list[Tensor]:
+    return [torch.from_numpy(sequences[numbers[0]].ids).long() for numbers in members]
 
 
 def _logsumexp(model: QAdapterModel, hidden_ND: Tensor, tokens_N: Tensor) -> Tensor:

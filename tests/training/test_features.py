@@ -17,10 +17,10 @@ from training_tiny import build_model, build_pairs, build_tokenizer
 from qadapter import ObjectiveConfig, QAdapterError
 from qadapter.data import PreferenceCollator, tokenize_preferences
 from qadapter.objective import find_actions
+from qadapter.packing import Packing, packed_attention
 from qadapter.training import feature_store, features
 from qadapter.training.feature_store import load_or_compute
 from qadapter.training.features import FeatureCollator, compute_features
-from qadapter.training.packing import packed_attention
 
 LIMIT = 64
 
@@ -126,7 +126,10 @@ def test_shared_prompts_and_equal_answers_run_once(tokenized, attention):
         )
     )
     if attention == "sdpa":
-        assert passed[-1] == prompt + sum(answers)
+        texts = [p["prompt_ids"] + p[f"{side}_ids"] for p in (first, other)
+                 for side in ("chosen", "rejected")]
+        beginnings = {tuple(ids[:end]) for ids in texts for end in range(1, len(ids) + 1)}
+        assert passed[-1] == len(beginnings) <= prompt + sum(answers)
     else:
         distinct = 3 * prompt + sum(answers)
         assert distinct <= sum(passed) <= 3 * (prompt + max(answers))
@@ -137,6 +140,18 @@ def test_shared_prompts_and_equal_answers_run_once(tokenized, attention):
             ids = torch.tensor([pair["prompt_ids"] + pair[f"{side}_ids"]])
             hidden = model.base_hidden(ids)[0, prompt - 1 : -1]
             assert_close(cached[index].hidden[piece], hidden, rtol=1e-4, atol=1e-5)
+
+
+def test_what_prompts_begin_with_in_common_runs_once():
+    """At every depth: a system message, a prompt, the first words of its answers."""
+    texts = [torch.tensor(ids) for ids in ([1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 6, 7], [8], [1, 2])]
+    packing = Packing.of(texts, torch.device("cpu"))
+    assert len(packing.ids_N) == len("1234" "5" "67" "8")
+    for text, line in zip(texts, packing.lines, strict=True):
+        assert torch.equal(packing.ids_N[line], text)
+        assert torch.equal(packing.positions_N[line], torch.arange(len(text)))
+    blocks = [packing.ids_N[block] for block in packing.blocks]
+    assert torch.equal(packing.gather(blocks), packing.ids_N)
 
 
 def test_a_base_that_cannot_be_packed_is_padded(tokenized):

@@ -1,4 +1,5 @@
-"""The trunk over many sequences at once: no padding, and a shared prompt runs once.
+"""The trunk over many sequences at once: no padding, and what sequences begin with in common runs
+once: a prompt for all its answers, a system message for all prompts.
 
 Everything in a transformer but attention works on one token at a time, so the tokens of a batch
 are laid out in one row and attention alone sees sequences again. It runs where the base uses
@@ -28,24 +29,14 @@ _LIKE_LENGTH = 0.8
 _LIMITS = ("sliding_window", "attention_chunk_size")
 
 
-class Group(NamedTuple):
-    """Sequences that begin alike; token ids, int64."""
-
-    prefix: Tensor
-    endings: list[Tensor]
-
-    @property
-    def longest(self) -> int:
-        return len(self.prefix) + max(map(len, self.endings))
-
-
 class Packing(NamedTuple):
-    """Where the tokens of S sequences lie in one row of N."""
+    """Where the tokens of S sequences lie in one row of N. Sequences that begin alike share those
+    tokens."""
 
     ids_N: Tensor
     positions_N: Tensor
     lines: list[Tensor]
-    """Packed index of each sequence's tokens, S of [T]."""
+    """Packed index of each sequence's tokens, S of [T], in the order the sequences were given."""
     blocks: list[Tensor]
     """The same for sequences of like length, [S, T] each; what stands behind a sequence's end does
     not matter (attention is causal)."""
@@ -53,18 +44,21 @@ class Packing(NamedTuple):
     """For each packed token, one index into the blocks, flattened and joined, that holds it."""
 
     @classmethod
-    def of(cls, groups: Sequence[Group], device: torch.device) -> Packing:
-        pieces, positions, lines, start = [], [], [], 0
-        for prefix, endings in groups:
-            head = torch.arange(start, start + len(prefix))
-            start += len(prefix)
-            pieces.append(prefix)
-            positions.append(torch.arange(len(prefix)))
-            for ending in endings:
-                pieces.append(ending)
-                positions.append(torch.arange(len(prefix), len(prefix) + len(ending)))
-                lines.append(torch.cat([head, torch.arange(start, start + len(ending))]))
-                start += len(ending)
+    def of(cls, sequences: Sequence[Tensor], device: torch.device) -> Packing:
+        """Lay out sequences of token ids, int64 [T] each, T ≥ 1."""
+        # In the order of a dictionary a sequence shares most with the one before it.
+        order = sorted(range(len(sequences)), key=lambda i: sequences[i].tolist())
+        lines: list[Tensor] = [torch.empty(0)] * len(sequences)
+        pieces, positions, start = [], [], 0
+        ids, line = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+        for number in order:
+            before, ids = ids, sequences[number]
+            shared = _common(before, ids)
+            line = torch.cat([line[:shared], torch.arange(start, start + len(ids) - shared)])
+            start += len(ids) - shared
+            lines[number] = line
+            pieces.append(ids[shared:])
+            positions.append(torch.arange(shared, len(ids)))
         blocks, places, place = [], torch.empty(start, dtype=torch.int64), 0
         for alike in _by_length(lines):
             blocks.append(nn.utils.rnn.pad_sequence(alike, batch_first=True).to(device))
@@ -79,6 +73,12 @@ class Packing(NamedTuple):
     def gather(self, outputs: list[Tensor]) -> Tensor:
         """[N, ...] from one [S, T, ...] a block."""
         return torch.cat([x.flatten(0, 1) for x in outputs])[self.places_N]
+
+
+def _common(one: Tensor, other: Tensor) -> int:
+    """How many tokens two sequences begin with in common."""
+    length = min(len(one), len(other))
+    return int((one[:length] == other[:length]).cumprod(0).sum())
 
 
 def _by_length(lines: list[Tensor]) -> Iterator[list[Tensor]]:
@@ -143,7 +143,8 @@ def _probe(base: PreTrainedModel) -> bool:
     ids = torch.arange(_PROBE_TOKENS) * 7 % (base.config.vocab_size - 1) + 1
     prefix, middle, ending = ids.tensor_split([16, 40])
     device = base.get_input_embeddings().weight.device
-    packing = Packing.of([Group(prefix, [middle, ending]), Group(ending, [middle])], device)
+    texts = ([prefix, middle], [prefix, ending], [ending, middle])
+    packing = Packing.of([torch.cat(text) for text in texts], device)
     try:
         ours = hidden_states(base, packing, packed=True).float()
     except TypeError:  # the model does not hand its keyword arguments on
