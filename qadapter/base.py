@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 import os
 import shutil
 import subprocess
@@ -21,10 +22,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from qadapter.base_dtype import choose_dtype, dtype_name, on_cpu
 from qadapter.errors import QAdapterError
 from qadapter.hashing import file_sha256
 
@@ -101,10 +104,13 @@ def load_base(
     """Load a causal LM as a frozen base.
 
     Args:
-        dtype: "auto" takes the checkpoint's, but bfloat16 for float16 weights without a GPU
-            (float16 products are some ten times slower on a CPU).
+        dtype: "checkpoint" takes the checkpoint's own. "auto" does so on a GPU; on a CPU it takes,
+            for weights of 16 bits, what that CPU multiplies faster, bfloat16 or float32
+            (``qadapter.base_dtype``).
         kwargs: passed on to ``AutoModelForCausalLM.from_pretrained`` (device_map,
             quantization_config, attn_implementation, …).
+        say: called with a line about anything slow, and about the data type where "auto" chose it;
+            default: a choice other than the checkpoint's own type is logged as a warning.
 
     Raises:
         QAdapterError: not found, not a causal LM, or unreadable; the message names it.
@@ -117,9 +123,10 @@ def load_base(
             raise QAdapterError(
                 f"{name_or_path} is an encoder-decoder model: a causal language model is needed"
             )
-        stored = getattr(config, "dtype", None)
-        if dtype == "auto" and stored == torch.float16 and not torch.cuda.is_available():
-            dtype = torch.bfloat16
+        if dtype == "auto":
+            dtype = auto_dtype(config, say, **kwargs)
+        elif dtype == "checkpoint":
+            dtype = "auto"  # as transformers calls it
         model = AutoModelForCausalLM.from_pretrained(
             found.location, dtype=dtype, **common, **kwargs
         )
@@ -129,6 +136,28 @@ def load_base(
         raise QAdapterError(_load_failure(str(name_or_path), error)) from error
     model.requires_grad_(False).eval()
     return LoadedBase(model, found.name, found.location, found.reason)
+
+
+def auto_dtype(
+    config: PretrainedConfig, say: Callable[[str], None] | None, *, device_map: Any = None,
+    quantization_config: Any = None, **kwargs: Any,
+) -> str | torch.dtype:
+    """What ``dtype="auto"`` means for a checkpoint: for transformers' ``from_pretrained``.
+
+    Args:
+        say: as ``load_base``'s; the others: what the checkpoint will be loaded with.
+    """
+    if quantization_config or getattr(config, "quantization_config", None):
+        return "auto"  # the checkpoint's
+    if not on_cpu(device_map):
+        return "auto"
+    choice = choose_dtype(config)
+    line = f"base in {dtype_name(choice.dtype)}: {choice.reason}"
+    if say is not None:
+        say(line)
+    elif choice.dtype != config.dtype:
+        logging.getLogger(__name__).warning(line)
+    return choice.dtype
 
 
 def as_loaded(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_models import save_tiny
 
-from qadapter import QAdapterError, base
+from qadapter import QAdapterError, base, base_dtype
 
 
 @pytest.fixture
@@ -144,10 +144,74 @@ def test_a_base_is_loaded_frozen(tmp_path):
     assert base.load_tokenizer(tmp_path / "model").pad_token is not None
 
 
-def test_float16_weights_run_in_bfloat16_without_a_gpu(tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("a GPU computes in float16")
+# --- the data type -------------------------------------------------------------------------------
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+@pytest.fixture
+def without_a_gpu(monkeypatch):
+    monkeypatch.setattr(base_dtype.torch.accelerator, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize(
+    ("stored", "rates", "chosen"),
+    [
+        (BF16, {FP32: 100e9, BF16: 18e9}, FP32),  # AVX2 alone
+        (BF16, {FP32: 127e9, BF16: 450e9}, BF16),  # bfloat16 instructions
+        (BF16, {FP32: 110e9, BF16: 100e9}, BF16),  # nearly equal: no change of place
+        (FP16, {FP32: 100e9, BF16: 18e9}, FP32),
+        (FP16, {FP32: 127e9, BF16: 450e9}, BF16),
+        (FP32, {FP32: 127e9, BF16: 450e9}, FP32),  # never rounded unless asked
+    ],
+)
+def test_auto_is_what_this_cpu_multiplies_fastest(
+    tmp_path, monkeypatch, without_a_gpu, stored, rates, chosen
+):
     folder = save_tiny(tmp_path / "model")
-    base.load_base(folder).model.to(torch.float16).save_pretrained(folder)
-    assert base.load_base(folder).model.dtype == torch.bfloat16
-    assert base.load_base(folder, dtype="float32").model.dtype == torch.float32
+    base.load_base(folder, dtype="float32").model.to(stored).save_pretrained(folder)
+    monkeypatch.setattr(base_dtype, "rates_of_width", lambda width: rates)
+    said: list[str] = []
+    assert base.load_base(folder, say=said.append).model.dtype == chosen
+    (line,) = said
+    assert line.startswith(f"base in {str(chosen).removeprefix('torch.')}: ")
+    if stored != FP32:
+        assert all(f"{rate / 1e9:.0f}" in line for rate in rates.values())
+
+
+def test_a_data_type_that_was_asked_for_is_taken_unmeasured(tmp_path, monkeypatch):
+    folder = save_tiny(tmp_path / "model")
+    monkeypatch.setattr(base_dtype, "rates_of_width", lambda width: pytest.fail("measured"))
+    for name in ("float32", "bfloat16", "float16"):
+        assert base.load_base(folder, dtype=name).model.dtype == getattr(torch, name)
+    monkeypatch.setattr(base_dtype.torch.accelerator, "is_available", lambda: True)
+    assert base.load_base(folder).model.dtype == FP32  # a GPU's is the checkpoint's
+
+
+def test_a_choice_that_nobody_hears_is_logged(tmp_path, monkeypatch, without_a_gpu, caplog):
+    folder = save_tiny(tmp_path / "model")
+    base.load_base(folder, dtype="bfloat16").model.save_pretrained(folder)
+    monkeypatch.setattr(base_dtype, "rates_of_width", lambda width: {FP32: 9e9, BF16: 1e9})
+    base.load_base(folder)
+    assert "base in float32" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("device_map", "accelerator", "cpu"),
+    [
+        (None, False, True), (None, True, False), ("cpu", True, True), ("auto", True, False),
+        ("auto", False, True), ({"": "cpu"}, True, True), ({"": 0}, True, False),
+        ({"model": "cpu", "lm_head": "cuda:0"}, True, False), (torch.device("cpu"), True, True),
+    ],
+)
+def test_where_a_base_will_compute(monkeypatch, device_map, accelerator, cpu):
+    monkeypatch.setattr(base_dtype.torch.accelerator, "is_available", lambda: accelerator)
+    assert base_dtype.on_cpu(device_map) is cpu
+
+
+def test_rates_are_measured_once_and_leave_the_threads_alone():
+    threads = torch.get_num_threads()
+    rates = base_dtype.rates_of_width(64)
+    assert base_dtype.rates_of_width(64) is rates
+    assert set(rates) == {FP32, BF16} and all(0 < rate < 1e15 for rate in rates.values())
+    assert torch.get_num_threads() == threads

@@ -97,6 +97,7 @@ def test_train_writes_adapter_numbers_pictures_and_report(place, capsys):
     assert summary["num_prompts"] == 5
     # The chosen answers differ from the rejected in their words: a few steps tell them apart.
     assert summary["preference_accuracy"] > 0.9
+    assert summary["dtype"] == "float32"
     assert summary["steps"] == 12 and summary["objective"]["chi2_coef"] == 0.1
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert any("eval_rewards/accuracies" in entry for entry in steps)
@@ -205,6 +206,7 @@ def test_eval_of_an_adapter_agrees_with_its_training_run(place, tmp_path, capsys
     # The texts are the same, so are the numbers; float32 sums in other batches.
     assert result["kl_per_token"] == pytest.approx(trained["kl_per_token"], rel=1e-3)
     assert result["perplexity_base"] == pytest.approx(trained["perplexity_base"], rel=1e-4)
+    assert result["dtype"] == "float32"
     assert result["num_pairs"] == 40 and len(result["reliability_bins"]) == 10
     pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
     right = [p["chosen_reward"] > p["rejected_reward"] for p in pairs]

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 
 import peft
 import pytest
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import cli, save_tiny, tiny_base, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from qadapter import AdapterConfig, ObjectiveConfig, QAdapterError, QAdapterModel
+from qadapter import AdapterConfig, ObjectiveConfig, QAdapterError, QAdapterModel, base_dtype
 from qadapter.adapters import LinearHeadAdapter
 from qadapter.export import export
 from qadapter.exporting import stock, verification
@@ -448,6 +449,22 @@ def saved(tmp_path_factory):
     torch.nn.init.normal_(model.adapter.up.weight, std=0.2)
     model.save_pretrained(folder / "adapter")
     return folder
+
+
+def test_an_export_has_the_checkpoints_type_whatever_this_cpu_multiplies_faster(
+    saved, tmp_path, monkeypatch, capsys
+):
+    for name in ("model", "adapter"):
+        shutil.copytree(saved / name, tmp_path / name)
+    halved = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    halved.save_pretrained(tmp_path / "model")
+    rates = {torch.float32: 9e9, torch.bfloat16: 1e9}
+    monkeypatch.setattr(base_dtype, "rates_of_width", lambda width: rates)
+    shared = ("--base_model_name_or_path", tmp_path / "model", "--output_dir")
+    assert cli("export", tmp_path / "adapter", *shared, tmp_path / "out") == 0
+    assert "in bfloat16" in capsys.readouterr().out
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert found.dtype == torch.bfloat16
 
 
 def test_the_command_exports_and_checks_in_another_process(saved, tmp_path, capsys):

@@ -33,7 +33,8 @@ class ModelArguments:
     )
     model_revision: str | None = _field(None, "Branch, tag or commit of a hub model.")
     dtype: str = _field(
-        "auto", "Data type of the frozen base; auto takes the checkpoint's.",
+        "auto", "Data type of the frozen base. auto: the checkpoint's on a GPU; on a CPU what that "
+        "CPU multiplies faster, bfloat16 or float32.",
         choices=["auto", "float32", "bfloat16", "float16"],
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
+from qadapter.base_dtype import dtype_of
 from qadapter.commands import arguments as args
 from qadapter.commands.knowledge import Knowledge, check_knowledge, measure_knowledge
 from qadapter.commands.loading import load_model
@@ -98,16 +99,17 @@ def run(
         return
     with telling_full_disk(folder):
         remove_files(folder, EVALUATION_FILES)
-        _write(folder, model_args, data, measured, knowledge, report)
+        _write(folder, model_args, dtype_of(model), data, measured, knowledge, report)
     console.print(f"wrote {folder}", highlight=False)
 
 
 def _write(
-    folder: Path, model_args: args.AdapterArguments, data: args.EvalDataArguments,
+    folder: Path, model_args: args.AdapterArguments, dtype: str, data: args.EvalDataArguments,
     measured: Measurements | None, knowledge: Knowledge, report: PreparationReport | None,
 ) -> None:
     found: dict[str, Any] = {
         "model": model_args.model_name_or_path, "strength": model_args.strength,
+        "dtype": dtype,
     }
     if measured is not None and report is not None:
         found |= {"dataset": data.dataset_name, **measured.summary(), "data": report.as_dict()}

@@ -52,6 +52,7 @@ GROUPS = (
     )),
     Group(ExportArguments, "Export"),
 )
+HELPS = {"dtype": "Data type of what is written; auto takes the base's checkpoint's."}
 
 
 def app(show_hidden: bool = False) -> typer.Typer:
@@ -60,7 +61,7 @@ def app(show_hidden: bool = False) -> typer.Typer:
         "Write an adapter as a plain checkpoint or a PEFT adapter that other engines serve. Every "
         "export is reloaded by stock transformers or PEFT in a process of its own and must decode "
         "the same policy.",
-        GROUPS, run, show_hidden=show_hidden, argument="model_name_or_path",
+        GROUPS, run, helps=HELPS, show_hidden=show_hidden, argument="model_name_or_path",
     )
 
 
@@ -76,6 +77,8 @@ def run(model_args: args.AdapterArguments, options: ExportArguments, given: set[
         raise QAdapterError("approximate needs --texts_file: texts like those the model is for")
     texts = None if options.texts_file is None else read_texts(options.texts_file)
     quiet_libraries()
+    if model_args.dtype == "auto":
+        model_args.dtype = "checkpoint"  # what is written is for other machines
     model, tokenizer = load_model(model_args, console)
     if not isinstance(model, QAdapterModel):
         raise QAdapterError(f"{model_args.model_name_or_path} is a plain model already")

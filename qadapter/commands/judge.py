@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from qadapter.base_dtype import dtype_of
 from qadapter.commands import arguments as args
 from qadapter.commands.contest import (
     ANSWERS,
@@ -112,7 +113,8 @@ def run(
         for line in (facts := _facts(judges, contest, accuracies, judging)):
             console.print(line, highlight=False, markup=False)
         if folder is not None:
-            _write(folder, settings | asdict(judging), verdicts, accuracies, judges, contest, facts)
+            told = settings | asdict(judging) | {"dtype": dtype_of(model)}  # not "auto"
+            _write(folder, told, verdicts, accuracies, judges, contest, facts)
             console.print(f"wrote {folder}", highlight=False)
 
 

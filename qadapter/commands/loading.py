@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,11 @@ def say_base(name: str, console: Console) -> str:
     return found.name
 
 
+def saying(console: Console) -> Callable[[str], None]:
+    """Prints the lines that loading has to tell."""
+    return functools.partial(console.print, highlight=False, markup=False)
+
+
 def load_model(
     arguments: AdapterArguments, console: Console
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -32,7 +39,7 @@ def load_model(
     """
     options: dict[str, Any] = {
         "dtype": arguments.dtype, "revision": arguments.model_revision,
-        "trust_remote_code": arguments.trust_remote_code,
+        "trust_remote_code": arguments.trust_remote_code, "say": saying(console),
     }
     name = arguments.model_name_or_path
     if not _is_adapter(name):

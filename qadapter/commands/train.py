@@ -15,8 +15,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from qadapter import storage
 from qadapter.base import load_tokenizer
+from qadapter.base_dtype import dtype_of
 from qadapter.commands import arguments as args
-from qadapter.commands.loading import say_base
+from qadapter.commands.loading import say_base, saying
 from qadapter.commands.measuring import Measurements, check_texts, measure, read_measures
 from qadapter.commands.options import Group, command
 from qadapter.console.environment import devices, peak_rss_bytes, quiet_libraries, versions
@@ -141,7 +142,7 @@ def run(
     check_texts("retention_dataset_name", named, retention_texts, tokenizer)
     loading = {
         "dtype": model_args.dtype, "revision": model_args.model_revision,
-        "trust_remote_code": config.trust_remote_code,
+        "trust_remote_code": config.trust_remote_code, "say": saying(console),
     }
     set_seed(config.seed)  # the adapter's start is random too
     model = QAdapterModel.from_base(
@@ -243,7 +244,7 @@ def _write(
     history, model = trainer.state.log_history, trainer.model
     write_metrics_jsonl(folder / "metrics.jsonl", history)
     setup = {
-        "base": model.base_identity.name,
+        "base": model.base_identity.name, "dtype": dtype_of(model),
         "adapter": storage.describe(model.adapter_config),
         "objective": dataclasses.asdict(model.objective),
     }

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from qadapter import storage
+from qadapter.base_dtype import dtype_of
 from qadapter.compare.config import (
     BASE,
     CONFIG_NAME,
@@ -102,7 +103,7 @@ def run_comparison(
     for row, _ in todo:
         if isinstance(row.method, Prompted):
             bench.check_prompted(row.method)
-    environment = environment or {}
+    environment = {**(environment or {}), "dtype": dtype_of(bench.loaded.model)}
     if not base_file.is_file():
         say("measuring the base")
         found = evaluate(bench, bench.fresh, split, [0.0], config.evaluation.seed)

@@ -18,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from qadapter.adapters import AdapterConfig
 from qadapter.base import load_base, load_tokenizer
+from qadapter.base_dtype import dtype_of
 from qadapter.console.environment import devices, peak_rss_bytes, quiet_libraries, versions
 from qadapter.console.folders import RUN_FILES, check_output_dir, remove_files, telling_full_disk
 from qadapter.console.progress import TrainingProgress, progress_bar
@@ -183,7 +184,7 @@ def run_demo(
         console.print(_side_by_side(prompt, before, after))
 
     summary = {
-        "run": "demo", "fast": fast, "base": loaded.name,
+        "run": "demo", "fast": fast, "base": loaded.name, "dtype": dtype_of(model),
         "adapter": dataclasses.asdict(ADAPTER), "objective": dataclasses.asdict(OBJECTIVE),
         "retention_coef": arguments.retention_coef,
         "train_pairs": len(train), "test_pairs": len(test),

@@ -8,8 +8,14 @@ import numpy as np
 import torch
 from jinja2 import TemplateError
 from safetensors import SafetensorError
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BatchEncoding
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BatchEncoding,
+)
 
+from qadapter.base import auto_dtype
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.answers import Prompt
 from qadapter.evaluation.judges.interface import Progress, RewardJudge, check_lengths
@@ -40,7 +46,11 @@ class SequenceClassificationJudge(RewardJudge):
         device: str | None = None,
     ):
         options = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
+            if dtype == "auto":
+                config = AutoConfig.from_pretrained(model_name_or_path, **options)
+                dtype = auto_dtype(config, None, device_map=device)
             self.tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **options)
             model, loading = AutoModelForSequenceClassification.from_pretrained(
                 model_name_or_path, dtype=dtype, output_loading_info=True, **options
@@ -60,7 +70,6 @@ class SequenceClassificationJudge(RewardJudge):
             raise QAdapterError(
                 f"{model_name_or_path} has {model.config.num_labels} labels; a reward model has one"
             )
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model = model.to(device).eval()
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
