@@ -12,7 +12,9 @@ class QAdapterError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(str(message).split()))
+        text = " ".join(str(message).split())
+        # Names of files and columns may hold what no terminal can print: half a character.
+        super().__init__(text.encode("utf-8", "backslashreplace").decode())
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -28,6 +28,7 @@ from qadapter.adapters import AdapterConfig, HeadAdapter
 from qadapter.base import LoadedBase
 from qadapter.errors import QAdapterError
 from qadapter.objective import ObjectiveConfig
+from qadapter.textfiles import read_text
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -201,7 +202,7 @@ def read(adapter_dir: str | Path, objective: ObjectiveConfig | None = None) -> S
         return SavedAdapter(adapter, objective, None, adapter.base_model_name_or_path, {})
     path = _locate(adapter_dir, CONFIG_NAME)
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
+        description = json.loads(read_text(path))
         version = description["format_version"]
         if version != FORMAT_VERSION:
             raise QAdapterError(f"{path}: format version {version}, this is {FORMAT_VERSION}")

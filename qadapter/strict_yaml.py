@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from qadapter.errors import QAdapterError
+from qadapter.textfiles import read_text
 
 
 class _Loader(yaml.SafeLoader):
@@ -33,9 +34,7 @@ def read(path: str | Path) -> Any:
             line.
     """
     try:
-        return yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise QAdapterError(f"{path} can't be read: {error}") from error
+        return yaml.load(read_text(path), _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)

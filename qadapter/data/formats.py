@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qadapter.data.report import BadRow
-from qadapter.data.sources import Row
+from qadapter.data.rows import Row
 from qadapter.errors import QAdapterError
+from qadapter.textfiles import is_unicode
 
 Kind = Literal["text", "messages", "tokenized"]
 Message = dict[str, Any]
@@ -74,8 +75,9 @@ def detect_format(
     elif seen.issuperset(("query", "responses")):
         return _detect_responses(rows, name, domain, rejected_domains)
     else:
+        there = ", ".join(map(str, columns)) or "(none)"
         raise QAdapterError(
-            f"{name} has the columns {', '.join(columns) or '(none)'}; a preference dataset needs "
+            f"{name} has the columns {there}; a preference dataset needs "
             f"{NEEDED} (columns={{'chosen': 'name in the file'}} maps other names)"
         )
     if domain is not None:
@@ -137,7 +139,10 @@ def pairs_of_row(row: Row, form: Format) -> Iterator[dict[str, Any] | BadRow]:
 
 def _guard(convert: Any, row: Row, *args: Any) -> dict[str, Any] | BadRow:
     try:
-        return convert(row, *args) | _extras(row)
+        pair = convert(row, *args) | _extras(row)
+        for key, value in pair.items():
+            _check_unicode(value, key)
+        return pair
     except BadRow as bad:
         return bad
 
@@ -152,16 +157,21 @@ def _text(row: Row, key: str) -> str:
     value = _value(row, key)
     if not isinstance(value, str):
         raise BadRow("wrong_type", f"{key} is a {type(value).__name__}")
-    return _unicode(value, key)
+    return value
 
 
-def _unicode(text: str, key: str) -> str:
-    """`text`, if it can be written as UTF-8: JSON may hold half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise BadRow("wrong_type", f"{key} is not valid Unicode") from error
-    return text
+def _check_unicode(value: Any, key: str) -> None:
+    """No text within `value`, which is JSON or token ids, may hold half of a surrogate pair."""
+    if isinstance(value, str):
+        if not is_unicode(value):
+            raise BadRow("wrong_type", f"{key} is not valid Unicode (half of a surrogate pair)")
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            _check_unicode(name, key)
+            _check_unicode(item, key)
+    elif isinstance(value, list) and not key.endswith("_ids"):
+        for item in value:
+            _check_unicode(item, key)
 
 
 def _answer(text: str, key: str) -> str:
@@ -275,7 +285,6 @@ def _messages(value: Any, key: str) -> list[Message]:
         content = message.get("content")
         if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
             raise BadRow("bad_messages", f"{key}[{index}] has no text as content")
-        _unicode(content or "", f"{key}[{index}]")
     return value
 
 

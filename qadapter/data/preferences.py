@@ -1,13 +1,12 @@
 """Preference datasets in one canonical layout, whatever they came as."""
 
-import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, Json, List, Value, concatenate_datasets
+from datasets import Dataset, Features, Json, List, Value, concatenate_datasets
 
 from qadapter.data.formats import (
     COLUMNS,
@@ -19,11 +18,14 @@ from qadapter.data.formats import (
     pairs_of_row,
 )
 from qadapter.data.report import BadRow
-from qadapter.data.sources import ArrowRows, Row, read_rows
-from qadapter.errors import QAdapterError
+from qadapter.data.rows import Row, Rows, rows_of
+from qadapter.data.sources import read_rows
+from qadapter.errors import QAdapterError, nearest
 
 # Rows turned into Arrow at a time, so that only a chunk is held as Python objects.
 _CHUNK = 10_000
+# What is read of a source; "row" and "prompt_id" are there in data that was tokenized by us.
+_KNOWN = (*COLUMNS, *EXTRA_COLUMNS, "row", "prompt_id")
 _PLAIN_MESSAGE = {"role": Value("string"), "content": Value("string")}
 
 
@@ -75,39 +77,39 @@ def load_preferences(
 
 
 def as_preferences(
-    dataset: Dataset | Iterable[Row],
+    dataset: Any,
     *,
     columns: Mapping[str, str] | None = None,
     domain: str | None = None,
     rejected_domains: Sequence[str] | None = None,
 ) -> Dataset:
-    """`load_preferences` for data already in memory: a `datasets.Dataset` or a list of dicts.
+    """`load_preferences` for data already in memory: a `datasets.Dataset` or `IterableDataset`, a
+    list or generator of dicts, a dict of columns, a pandas or polars frame, an Arrow table, or a
+    Torch data set of dicts.
 
     A dataset that is in the canonical layout is returned as it is.
     """
-    if isinstance(dataset, DatasetDict):
-        raise QAdapterError(f"the dataset has the splits {', '.join(dataset)}; choose one of them")
-    if isinstance(dataset, Dataset):
-        if {"row", "prompt_id", "problem"}.issubset(dataset.column_names):
-            return dataset
-        rows: list[Row] | ArrowRows = ArrowRows(dataset)
-    else:
-        rows = list(dataset)
+    canonical = {"row", "prompt_id", "problem"}
+    if isinstance(dataset, Dataset) and canonical.issubset(dataset.column_names):
+        return dataset
+    rows = rows_of(dataset, [*_KNOWN, *(columns or {}).values()])
     if not len(rows):
         raise QAdapterError("the dataset holds no rows")
     return _convert(rows, "the dataset", columns, domain, rejected_domains)
 
 
 def _convert(
-    rows: list[Row] | ArrowRows,
+    rows: Rows,
     name: str,
     columns: Mapping[str, str] | None,
     domain: str | None,
     rejected_domains: Sequence[str] | None,
 ) -> Dataset:
-    seen = _column_names(rows)
-    mapped = _MappedRows(rows, _check_mapping(columns or {}, seen, name))
-    seen = mapped.names(seen)
+    mapping = _check_mapping(columns or {}, rows.columns, name)
+    unmapped = [column for column in rows.columns if column not in mapping.values()]
+    seen = [*unmapped, *mapping]
+    taken = {column: column for column in unmapped if column in _KNOWN} | mapping
+    mapped = rows.take(taken)
     form = detect_format(mapped, seen, name=name, domain=domain, rejected_domains=rejected_domains)
     tokenized_by_us = form.kind == "tokenized" and {"row", "prompt_id"}.issubset(seen)
     features = _features(form, mapped, seen)
@@ -127,27 +129,6 @@ def _convert(
     return concatenate_datasets(chunks) if len(chunks) > 1 else chunks[0]
 
 
-class _MappedRows:
-    """Rows under their canonical names; can be iterated again."""
-
-    def __init__(self, rows: Iterable[Row], mapping: Mapping[str, str]) -> None:
-        self.rows, self.mapping = rows, mapping
-
-    def names(self, seen: Sequence[str]) -> list[str]:
-        return [n for n in seen if n not in self.mapping.values()] + list(self.mapping)
-
-    def __iter__(self) -> Iterable[Row]:
-        if not self.mapping:
-            return iter(self.rows)
-        return (row | {new: row.get(old) for new, old in self.mapping.items()} for row in self.rows)
-
-
-def _column_names(rows: list[Row] | ArrowRows) -> list[str]:
-    if isinstance(rows, ArrowRows):
-        return list(rows.dataset.column_names)
-    return list(dict.fromkeys(key for row in rows for key in row))
-
-
 def _check_mapping(columns: Mapping[str, str], seen: Sequence[str], name: str) -> dict[str, str]:
     known = (*COLUMNS, *EXTRA_COLUMNS)
     for new, old in columns.items():
@@ -157,9 +138,9 @@ def _check_mapping(columns: Mapping[str, str], seen: Sequence[str], name: str) -
                 "write it as canonical name = name in the file"
             )
         if old not in seen:
-            near = difflib.get_close_matches(old, seen, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise QAdapterError(f"{name} has no column {old!r}, only {', '.join(seen)}{hint}")
+            there = ", ".join(map(str, seen))
+            hint = nearest(str(old), map(str, seen))
+            raise QAdapterError(f"{name} has no column {old!r}, only {there}{hint}")
     return dict(columns)
 
 

@@ -1,59 +1,32 @@
 """Reading preference data: JSON, JSON Lines, Parquet, folders of them, or a hub dataset."""
 
-import gzip
 import json
 import os
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, ReadInstruction, load_dataset, load_from_disk
 from datasets import config as datasets_config
-from datasets.table import InMemoryTable
 from huggingface_hub import HfApi, constants
 
+from qadapter.data.rows import ArrowRows, ListRows, ParquetRows, Row, Rows
+from qadapter.data.split_files import choose_files, files_of_readme
 from qadapter.errors import QAdapterError
+from qadapter.textfiles import decode, read_bytes, split_lines
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
-SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
 # Files that `datasets` and the hub keep beside the data.
-_NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+_NOT_DATA = {
+    "config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json",
+}
 _HUB_TIMEOUT_SECONDS = 10.0
-
-Row = Mapping[str, Any]
-
-
-class ArrowRows:
-    """Rows of an Arrow-backed dataset, without the nulls Arrow fills into keys a row never had.
-
-    In Arrow every message of a column has every key of every other message; a template that asks
-    whether `message.tool_calls` is defined must not find those. Top-level nulls stay.
-    """
-
-    def __init__(self, dataset: Dataset, limit: int | None = None) -> None:
-        self.dataset = dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __iter__(self) -> Iterator[Row]:
-        for row in self.dataset.with_format(None):
-            yield {key: _without_nulls(value) for key, value in row.items()}
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    if isinstance(value, list):
-        return [_without_nulls(v) for v in value]
-    return value
 
 
 def read_rows(
     dataset_name: str | Path, *, config: str | None, split: str, limit: int | None
-) -> list[Row] | ArrowRows:
+) -> Rows:
     """Rows of a local file, a local folder or a hub dataset, in source order.
 
     Raises:
@@ -67,11 +40,8 @@ def read_rows(
     except OSError as error:
         raise QAdapterError(f"{path} cannot be read: {error.strerror}") from error
     if exists:
-        if config is not None:
-            raise QAdapterError(
-                f"config {config!r} names a part of a hub dataset, but {path} is a local path"
-            )
-        rows = _read_folder(path, split, limit) if path.is_dir() else _read_file(path, split, limit)
+        read = _read_folder if path.is_dir() else _read_file
+        rows = _read_slice(lambda name, limit: read(path, config, name, limit), split, limit)
         if not len(rows):
             raise QAdapterError(f"{path} holds no rows" + (f" in {split!r}" * path.is_dir()))
         return rows
@@ -80,10 +50,37 @@ def read_rows(
     dataset = _load_from_hub(name, config, split)
     if not len(dataset):
         raise QAdapterError(f"hub dataset {name} holds no rows in {split!r}")
-    return ArrowRows(dataset, limit)
+    return _first(ArrowRows(dataset, name), limit)
 
 
-def _read_file(path: Path, split: str, limit: int | None) -> list[Row] | ArrowRows:
+def _first(rows: Rows, limit: int | None) -> Rows:
+    return rows if limit is None or limit >= len(rows) else rows.part(0, limit)
+
+
+def _read_slice(
+    read: Callable[[str, int | None], Rows], split: str, limit: int | None
+) -> Rows:
+    """A split, or of "train[:100]" and "train[10%:20%]" that part, as `datasets` counts it."""
+    name, bracket, _ = split.partition("[")
+    if not bracket and "+" not in split:
+        return read(split, limit)
+    way_out = "local data takes one split, or a slice of one ('train[:100]', 'train[:10%]')"
+    if "+" in split:
+        raise QAdapterError(f"split {split!r}: {way_out}")
+    rows = read(name, None)
+    try:
+        (part,) = ReadInstruction.from_spec(split).to_absolute({name: len(rows)})
+    except (ValueError, AssertionError) as error:
+        raise QAdapterError(f"split {split!r} can't be read ({error}): {way_out}") from error
+    start, stop = (0 if part.from_ is None else part.from_), part.to
+    return _first(rows.part(start, len(rows) if stop is None else stop), limit)
+
+
+def _read_file(path: Path, config: str | None, split: str, limit: int | None) -> Rows:
+    if config is not None:
+        raise QAdapterError(
+            f"config {config!r} names a part of a hub dataset, but {path} is a local path"
+        )
     if split != "train":
         raise QAdapterError(
             f"{path} is a single file and has no split {split!r}; name the file that holds it, "
@@ -92,8 +89,16 @@ def _read_file(path: Path, split: str, limit: int | None) -> list[Row] | ArrowRo
     return _read_files([path], limit)
 
 
-def _read_folder(path: Path, split: str, limit: int | None) -> list[Row] | ArrowRows:
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+def _read_folder(path: Path, config: str | None, split: str, limit: int | None) -> Rows:
+    saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+    if not saved and (named := files_of_readme(path, config, split)) is not None:
+        return _read_files(named, limit)
+    if config is not None:
+        raise QAdapterError(
+            f"config {config!r} names a part of a hub dataset, but {path} is a local path without "
+            "a README.md that lists configurations"
+        )
+    if saved:
         dataset = _load_saved(path)
         if isinstance(dataset, DatasetDict):
             if split not in dataset:
@@ -101,37 +106,26 @@ def _read_folder(path: Path, split: str, limit: int | None) -> list[Row] | Arrow
             dataset = dataset[split]
         elif split != "train":
             raise QAdapterError(f"{path} is one saved dataset and has no split {split!r}")
-        return ArrowRows(dataset, limit)
-    files = sorted(
-        file
-        for file in path.rglob("*")
-        if file.is_file() and file.name.endswith(SUFFIXES) and file.name not in _NOT_DATA
-    )
+        return _first(ArrowRows(dataset, str(path)), limit)
+    files = sorted(file for file in path.rglob("*") if _is_data(file, path))
     if not files:
         raise QAdapterError(f"folder {path} holds no {', '.join(SUFFIXES)} file")
-    wanted = [file for file in files if split in _split_words(file.relative_to(path))]
-    if not wanted:
-        if split != "train" or any(
-            _split_words(file.relative_to(path)) & set(SPLIT_NAMES) for file in files
-        ):
-            seen = _list(str(file.relative_to(path)) for file in files)
-            raise QAdapterError(
-                f"folder {path} has no file named for split {split!r}; it has {seen}"
-            )
-        wanted = files
-    return _read_files(wanted, limit)
+    return _read_files(choose_files(path, files, split, SUFFIXES), limit)
 
 
-def _split_words(file: Path) -> set[str]:
-    """Words that may name a split: parent folders, and the file name up to its first - _ or dot."""
-    stem = file.name.replace("_", "-").replace(".", "-").split("-")[0]
-    return {stem, *file.parts[:-1]}
+def _is_data(file: Path, folder: Path) -> bool:
+    # Programs hide their own files (.cache, ._train.jsonl, __MACOSX) beside the data.
+    hidden = any(part.startswith((".", "__")) for part in file.relative_to(folder).parts)
+    return (
+        not hidden and file.name.endswith(SUFFIXES) and file.name not in _NOT_DATA
+        and file.is_file()
+    )
 
 
-def _read_files(files: list[Path], limit: int | None) -> list[Row] | ArrowRows:
+def _read_files(files: list[Path], limit: int | None) -> Rows:
     parquet = [file.name.endswith(".parquet") for file in files]
     if all(parquet):
-        return ArrowRows(_read_parquet(files), limit)
+        return _first(ParquetRows(files), limit)
     if any(parquet):
         raise QAdapterError(
             f"{files[0].parent} mixes JSON and Parquet files; name one of {_list(map(str, files))}"
@@ -139,43 +133,26 @@ def _read_files(files: list[Path], limit: int | None) -> list[Row] | ArrowRows:
     rows: list[Row] = []
     for file in files:
         rows += _read_json(file, None if limit is None else limit - len(rows))
-    return rows
-
-
-def _read_parquet(files: list[Path]) -> Dataset:
-    tables = []
-    for file in files:
-        try:
-            tables.append(pq.read_table(file))
-        except (pa.ArrowInvalid, OSError) as error:
-            raise QAdapterError(f"{file} cannot be read as Parquet: {error}") from error
-    try:
-        table = pa.concat_tables(tables, promote_options="default")
-    except pa.ArrowInvalid as error:
-        names = _list(map(str, files))
-        raise QAdapterError(f"{names} do not have the same columns: {error}") from error
-    # Straight into memory: `Dataset.from_parquet` would write a copy to the cache folder.
-    return Dataset(InMemoryTable(table))
+    return ListRows(rows, _list(map(str, files)))
 
 
 def _read_json(file: Path, limit: int | None) -> list[Row]:
     """A JSON list of objects, or one object a line; told apart by the first character."""
     if not file.name.endswith(SUFFIXES):
         raise QAdapterError(f"{file}: unknown kind of file; known are {', '.join(SUFFIXES)}")
-    opener = gzip.open if file.name.endswith(".gz") else open
     try:
-        with opener(file, "rb") as stream:
-            data = stream.read().removeprefix(b"\xef\xbb\xbf")
-    except (OSError, EOFError) as error:
+        data = read_bytes(file)
+    except (OSError, EOFError, zlib.error) as error:
         raise QAdapterError(f"{file} cannot be read: {error}") from error
-    if data.lstrip()[:1] == b"[":
-        rows = _parse(data, file, 1)
+    text = decode(data, file, errors="surrogatepass")
+    if text.lstrip()[:1] == "[":
+        rows = _parse(text, file, 1)
         for index, row in enumerate(rows[:limit]):
             if not isinstance(row, dict):
                 raise QAdapterError(f"{file}: row {index} is a {type(row).__name__}, not an object")
         return rows[:limit]
     rows = []
-    for number, line in enumerate(data.split(b"\n"), 1):
+    for number, line in enumerate(split_lines(text), 1):
         if limit is not None and len(rows) >= limit:
             break
         if not line.strip():
@@ -184,7 +161,7 @@ def _read_json(file: Path, limit: int | None) -> list[Row]:
             row = _parse(line, file, number)
         except QAdapterError:
             if not rows:
-                _refuse_single_object(data, file)
+                _refuse_single_object(text, file)
             raise
         if not isinstance(row, dict):
             raise QAdapterError(f"{file}:{number} holds a {type(row).__name__}, not an object")
@@ -192,23 +169,22 @@ def _read_json(file: Path, limit: int | None) -> list[Row]:
     return rows
 
 
-def _parse(data: bytes, file: Path, line: int) -> Any:
+def _parse(text: str, file: Path, line: int) -> Any:
     try:
-        return json.loads(data)
-    except UnicodeDecodeError as error:
-        line += data[: error.start].count(b"\n")
-        raise QAdapterError(f"{file}:{line} is not UTF-8 text") from error
+        return json.loads(text)
     except json.JSONDecodeError as error:
         line += error.lineno - 1
         where = f"{file}:{line}"
         raise QAdapterError(f"{where} is not JSON: {error.msg} (column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # a number, or a nest, beyond Python's limits
+        raise QAdapterError(f"{file}:{line} can't be read as JSON: {error}") from error
 
 
-def _refuse_single_object(data: bytes, file: Path) -> None:
+def _refuse_single_object(text: str, file: Path) -> None:
     """Raise when the file is one object over several lines, which reads as bad JSON Lines."""
     try:
-        value = json.loads(data)
-    except ValueError:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
         return
     keys = f" with the keys {_list(value)}" if isinstance(value, dict) else ""
     raise QAdapterError(

@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from qadapter.errors import QAdapterError
+from qadapter.textfiles import is_unicode, read_text, split_lines
+
+_SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 
 
 def read_texts(path: str) -> list[str]:
-    """Texts of a .txt (one a line) or .jsonl (key ``text``) file.
+    """Texts of a .txt (one a line) or .jsonl (key ``text``) file, or either of them as .gz.
+
+    Lines end as `split_lines` has it; encodings are `read_text`'s.
 
     Raises:
         QAdapterError: missing, empty, or a line that is not what it should be.
@@ -19,24 +24,20 @@ def read_texts(path: str) -> list[str]:
 
 
 def read_prompts(path: str) -> list[str | list[dict]]:
-    """Prompts of a .txt (one a line) or .jsonl (key ``prompt``: text or messages) file."""
+    """Prompts of such a file, .jsonl with the key ``prompt``: text or messages."""
     return _read(path, "prompt", or_messages=True)
 
 
 def _read(path: str, key: str, or_messages: bool = False) -> list[Any]:
-    file = Path(path).expanduser()
-    if file.suffix not in (".txt", ".jsonl"):
-        raise QAdapterError(f"{path}: expected a .txt or .jsonl file")
-    try:
-        # Not splitlines(): a text may hold other separators than line feeds.
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise QAdapterError(f"{path} can't be read: {error}") from error
-    if file.suffix == ".txt":
-        values: list[Any] = [line for line in lines if line.strip()]
+    name = Path(path).name
+    if not name.endswith(_SUFFIXES):
+        raise QAdapterError(f"{path}: expected a .txt or .jsonl file (or .gz)")
+    lines = enumerate(split_lines(read_text(path)), 1)
+    lines = [(number, line) for number, line in lines if line.strip()]
+    if name.removesuffix(".gz").endswith(".jsonl"):
+        values = [_value(path, number, line, key, or_messages) for number, line in lines]
     else:
-        values = [_value(path, n, line, key, or_messages)
-                  for n, line in enumerate(lines, 1) if line.strip()]
+        values = [line for _, line in lines]
     if not values:
         raise QAdapterError(f"{path} is empty")
     return values
@@ -45,8 +46,9 @@ def _read(path: str, key: str, or_messages: bool = False) -> list[Any]:
 def _value(path: str, number: int, line: str, key: str, or_messages: bool) -> Any:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise QAdapterError(f"{path}:{number} is not JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", error)
+        raise QAdapterError(f"{path}:{number} is not JSON: {reason}") from error
     if not isinstance(row, dict) or key not in row:
         seen = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise QAdapterError(f"{path}:{number} has no {key!r}, only {seen or 'nothing'}")
@@ -57,4 +59,6 @@ def _value(path: str, number: int, line: str, key: str, or_messages: bool) -> An
     if not messages and not (isinstance(value, str) and value.strip()):
         wanted = "text or messages" if or_messages else "text"
         raise QAdapterError(f"{path}:{number}: {key!r} must be {wanted}")
+    if not is_unicode(json.dumps(value, ensure_ascii=False)):
+        raise QAdapterError(f"{path}:{number}: {key!r} holds half of a surrogate pair")
     return value

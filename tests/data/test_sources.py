@@ -4,13 +4,14 @@ import gzip
 import json
 import time
 
+import datasets
 import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
-from qadapter.data import load_preferences
+from qadapter.data import as_preferences, load_preferences
 from qadapter.errors import QAdapterError
 
 ROWS = [
@@ -181,3 +182,178 @@ def test_hub_dataset_is_loaded_by_name(monkeypatch):
     monkeypatch.setattr("qadapter.data.sources.load_dataset", load)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *args, **kwargs: None)
     assert len(load_preferences("owner/name", config="en", split="test", limit=1)) == 1
+
+
+# --- names of splits ----------------------------------------------------------------------------
+
+SHARD = "-00000-of-00001.parquet"
+
+
+def folder_of(tmp_path, *names):
+    """A folder of files, each with one row whose prompt is the file's name."""
+    for name in names:
+        write(tmp_path / name, [{**ROWS[0], "prompt": name}])
+    return tmp_path
+
+
+def files_read(folder, split, **kwargs):
+    return list(load_preferences(folder, split=split, **kwargs)["prompt"])
+
+
+@pytest.mark.parametrize(
+    ("files", "split", "read"),
+    [
+        # as the hub names them
+        ([f"data/{s}{SHARD}" for s in ("train_prefs", "train_sft", "test_sft")], "test_sft", [2]),
+        ([f"data/{s}{SHARD}" for s in ("train", "train_sft")], "train", [0]),
+        (["data/train-00000-of-00002-0a1b2c3d.parquet", "data/train-00001-of-00002-4e5f.parquet"],
+         "train", [0, 1]),
+        ([f"helpful/train{SHARD}", f"harmless/train{SHARD}", f"helpful/test{SHARD}"], "train",
+         [0, 1]),
+        ([f"default/train_prefs/000{i}.parquet" for i in (0, 1)], "train_prefs", [0, 1]),
+        # as people do
+        (["en/train.jsonl", "en/test.jsonl"], "train", [0]),
+        (["train.jsonl.gz", "test.jsonl"], "train", [0]),
+        (["my-data-train.jsonl", "my-data-test.jsonl"], "train", [0]),
+        (["my-data-train.jsonl", "my-data-test.jsonl"], "my-data-test", [1]),
+        (["train_1.jsonl", "train_2.jsonl", "test.jsonl"], "train", [0, 1]),
+        (["train_1.jsonl", "train_2.jsonl"], "train_2", [1]),
+        (["train/a.jsonl", "train/b.jsonl", "test/a.jsonl"], "train", [0, 1]),
+        (["dev.jsonl", "train.jsonl"], "validation", [0]),
+        (["validation_seen.jsonl", "validation_unseen.jsonl"], "validation_seen", [0]),
+        (["train.jsonl", "train_extra.jsonl"], "train", [0]),
+        (["helpful.jsonl", "harmless.jsonl"], "helpful", [0]),
+        (["helpful/a.jsonl", "harmless/a.jsonl"], "harmless", [1]),
+        (["constrained.jsonl", "latest.jsonl"], "train", [0, 1]),
+        (["a.jsonl", "._a.jsonl", ".cache/b.jsonl", "__MACOSX/c.jsonl"], "train", [0]),
+    ],
+)
+def test_split_names_of_folders(tmp_path, files, split, read):
+    found = files_read(folder_of(tmp_path, *files), split)
+    assert sorted(found) == sorted(files[i] for i in read)
+
+
+@pytest.mark.parametrize(
+    ("files", "split", "words"),
+    [
+        ([f"data/{s}{SHARD}" for s in ("train_prefs", "train_sft")], "train",
+         ["'train'", "it has train_prefs, train_sft"]),
+        ([f"data/train_prefs{SHARD}"], "train", ["it has train_prefs"]),
+        ([f"data/helpful{SHARD}"], "train", ["it has helpful"]),
+        (["train_prefs.jsonl", "train_sft.jsonl"], "train", ["it has train_prefs, train_sft"]),
+        (["validation_seen.jsonl", "validation_unseen.jsonl"], "validation", ["validation_seen"]),
+        (["en/train.jsonl", "en/test.jsonl"], "en", ["it has test, train"]),
+        (["train.jsonl", "test.jsonl"], "tets", ["did you mean 'test'"]),
+    ],
+)
+def test_splits_that_are_not_there_are_not_guessed(tmp_path, files, split, words):
+    message = error(folder_of(tmp_path, *files), split=split)
+    assert all(word in message for word in words), message
+
+
+README = """---
+license: mit
+configs:
+- config_name: en
+  default: true
+  data_files:
+  - split: train
+    path: english/train-*
+  - split: held_out
+    path: ["english/test.jsonl"]
+- config_name: de
+  data_files: german/*.jsonl
+- config_name: fr
+  data_dir: french
+  data_files: {train: "**/*.jsonl", test: gone.jsonl}
+---
+# Read me
+"""
+
+
+def test_readme_of_a_hub_dataset_says_which_files_are_a_split(tmp_path):
+    names = ["english/train-a.jsonl", "english/train-b.jsonl", "english/test.jsonl",
+             "german/x.jsonl", "french/deep/y.jsonl"]
+    folder = folder_of(tmp_path, *names)
+    (folder / "README.md").write_bytes(b"\xef\xbb\xbf" + README.replace("\n", "\r\n").encode())
+    assert files_read(folder, "train") == names[:2]
+    assert files_read(folder, "held_out") == names[2:3]
+    assert files_read(folder, "train", config="de") == names[3:4]
+    assert files_read(folder, "train", config="fr") == names[4:]
+    assert "it has train, held_out" in error(folder, split="test")
+    assert "no configuration 'es'; it has en, de, fr" in error(folder, config="es")
+    assert "no such file is there" in error(folder, split="test", config="fr")
+    (folder / "README.md").write_text(README.replace("  default: true\n", ""))
+    assert "choose one with config" in error(folder)
+    (folder / "README.md").write_text("---\nconfigs: 7\n---\n# Notes")
+    assert len(files_read(folder, "train-a")) == 1
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "folder", "saved"])
+def test_slices_of_local_splits(tmp_path, name):
+    rows = [{**ROWS[0], "prompt": str(i)} for i in range(20)]
+    path = tmp_path / name
+    if name == "folder":
+        write(path / f"train{SHARD}", rows)
+    elif name == "saved":
+        DatasetDict(train=Dataset.from_list(rows)).save_to_disk(path)
+    else:
+        write(path, rows)
+    assert files_read(path, "train[:3]") == ["0", "1", "2"]
+    assert files_read(path, "train[90%:]") == ["18", "19"]
+    assert files_read(path, "train[5:]", limit=2) == ["5", "6"]
+    assert files_read(path, "train[-1:]") == ["19"]
+    assert "split 'train+test'" in error(path, split="train+test")
+    assert "split 'train[first]'" in error(path, split="train[first]")
+    assert "holds no rows" in error(path, split="train[3:3]")
+
+
+# --- what is not asked for ----------------------------------------------------------------------
+
+
+def test_only_columns_asked_for_are_read(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist([r | {"audio": b"xyz", "note": "n"} for r in ROWS]), path)
+    read = []
+    original = pq.read_table
+    monkeypatch.setattr(
+        pq, "read_table", lambda f, columns: read.append(columns) or original(f, columns=columns)
+    )
+    assert len(load_preferences(path, columns={"chosen": "note"})) == 2
+    assert read == [["note", "prompt", "rejected"]]
+
+
+MEDIA = {
+    "audio": (datasets.Audio(), {"bytes": b"RIFF", "path": "x"}),
+    "image": (datasets.Image(), {"bytes": b"no png", "path": "x"}),
+    "video": (datasets.Video(), {"bytes": b"", "path": "x"}),
+    "images": (datasets.List(datasets.Image()), [{"bytes": b"no png", "path": "x"}]),
+}
+
+
+def with_media(name):
+    feature, value = MEDIA[name]
+    table = pa.Table.from_pylist([row | {name: value} for row in ROWS])
+    features = Dataset(table).features | {name: feature}
+    # Not encoded as such: that would ask for the libraries that decode it.
+    return Dataset(table, info=datasets.DatasetInfo(features=datasets.Features(features)))
+
+
+@pytest.mark.parametrize("name", MEDIA)
+@pytest.mark.parametrize("kind", ["object", "stream", "file", "folder", "saved"])
+def test_columns_of_media_are_not_opened(tmp_path, name, kind):
+    data = with_media(name)
+    if kind in ("file", "folder"):
+        path = tmp_path / "data" / f"train{SHARD}"
+        path.parent.mkdir()
+        data.to_parquet(path)
+        source = path if kind == "file" else tmp_path
+    elif kind == "saved":
+        source = tmp_path / "saved"
+        data.save_to_disk(source)
+    else:
+        source = data if kind == "object" else data.to_iterable_dataset()
+    read = as_preferences if kind in ("object", "stream") else load_preferences
+    assert list(read(source)["prompt"]) == ["Why?", "Who?"]
+    with pytest.raises(QAdapterError, match=rf"the column '{name}' holds \w+ values"):
+        read(source, columns={"prompt": name})

@@ -26,6 +26,7 @@ from qadapter.errors import QAdapterError, nearest
 from qadapter.evaluation.answers import Prompt
 from qadapter.evaluation.judges.interface import Judge, Progress, check_lengths
 from qadapter.evaluation.judges.texts import prompt_text
+from qadapter.textfiles import read_text
 
 PROMPT_FILE = Path(__file__).with_name("endpoint_prompt.yaml")
 ATTEMPTS = 3
@@ -53,7 +54,7 @@ class JudgePrompt:
             QAdapterError: unreadable, or not what a prompt file must hold.
         """
         try:
-            values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+            values = yaml.safe_load(read_text(path))
             _check_keys(values, cls)
             found = cls(**values)
             for name, value in vars(found).items():
@@ -63,7 +64,7 @@ class JudgePrompt:
                     raise TypeError(f"{name} must be {kind}, got {value!r}")
             _check_request(found.request)
             groups = re.compile(found.verdict).groups
-        except (OSError, ValueError, yaml.YAMLError, TypeError, re.error) as error:
+        except (QAdapterError, ValueError, yaml.YAMLError, TypeError, re.error) as error:
             raise QAdapterError(
                 f"judge prompt {path} can't be used: {_shortened(str(error), 400)}"
             ) from error

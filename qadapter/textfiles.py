@@ -1,0 +1,92 @@
+"""Text files as people's programs save them: with or without a byte order mark, with any line end,
+zipped or not."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import zlib
+from pathlib import Path
+
+from qadapter.errors import QAdapterError
+
+# The mark of UTF-32 begins with that of UTF-16.
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def read_text(path: str | Path) -> str:
+    """What a text file holds, without its byte order mark and with its own line ends.
+
+    UTF-8; UTF-16 and UTF-32 where a mark says so. A name that ends in .gz is unzipped.
+
+    Raises:
+        QAdapterError: can't be read, or is not text in these encodings (with its line).
+    """
+    try:
+        data = read_bytes(path)
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise QAdapterError(f"{path} can't be read: {reason}") from error
+    return decode(data, path)
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The bytes of a file, unzipped where its name ends in .gz; raises OSError, EOFError or
+    zlib.error."""
+    opener = gzip.open if str(path).endswith(".gz") else open
+    with opener(Path(path).expanduser(), "rb") as stream:
+        return stream.read()
+
+
+def decode(data: bytes, name: str | Path, *, errors: str = "strict") -> str:
+    """The text that the file of this name holds.
+
+    Args:
+        errors: "strict", or "surrogatepass" to let halves of surrogate pairs through, as JSON does.
+
+    Raises:
+        QAdapterError: it is not text, or in another encoding (with its line).
+    """
+    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
+    try:
+        text = data.decode(encoding, errors)
+    except UnicodeDecodeError as error:
+        if encoding.startswith("utf-8"):
+            line = data.count(b"\n", 0, error.start) + 1
+            raise QAdapterError(
+                f"{name}:{line} is not UTF-8 text (byte {data[error.start]:#04x}): save it as UTF-8"
+            ) from error
+        raise QAdapterError(
+            f"{name} begins like {encoding.upper()} and is not: save it as UTF-8"
+        ) from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise QAdapterError(
+            f"{name}:{line} holds a zero byte: it is no text, or UTF-16 without a byte order mark; "
+            "save it as UTF-8"
+        )
+    return text
+
+
+def split_lines(text: str) -> list[str]:
+    """Lines without their ends: ``\\n``, ``\\r\\n``, or ``\\r`` in a text that has no ``\\n``.
+
+    Nothing else ends a line (``str.splitlines`` knows eight more): a text may hold it.
+    """
+    if "\n" not in text:
+        return text.split("\r")
+    return [line.removesuffix("\r") for line in text.split("\n")]
+
+
+def is_unicode(text: str) -> bool:
+    """Whether it can be written down: JSON, and arguments of a command, may hold half of a
+    surrogate pair, which files, Arrow and tokenizers refuse."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,100 @@
+"""Files as editors and shells of all systems save them read alike."""
+
+import codecs
+import gzip
+import json
+
+import pytest
+
+from qadapter import strict_yaml
+from qadapter.data import load_preferences, read_prompts, read_texts
+from qadapter.errors import QAdapterError
+from qadapter.evaluation.judges.endpoint import PROMPT_FILE, JudgePrompt
+from qadapter.textfiles import read_text, split_lines
+
+# Separators that are no line end, and letters outside of ASCII.
+TEXTS = ["naïve\x85still the first\u2028and on", "\x0bzweite\x1c Zeile\u2029", "第三行 🙂"]
+ROW = {"prompt": "Pourquoi ça ?\u2028", "chosen": " Oui 🙂.", "rejected": " Non."}
+ENCODINGS = {
+    "utf-8": str.encode,
+    "utf-8 with a mark": lambda text: codecs.BOM_UTF8 + text.encode(),
+    "utf-16": lambda text: codecs.BOM_UTF16_LE + text.encode("utf-16-le"),
+    "utf-16 big-endian": lambda text: codecs.BOM_UTF16_BE + text.encode("utf-16-be"),
+    "utf-32": lambda text: text.encode("utf-32"),
+}
+
+
+@pytest.mark.parametrize("encode", ENCODINGS.values(), ids=ENCODINGS)
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_encodings_and_line_ends_read_alike(tmp_path, encode, end, zipped):
+    def write(name, lines):
+        data = encode(end.join([*lines, "", lines[0]]) + end)
+        path = tmp_path / (name + ".gz" * zipped)
+        path.write_bytes(gzip.compress(data) if zipped else data)
+        return str(path)
+
+    def lines(key):
+        return [json.dumps({key: text}, ensure_ascii=False) for text in TEXTS]
+
+    found = [*TEXTS, TEXTS[0]]
+    assert read_texts(write("a.txt", TEXTS)) == read_prompts(write("b.txt", TEXTS)) == found
+    assert read_texts(write("a.jsonl", lines("text"))) == found
+    assert read_prompts(write("b.jsonl", lines("prompt"))) == found
+    pairs = load_preferences(write("c.jsonl", [json.dumps(ROW, ensure_ascii=False)]))
+    assert [{key: row[key] for key in ROW} for row in pairs] == [ROW, ROW]
+    listed = json.dumps([ROW], ensure_ascii=False, indent=1).replace("\n", end)
+    data = encode(listed)
+    path = tmp_path / ("d.json" + ".gz" * zipped)
+    path.write_bytes(gzip.compress(data) if zipped else data)
+    assert list(load_preferences(path)["prompt"]) == [ROW["prompt"]]
+
+
+@pytest.mark.parametrize("encode", ENCODINGS.values(), ids=ENCODINGS)
+def test_yaml_and_judge_prompts(tmp_path, encode):
+    path = tmp_path / "a.yaml"
+    path.write_bytes(encode("größe: 7\r\n"))
+    assert strict_yaml.read(path) == {"größe": 7}
+    path.write_bytes(encode(PROMPT_FILE.read_text(encoding="utf-8")))
+    assert JudgePrompt.read(path) == JudgePrompt.read()
+
+
+def test_a_carriage_return_within_a_line_stays():
+    assert split_lines("10%\r20%\nb\r\n\n") == ["10%\r20%", "b", "", ""]
+
+
+def test_other_encodings_are_named(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("gut\nschön\n".encode("latin-1"))
+    for read in (read_text, read_texts):
+        with pytest.raises(QAdapterError, match=r"a\.txt:2 is not UTF-8 text \(byte 0xf6\)"):
+            read(str(path))
+    path.write_bytes("gut\nschlecht\n".encode("utf-16-be"))
+    with pytest.raises(QAdapterError, match=r"a\.txt:1 holds a zero byte.*UTF-16 without"):
+        read_text(path)
+    path.write_bytes(codecs.BOM_UTF16_LE + b"abc")
+    with pytest.raises(QAdapterError, match="begins like UTF-16 and is not"):
+        read_text(path)
+
+
+def test_missing_and_damaged_files_are_named(tmp_path):
+    with pytest.raises(QAdapterError, match=r"none\.txt can't be read: No such file"):
+        read_text(tmp_path / "none.txt")
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress(b"x" * 1000)[:-20])
+    with pytest.raises(QAdapterError, match="can't be read"):
+        read_text(path)
+
+
+def test_half_a_surrogate_pair_is_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "ok"}\n{"text": "cut \\ud83d"}\n')
+    with pytest.raises(QAdapterError, match=r"a\.jsonl:2: 'text' holds half of a surrogate pair"):
+        read_texts(str(path))
+    path.write_text('{"prompt": [{"role": "user", "content": "\\udc00"}]}\n')
+    with pytest.raises(QAdapterError, match=r"a\.jsonl:1: 'prompt' holds half"):
+        read_prompts(str(path))
+
+
+def test_errors_can_be_printed_whatever_they_name():
+    assert str(QAdapterError("no column \ud83d here")) == "no column \\ud83d here"
