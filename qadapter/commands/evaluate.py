@@ -23,7 +23,7 @@ from qadapter.console.folders import (
     remove_files,
     telling_full_disk,
 )
-from qadapter.data import PreparationReport, load_preferences, tokenize_preferences
+from qadapter.data import PreparationReport, check_pairs, load_preferences, tokenize_preferences
 from qadapter.errors import QAdapterError
 from qadapter.evaluation import PreferenceResult, comparison_table, write_report
 from qadapter.evaluation.report import Section, comparison_markdown, write_json, write_text
@@ -89,6 +89,7 @@ def run(
     measured = report = None
     if pairs is not None:
         dataset, report = tokenize_preferences(pairs, tokenizer, max_length=data.max_length)
+        check_pairs(dataset, model, tokenizer, data.dataset_name)
         console.print(report.table())
         measured = measure(model, tokenizer, dataset, measures, texts, console, pairs=pairs)
     knowledge = measure_knowledge(model, tokenizer, knowledge_args, measures, console)

@@ -24,6 +24,7 @@ from qadapter.compare.config import (
 )
 from qadapter.compare.data import PreferenceData, load_texts, prepare
 from qadapter.compare.first import teach_first
+from qadapter.data import check_pairs
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.answers import Prompt, encode_prompt, with_system
 from qadapter.evaluation.judges import (
@@ -80,7 +81,10 @@ class Workbench:
     def _prepare(
         self, data: DataConfig, key: str, without: Iterable[str] = ()
     ) -> PreferenceData:
-        return prepare(data, self.config.find(data.dataset_name), self.tokenizer, key, without)
+        found = prepare(data, self.config.find(data.dataset_name), self.tokenizer, key, without)
+        for part in (found.train, found.validation, found.test, found.judge):
+            check_pairs(part.tokens, self.loaded.model, self.tokenizer, key)
+        return found
 
     def check_prompted(self, method: Prompted) -> None:
         """Render one prompt: a template that refuses a system message does so now.

@@ -8,6 +8,7 @@ from qadapter.data.report import DROP_REASONS, NOTES, PreparationReport
 from qadapter.data.splits import split_by_prompt, without_prompts
 from qadapter.data.texts import read_prompts, read_texts
 from qadapter.data.tokenization import TokenizedPreferences, tokenize_preferences
+from qadapter.data.vocabulary import check_pairs, check_sequences, padding_id
 
 __all__ = [
     "DROP_REASONS",
@@ -17,9 +18,12 @@ __all__ = [
     "PreparationReport",
     "TokenizedPreferences",
     "as_preferences",
+    "check_pairs",
+    "check_sequences",
     "fingerprint",
     "learn_end_of_turn",
     "load_preferences",
+    "padding_id",
     "read_prompts",
     "read_texts",
     "split_by_prompt",

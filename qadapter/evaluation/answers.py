@@ -12,7 +12,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qadapter.data import learn_end_of_turn
+from qadapter.data import check_sequences, learn_end_of_turn, padding_id
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.scoring import evaluating
 from qadapter.model import QAdapterModel
@@ -134,13 +134,14 @@ def generate_answers(
             repetition_penalty, …
 
     Raises:
-        QAdapterError: an empty prompt; a strength for a model without an adapter.
+        QAdapterError: an empty prompt, or one with a token that the model does not know; a strength
+            for a model without an adapter.
     """
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    check_sequences(encoded, model, tokenizer, "prompt")
     ends = end_of_turn_ids(model, tokenizer)
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
-    pad = tokenizer.pad_token_id
-    pad = pad if pad is not None else ends[0] if ends else 0
+    pad = padding_id(model, tokenizer)
     # The base's own sampling settings would bend a greedy answer (and warn about it).
     sampling = {"do_sample": False} | sampling
     if not sampling["do_sample"]:

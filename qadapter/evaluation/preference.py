@@ -16,7 +16,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qadapter.data import PreferenceCollator
+from qadapter.data import PreferenceCollator, check_pairs
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.bootstrap import ClusterBootstrap, Estimate
 from qadapter.evaluation.scoring import Scorer, StateScores, evaluating
@@ -160,10 +160,12 @@ def evaluate_preferences(
         progress: called with (pairs done, pairs in all).
 
     Raises:
-        QAdapterError: an empty dataset; a model without a plain linear head.
+        QAdapterError: an empty dataset; a token that the model does not know; a model without a
+            plain linear head.
     """
     if len(dataset) == 0:
         raise QAdapterError("there are no pairs to evaluate on")
+    check_pairs(dataset, model)
     with evaluating(model):
         pairs = _score_pairs(model, dataset, batch_size, strength, progress)
     bootstrap = ClusterBootstrap(pairs.prompt_id, num_resamples=num_resamples, seed=seed)

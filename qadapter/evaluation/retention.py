@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qadapter.data import check_sequences
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.bootstrap import ClusterBootstrap, Estimate
 from qadapter.evaluation.scoring import Scorer, evaluating
@@ -84,9 +85,11 @@ def evaluate_retention(
         progress: called with (texts done, texts in all).
 
     Raises:
-        QAdapterError: no token to score; strings without a tokenizer.
+        QAdapterError: no token to score; a token that the model does not know; strings without a
+            tokenizer.
     """
     sequences = [list(ids)[:max_length] for ids in _token_ids(texts, tokenizer)]
+    check_sequences(sequences, model, tokenizer, "retention text")
     starts = [max(1, n) for n in prompt_lengths or [1] * len(sequences)]
     names = list(range(len(sequences)) if clusters is None else clusters)
     if not len(starts) == len(names) == len(sequences):

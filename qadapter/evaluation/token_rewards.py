@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from qadapter.data import check_sequences
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.answers import Answer, Prompt, encode_prompt, generate_answers
 from qadapter.evaluation.scoring import evaluating
@@ -156,6 +157,8 @@ def _reward(
     progress: Callable[[int, int], None] | None,
 ) -> list[RewardedAnswer]:
     """Rewards of (prompt, answer, mask) rows, batched by length, in the rows' order."""
+    for part, name in enumerate(("prompt of answer", "answer")):
+        check_sequences((row[part] for row in rows), model, tokenizer, name)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]) - len(rows[i][1]))
     found: dict[int, RewardedAnswer] = {}
     device = model.get_input_embeddings().weight.device

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from qadapter.base import cache_dir as default_cache_dir
+from qadapter.data import padding_id
 from qadapter.model import QAdapterModel
 from qadapter.sampling import fused_sample
 
@@ -46,7 +47,7 @@ def load_or_sample(
             return list(zip(prompts, answers, strict=True))
     except (OSError, ValueError):
         pass  # not there, or damaged
-    answers = _sample(model, prompts, getattr(tokenizer, "pad_token_id", None))
+    answers = _sample(model, prompts, padding_id(model, tokenizer))
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_suffix(".writing")
     written.write_text(json.dumps(answers), encoding="utf-8")
@@ -56,11 +57,10 @@ def load_or_sample(
 
 @torch.no_grad()
 def _sample(
-    model: QAdapterModel, prompts: Sequence[list[int]], pad_token_id: int | None
+    model: QAdapterModel, prompts: Sequence[list[int]], pad: int
 ) -> list[list[int]]:
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends]) - {None}
-    pad = min(ends, default=0) if pad_token_id is None else pad_token_id
     answers: dict[int, list[int]] = {}
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     training, before = model.training, model.policy

@@ -21,6 +21,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from qadapter.data import check_sequences
 from qadapter.errors import QAdapterError
 from qadapter.model import QAdapterModel
 from qadapter_kernels import Coefficients
@@ -59,9 +60,13 @@ class RetentionStates:
         """The first state of each text that counts: the one its first scored token is predicted
         from."""
         hidden, device = [], model.head.weight.device
-        for text in texts:
-            prompt, answer = ([], tokenizer(text)["input_ids"]) if isinstance(text, str) else text
-            ids, first = [*prompt, *answer][:max_length], max(len(prompt) - 1, 0)
+        read = [
+            ([], tokenizer(text)["input_ids"]) if isinstance(text, str) else text for text in texts
+        ]
+        sequences = [[*prompt, *answer][:max_length] for prompt, answer in read]
+        check_sequences(sequences, model, tokenizer, "retention text")
+        for (prompt, _), ids in zip(read, sequences, strict=True):
+            first = max(len(prompt) - 1, 0)
             if len(ids) > first + 1:
                 self.texts.append(torch.tensor(ids, device=device))
                 self.first.append(first)

@@ -19,7 +19,13 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutp
 
 from qadapter.adapters import HeadAdapter
 from qadapter.base import load_tokenizer
-from qadapter.data import PreferenceCollator, PreparationReport, tokenize_preferences
+from qadapter.data import (
+    PreferenceCollator,
+    PreparationReport,
+    check_pairs,
+    padding_id,
+    tokenize_preferences,
+)
 from qadapter.errors import QAdapterError
 from qadapter.model import QAdapterModel
 from qadapter.training import card, feature_store
@@ -143,8 +149,7 @@ class QAdapterTrainer(AdapterCheckpoints):
 
     @property
     def _pad_token_id(self) -> int:
-        pad = getattr(self.processing_class, "pad_token_id", None)
-        return 0 if pad is None else pad
+        return padding_id(self.model, self.processing_class)
 
     def _prepare(self, dataset: Any, name: str) -> Dataset | FeatureSet:
         if isinstance(dataset, FeatureSet):
@@ -158,6 +163,7 @@ class QAdapterTrainer(AdapterCheckpoints):
             truncation_mode=self.args.truncation_mode, on_bad_row=self.args.on_bad_row,
             num_proc=self.args.dataset_num_proc,
         )
+        check_pairs(tokenized, self.model, self.processing_class, f"the {name} data")
         return tokenized
 
     def features(self, dataset: Any, name: str = "eval") -> FeatureSet:

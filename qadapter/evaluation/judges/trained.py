@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qadapter.data import check_sequences
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.answers import Prompt, encode_prompt
 from qadapter.evaluation.judges.interface import Progress, RewardJudge, check_lengths, wins
@@ -101,6 +102,7 @@ class HiddenStateJudge(TrainedJudge):
         self, prompts: Sequence[Prompt], answers: Sequence[str], progress: Progress | None = None
     ) -> Tensor:
         encoded = [self._encode(*x) for x in zip(prompts, answers, strict=True)]
+        check_sequences((ids for ids, _ in encoded), self.model, self.tokenizer, "judged answer")
         # An answer in several pairs (DSP's are) is read once.
         order = sorted(set(encoded), key=lambda x: (-len(x[0]), x))
         rows: dict[Encoded, Tensor] = {}
