@@ -23,6 +23,7 @@ Message = dict[str, Any]
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 MASK_COLUMNS = ("chosen_mask", "rejected_mask")
 COLUMNS = ("prompt", "chosen", "rejected", *ID_COLUMNS, *MASK_COLUMNS, "query", "responses")
+TOKENIZED_BY_US = ("row", "prompt_id")
 EXTRA_COLUMNS = ("tools", "chat_template_kwargs")
 NEEDED = (
     "chosen + rejected (with or without prompt), prompt_ids + chosen_ids + rejected_ids, "
@@ -49,6 +50,18 @@ class Format:
     explicit_prompt: bool = False
     domain: str = ""
     rejected_domains: tuple[str, ...] = ()
+
+
+def used_columns(columns: Sequence[str]) -> list[str]:
+    """Of a dataset's columns, those that its format is read from, by their canonical names."""
+    seen = set(columns)
+    if seen.issuperset(ID_COLUMNS):
+        used = (*ID_COLUMNS, *MASK_COLUMNS, *TOKENIZED_BY_US)
+    elif seen.issuperset(("chosen", "rejected")):
+        used = ("prompt", "chosen", "rejected")
+    else:
+        used = ("query", "responses")
+    return [name for name in (*used, *EXTRA_COLUMNS) if name in seen]
 
 
 def detect_format(

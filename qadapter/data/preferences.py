@@ -13,19 +13,21 @@ from qadapter.data.formats import (
     EXTRA_COLUMNS,
     ID_COLUMNS,
     MASK_COLUMNS,
+    TOKENIZED_BY_US,
     Format,
     detect_format,
     pairs_of_row,
+    used_columns,
 )
 from qadapter.data.report import BadRow
 from qadapter.data.rows import Row, Rows, rows_of
 from qadapter.data.sources import read_rows
+from qadapter.data.unused import check_unused
 from qadapter.errors import QAdapterError, nearest
 
 # Rows turned into Arrow at a time, so that only a chunk is held as Python objects.
 _CHUNK = 10_000
-# What is read of a source; "row" and "prompt_id" are there in data that was tokenized by us.
-_KNOWN = (*COLUMNS, *EXTRA_COLUMNS, "row", "prompt_id")
+_KNOWN = (*COLUMNS, *EXTRA_COLUMNS, *TOKENIZED_BY_US)
 _PLAIN_MESSAGE = {"role": Value("string"), "content": Value("string")}
 
 
@@ -108,10 +110,10 @@ def _convert(
     mapping = _check_mapping(columns or {}, rows.columns, name)
     unmapped = [column for column in rows.columns if column not in mapping.values()]
     seen = [*unmapped, *mapping]
-    taken = {column: column for column in unmapped if column in _KNOWN} | mapping
+    taken = {column: mapping.get(column, column) for column in used_columns(seen)}
     mapped = rows.take(taken)
     form = detect_format(mapped, seen, name=name, domain=domain, rejected_domains=rejected_domains)
-    tokenized_by_us = form.kind == "tokenized" and {"row", "prompt_id"}.issubset(seen)
+    tokenized_by_us = form.kind == "tokenized" and set(TOKENIZED_BY_US).issubset(seen)
     features = _features(form, mapped, seen)
     records: list[dict[str, Any]] = []
     chunks: list[Dataset] = []
@@ -119,14 +121,17 @@ def _convert(
         for pair in pairs_of_row(row, form):
             record = _record(pair, index)
             if tokenized_by_us:
-                record |= {key: row[key] for key in ("row", "prompt_id")}
+                record |= {key: row[key] for key in TOKENIZED_BY_US}
             records.append(record)
         if len(records) >= _CHUNK:
             chunks.append(_to_dataset(records, features))
             records = []
     if records:
         chunks.append(_to_dataset(records, features))
-    return concatenate_datasets(chunks) if len(chunks) > 1 else chunks[0]
+    pairs = concatenate_datasets(chunks) if len(chunks) > 1 else chunks[0]
+    unused = [column for column in unmapped if column not in taken.values()]
+    check_unused(pairs, rows, form, unused, name)
+    return pairs
 
 
 def _check_mapping(columns: Mapping[str, str], seen: Sequence[str], name: str) -> dict[str, str]:

@@ -23,9 +23,11 @@ class Rows(Protocol):
 
     Attributes:
         columns: names as the source has them.
+        text_columns: those that may hold texts or messages.
     """
 
     columns: list[str]
+    text_columns: list[str]
 
     def __len__(self) -> int: ...
 
@@ -59,6 +61,7 @@ class ListRows:
             if not isinstance(row, Mapping):
                 raise QAdapterError(f"{name}: row {index} is a {type(row).__name__}, not a dict")
         self.columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        self.text_columns = self.columns
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -98,6 +101,7 @@ class ArrowRows:
     def __init__(self, dataset: Dataset, name: str = "the dataset") -> None:
         self.dataset, self.name = dataset, name
         self.columns = list(dataset.column_names)
+        self.text_columns = _text_columns(dataset.features.arrow_schema)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -113,6 +117,17 @@ class ArrowRows:
         return _Again(lambda: (
             {new: _without_nulls(row[old]) for new, old in names.items()} for row in dataset
         ))
+
+
+def _text_columns(schema: pa.Schema) -> list[str]:
+    return [field.name for field in schema if _is_text(field.type)]
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        kind = kind.value_type
+        return pa.types.is_struct(kind) and kind.get_field_index("content") >= 0
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def _without_nulls(value: Any) -> Any:
@@ -148,12 +163,15 @@ class ParquetRows:
     """Rows of Parquet files, of which only the columns taken are read."""
 
     def __init__(self, files: Sequence[Path], rows: range | None = None) -> None:
-        self.files, columns, count = files, {}, 0
+        self.files, columns, texts, count = files, {}, {}, 0
         for file in files:
             metadata = _read_parquet(file, pq.read_metadata)
-            columns |= dict.fromkeys(metadata.schema.to_arrow_schema().names)
+            schema = metadata.schema.to_arrow_schema()
+            columns |= dict.fromkeys(schema.names)
+            texts |= dict.fromkeys(_text_columns(schema))
             count += metadata.num_rows
-        self.columns, self.rows = list(columns), range(count) if rows is None else rows
+        self.columns, self.text_columns = list(columns), list(texts)
+        self.rows = range(count) if rows is None else rows
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -162,22 +180,39 @@ class ParquetRows:
         return ParquetRows(self.files, self.rows[start:stop])
 
     def take(self, names: Mapping[str, str]) -> Iterable[Row]:
-        columns = sorted(set(names.values()))
-        tables = [_read_parquet(file, pq.read_table, columns=columns) for file in self.files]
+        columns, tables, end = sorted(set(names.values())), [], 0
+        for file in self.files:
+            start, end = end, end + _read_parquet(file, pq.read_metadata).num_rows
+            wanted = range(max(self.rows.start, start) - start, min(self.rows.stop, end) - start)
+            if wanted:
+                tables.append(_read_parquet(file, _read_span, columns, wanted))
         where = _list(self.files)
         try:
             table = pa.concat_tables(tables, promote_options="default")
         except pa.ArrowException as error:
             raise QAdapterError(f"{where} do not have the same columns: {error}") from error
-        table = table.slice(self.rows.start, len(self.rows))
         return ArrowRows(_dataset_of(table), where).take(names)
 
 
-def _read_parquet(file: Path, read: Callable[..., Any], **options: Any) -> Any:
+def _read_parquet(file: Path, read: Callable[..., Any], *arguments: Any) -> Any:
     try:
-        return read(file, **options)
+        return read(file, *arguments)
     except (pa.ArrowException, OSError) as error:
         raise QAdapterError(f"{file} cannot be read as Parquet: {error}") from error
+
+
+def _read_span(file: Path, columns: list[str], rows: range) -> pa.Table:
+    """These rows, from the row groups that hold them."""
+    with pq.ParquetFile(file) as parquet:
+        groups, first, start = [], 0, 0
+        for group in range(parquet.num_row_groups):
+            end = start + parquet.metadata.row_group(group).num_rows
+            if start < rows.stop and end > rows.start:
+                first = first if groups else start
+                groups.append(group)
+            start = end
+        table = parquet.read_row_groups(groups, columns)
+    return table.slice(rows.start - first, len(rows))
 
 
 def _dataset_of(table: pa.Table) -> Dataset:

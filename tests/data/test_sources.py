@@ -315,12 +315,27 @@ def test_only_columns_asked_for_are_read(tmp_path, monkeypatch):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.Table.from_pylist([r | {"audio": b"xyz", "note": "n"} for r in ROWS]), path)
     read = []
-    original = pq.read_table
-    monkeypatch.setattr(
-        pq, "read_table", lambda f, columns: read.append(columns) or original(f, columns=columns)
-    )
-    assert len(load_preferences(path, columns={"chosen": "note"})) == 2
-    assert read == [["note", "prompt", "rejected"]]
+    original = pq.ParquetFile.read_row_groups
+
+    def read_row_groups(self, groups, columns):
+        read.extend(columns)
+        return original(self, groups, columns)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_groups", read_row_groups)
+    assert len(load_preferences(path)) == 2
+    assert {"prompt", "chosen", "rejected"} <= set(read) <= {"note", "prompt", "chosen", "rejected"}
+
+
+@pytest.mark.parametrize(("split", "rows"), [
+    ("train", range(23)), ("train[:4]", range(4)), ("train[9:14]", range(9, 14)),
+    ("train[-2:]", range(21, 23)), ("train[6:7]", range(6, 7)),
+])
+def test_spans_over_files_and_row_groups(tmp_path, split, rows):
+    whole = pa.Table.from_pylist([{**ROWS[0], "prompt": str(i)} for i in range(23)])
+    for number, (start, length) in enumerate(((0, 10), (10, 13))):
+        pq.write_table(whole.slice(start, length), tmp_path / f"train-{number}.parquet",
+                       row_group_size=3)
+    assert files_read(tmp_path, split) == [str(i) for i in rows]
 
 
 MEDIA = {
