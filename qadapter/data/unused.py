@@ -93,7 +93,8 @@ def _check_implicit(
             f"(they share {_share(asked, total)}): is it in {', '.join(likely)}? "
             f"columns={{'prompt': {column!r}}} maps one (--columns '{{prompt: {column}}}')"
         )
-    if few:
+    # Where nothing is left, and nothing else is there, the reasons of all rows say it better.
+    if few and (found or (asked and form.kind == "text")):
         others = f"; columns that are not used: {', '.join(found)}" if found else ""
         raise QAdapterError(
             f"{name} has no column prompt, and its answers do not begin with one: they share "

@@ -66,6 +66,7 @@ def test_a_column_of_any_name_is_named_if_the_answers_begin_with_no_prompt(answe
 def test_without_another_column_too():
     data = [{"chosen": chosen, "rejected": rejected} for chosen, rejected in ANSWERS[2:]]
     assert "a beginning in 1 of 3 rows, such as 'i'" in message(data)
+    assert len(as_preferences(data[1:])) == 2
 
 
 @pytest.mark.parametrize("shared", [[], [{"role": "system", "content": "Be brief."}]])
