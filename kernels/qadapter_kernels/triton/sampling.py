@@ -130,11 +130,14 @@ def _sample_kernel(
     row_ptr = logits_ptr + row * stride
     tile = tile_columns(LANES, VEC, ALIGNED)
 
-    lane_peak = tl.full((LANES,), float("-inf"), tl.float32)
+    # Lanes are reduced after the loop: a reduction in it whose result is used twice, here by a
+    # maximum and a minimum, crashes the compiler of Triton 3.4 to 3.6.
+    peaks = tl.full((LANES, VEC), float("-inf"), tl.float32)
     for start in range(0, num_columns, LANES * VEC):
         columns = start + tile
         x = tl.load(row_ptr + columns, mask=columns < num_columns, other=float("-inf"))
-        lane_peak = tl.maximum(lane_peak, tl.max(x.to(tl.float32), axis=1))
+        peaks = tl.maximum(peaks, x.to(tl.float32))
+    lane_peak = tl.max(peaks, axis=1)
     peak = tl.max(lane_peak, axis=0)
     reference = finite(peak)
     dtype = logits_ptr.dtype.element_ty
