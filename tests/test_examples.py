@@ -14,7 +14,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 def run(example, *arguments):
     done = subprocess.run(
         [sys.executable, EXAMPLES / example, *map(str, arguments)],
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

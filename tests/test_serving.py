@@ -27,7 +27,6 @@ from qadapter.exporting import stock, verification
 
 QUESTION = [{"role": "user", "content": "What color is the sky?"}]
 TOKENS = 12
-STARTUP_S = 400  # it imports as much as we do, on a machine that may be busy
 
 
 @pytest.fixture(scope="module")
@@ -119,14 +118,13 @@ def server(exports, tmp_path_factory):
         )
     url = f"http://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + STARTUP_S
         while not alive(url):
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            assert process.poll() is None, log.read_text()
             time.sleep(0.2)
         yield url
     finally:
-        process.terminate()
-        process.wait(timeout=30)
+        process.kill()
+        process.wait()
 
 
 def alive(url: str) -> bool:
@@ -143,7 +141,7 @@ def ask(url: str, model, **body) -> dict:
         data=json.dumps({"model": str(model), "messages": QUESTION, **body}).encode(),
         headers={"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=60) as response:
+    with urllib.request.urlopen(request) as response:
         return json.load(response)
 
 
