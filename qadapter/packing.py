@@ -114,6 +114,24 @@ def hidden_states(base: PreTrainedModel, packing: Packing, packed: bool) -> Tens
     )
 
 
+def hidden_rows(
+    base: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, packed: bool
+) -> Tensor:
+    """The base's last hidden states of a padded batch, [B, T, D]; 0 at padding, which is not run.
+
+    Args:
+        input_ids: [B, T]; attention_mask: [B, T], 1 on one stretch of each row.
+        packed: as ``hidden_states``'.
+    """
+    mask_BT = attention_mask.bool()
+    texts = [ids[mask] for ids, mask in zip(input_ids.cpu(), mask_BT.cpu(), strict=True)]
+    packing = Packing.of(texts, input_ids.device)
+    hidden_ND = hidden_states(base, packing, packed)
+    hidden_BTD = hidden_ND.new_zeros(*input_ids.shape, hidden_ND.shape[-1])
+    hidden_BTD[mask_BT] = hidden_ND[torch.cat(packing.lines).to(hidden_ND.device)]
+    return hidden_BTD
+
+
 @contextmanager
 def packed_attention(base: PreTrainedModel, longest: int) -> Iterator[bool]:
     """Lets the base attend within packed sequences; yields whether it can.

@@ -250,12 +250,13 @@ def _score_pairs(
     # Pairs of like length share a batch: less padding. Results go back to the dataset's order.
     order = sorted(range(len(examples)), key=lambda i: -_length(examples[i]))
     sums = np.empty((6, 2, len(examples)))
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        batch = collate([examples[i] for i in indices])
-        sums[:, :, indices] = _batch_sums(scorer, batch).reshape(6, 2, len(indices))
-        if progress is not None:
-            progress(start + len(indices), len(order))
+    with scorer.packing(longest=_length(examples[order[0]])):
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            batch = collate([examples[i] for i in indices])
+            sums[:, :, indices] = _batch_sums(scorer, batch).reshape(6, 2, len(indices))
+            if progress is not None:
+                progress(start + len(indices), len(order))
     tokens, base_logp, policy_logp, kl_base_policy, kl_policy_base, reward = sums
     return PairScores(
         row=np.array([e.get("row", i) for i, e in enumerate(examples)], dtype=np.int64),

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from qadapter.head import LanguageModelHead, trunk
 from qadapter.model import QAdapterModel
+from qadapter.packing import hidden_rows, packed_attention
 from qadapter.policy import Policy
 from qadapter_kernels import Coefficients, SoftValue, soft_value
 from qadapter_kernels.reference import accumulation_dtype, weighted_sum
@@ -77,6 +78,7 @@ class Scorer:
         self.weight = self.head.weight.to(self.dtype)
         self.bias = None if self.head.bias is None else self.head.bias.to(self.dtype)
         self.workspace_bytes = workspace_mb << 20
+        self._packed = False
         self.objective = model.objective if self.customised else None
         if not self.customised:
             self.stream_weights = (0.0, 1.0)
@@ -89,8 +91,31 @@ class Scorer:
     def device(self) -> torch.device:
         return self.weight.device
 
+    @contextlib.contextmanager
+    def packing(self, longest: int) -> Iterator[None]:
+        """Inside, ``hidden_streams`` runs no padding, and what texts begin with in common once:
+        where the trunk is frozen, nothing remembers it, and its attention can do it.
+
+        Args:
+            longest: tokens of the longest text.
+        """
+        if self.customised and (self.model.adapts_trunk or self.model.trunk_memo is not None):
+            yield
+            return
+        with packed_attention(self._base, longest) as self._packed:
+            yield
+        self._packed = False
+
+    @property
+    def _base(self) -> PreTrainedModel:
+        return self.model.base if self.customised else self.model
+
     def hidden_streams(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """(h_a, h_b) [B, T, D] after the final norm; a plain model's two are one tensor."""
+        """(h_a, h_b) [B, T, D] after the final norm; a plain model's two are one tensor. What they
+        are at padding is not said."""
+        if self._packed:
+            base_hidden = hidden_rows(self._base, input_ids, attention_mask, packed=True)
+            return self.model.adapter(base_hidden) if self.customised else base_hidden, base_hidden
         if self.customised:
             return self.model.hidden_streams(input_ids, attention_mask)
         outputs = trunk(self.model)(

@@ -46,6 +46,23 @@ def test_scores_are_those_of_the_objective_on_full_logits(objective):
     assert pairs.chosen_tokens.tolist() == [len(ids) for ids in dataset["chosen_ids"]]
 
 
+@pytest.mark.parametrize("customised", [True, False])
+def test_a_frozen_trunk_runs_no_padding_and_common_beginnings_once(customised):
+    dataset, passed = tokenized(), []
+    model = tiny_adapter(trained=True) if customised else tiny_llama()
+    body = (model.base if customised else model).model
+    body.register_forward_pre_hook(
+        lambda module, args, kwargs: passed.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    evaluate_preferences(model, dataset, batch_size=len(dataset), num_resamples=10)
+    beginnings = {
+        tuple((pair["prompt_ids"] + pair[f"{side}_ids"])[:end])
+        for pair in dataset for side in ("chosen", "rejected")
+        for end in range(1, len(pair["prompt_ids"] + pair[f"{side}_ids"]) + 1)
+    }
+    assert passed[-1] == len(beginnings)
+
+
 def test_an_untrained_adapter_is_the_base_to_the_last_digit():
     result = evaluate_preferences(tiny_adapter(trained=False), tokenized(), num_resamples=50)
     assert result.preference_accuracy == (0.5, 0.5, 0.5)
