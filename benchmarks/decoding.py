@@ -28,15 +28,17 @@ SETTINGS = ("temperature", "top-k 50", "top-p 0.9", "min-p 0.05")
 SHAPES = {"cpu": ("SmolLM2-135M", (1, 4, 16, 64)), "cuda": ("Llama-3.1-8B", (1, 8, 64))}
 
 
-def make_logits(vocab: int, rows: int, device: str) -> tuple[Tensor, Tensor]:
-    """Both streams, bfloat16, with a few likely tokens as language models have."""
+def make_logits(
+    vocab: int, rows: int, dtype: torch.dtype, device: str
+) -> tuple[Tensor, Tensor]:
+    """Both streams, with a few likely tokens as language models have."""
     generator = torch.Generator(device).manual_seed(0)
     shape = (rows, vocab)
     base = 2 * torch.randn(shape, generator=generator, device=device)
     likely = torch.randint(vocab, (rows, 20), generator=generator, device=device)
     base.scatter_add_(1, likely, torch.full((rows, 20), 10.0, device=device))
     adapter = base + 0.5 * torch.randn(shape, generator=generator, device=device)
-    return adapter.bfloat16(), base.bfloat16()
+    return adapter.to(dtype), base.to(dtype)
 
 
 def combine_eager(a: Tensor, b: Tensor) -> Tensor:
@@ -110,11 +112,11 @@ def cases(setting: str, a: Tensor, b: Tensor) -> dict[str, Callable[[], Case]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__.splitlines()[0]).parse_args(arguments)
-    recorder = start(options, "decoding", "bfloat16")
+    recorder = start(options, "decoding")
     head, counts = ("tiny", (1, 2)) if options.dry_run else SHAPES[options.device]
     vocab = HEADS[head].vocab
     for rows in counts:
-        a, b = make_logits(vocab, rows, options.device)
+        a, b = make_logits(vocab, rows, options.dtype, options.device)
         table = []
         for setting in SETTINGS:
             timings = interleave(

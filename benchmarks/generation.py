@@ -1,7 +1,7 @@
 """What does decoding the customised policy cost, beside the base alone?
 
 Greedy decoding of SmolLM2-135M-Instruct (CPU) or of random weights in the shape of Llama-3.2-1B or
-Llama-3.1-8B (GPU), bfloat16, by transformers' generate; the prompt is in the cache before the clock
+Llama-3.1-8B (GPU), by transformers' generate; the prompt is in the cache before the clock
 starts. The base; head adapters; a LoRA where one stream is the policy, as it is and merged; a LoRA
 at another strength, which takes both streams; the merged export. Two passes: the two models one
 after the other, each with its own cache, in a loop without any of generate's other work, and their
@@ -52,21 +52,22 @@ POLICY = ObjectiveConfig()
 
 
 @functools.cache
-def base_of(name: str, device: str) -> PreTrainedModel:
+def base_of(name: str, device: str, dtype: torch.dtype) -> PreTrainedModel:
     if name not in SHAPES:
         # A copy, in memory like the others': a file mapped into it has small pages.
-        return copy.deepcopy(load_base(name, dtype=torch.bfloat16, device_map=device).model)
+        return copy.deepcopy(load_base(name, dtype=dtype, device_map=device).model)
     torch.manual_seed(0)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(
-            LlamaConfig(**SHAPES[name]), dtype=torch.bfloat16
+            LlamaConfig(**SHAPES[name]), dtype=dtype
         ).eval()
 
 
 @functools.cache
-def lora_of(name: str, device: str) -> QAdapterModel:
+def lora_of(name: str, device: str, dtype: torch.dtype) -> QAdapterModel:
     """The authors' LoRA, on a copy of the base."""
-    model = QAdapterModel.from_base(copy.deepcopy(base_of(name, device)), "paper", POLICY).eval()
+    base = copy.deepcopy(base_of(name, device, dtype))
+    model = QAdapterModel.from_base(base, "paper", POLICY).eval()
     torch.manual_seed(1)
     for parameter in model.adapter.parameters():
         torch.nn.init.normal_(parameter, std=0.01)
@@ -74,13 +75,14 @@ def lora_of(name: str, device: str) -> QAdapterModel:
 
 
 @functools.cache
-def merged_of(name: str, device: str) -> PreTrainedModel:
+def merged_of(name: str, device: str, dtype: torch.dtype) -> PreTrainedModel:
     """As ``qadapter export`` writes it."""
-    return merged_trunk(lora_of(name, device)).eval()
+    return merged_trunk(lora_of(name, device, dtype)).eval()
 
 
-def head_of(name: str, device: str, form: str) -> QAdapterModel:
-    model = QAdapterModel.from_base(base_of(name, device), AdapterConfig(form=form), POLICY)
+def head_of(name: str, device: str, dtype: torch.dtype, form: str) -> QAdapterModel:
+    base = base_of(name, device, dtype)
+    model = QAdapterModel.from_base(base, AdapterConfig(form=form), POLICY)
     torch.nn.init.normal_(model.adapter.up.weight, std=0.01)
     return model.eval()
 
@@ -132,9 +134,9 @@ def two_passes(
 
 
 def cases(
-    name: str, device: str, batch: int, new_tokens: int
+    name: str, device: str, dtype: torch.dtype, batch: int, new_tokens: int
 ) -> dict[str, Callable[[], Case]]:
-    base = base_of(name, device)
+    base = base_of(name, device, dtype)
     torch.manual_seed(2)
     prompt_BT = torch.randint(base.config.vocab_size, (batch, PROMPT), device=device)
 
@@ -145,21 +147,21 @@ def cases(
         return lambda: two_passes(adapted_of(), base, prompt_BT, new_tokens)
 
     def merged_in_place() -> QAdapterModel:
-        model = copy.deepcopy(lora_of(name, device))
+        model = copy.deepcopy(lora_of(name, device, dtype))
         model.merge_adapter()
         return model
 
-    lora = functools.partial(lora_of, name, device)
+    lora = functools.partial(lora_of, name, device, dtype)
     return {
         "base": build(lambda: base),
-        "ours, linear head": build(lambda: head_of(name, device, "linear")),
-        "ours, MLP head": build(lambda: head_of(name, device, "mlp")),
+        "ours, linear head": build(lambda: head_of(name, device, dtype, "linear")),
+        "ours, MLP head": build(lambda: head_of(name, device, dtype, "mlp")),
         "ours, LoRA": build(lora),
         "ours, LoRA merged in place": build(merged_in_place),
-        "merged export": build(lambda: merged_of(name, device)),
+        "merged export": build(lambda: merged_of(name, device, dtype)),
         "ours, LoRA at strength 0.5": build(lora, STRENGTH),
         "two passes, PEFT": twice(lambda: lora().adapter.peft_model),
-        "two passes, merged": twice(lambda: merged_of(name, device)),
+        "two passes, merged": twice(lambda: merged_of(name, device, dtype)),
     }
 
 
@@ -188,11 +190,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--new_tokens", type=int, default=NEW_TOKENS)
     options.add_argument("--providers", nargs="*", metavar="NAME")
     options = options.parse_args(arguments)
-    recorder = start(options, "generation", "bfloat16")
+    recorder = start(options, "generation")
     name = "tiny" if options.dry_run else options.model or DEFAULT[options.device]
     new_tokens = 3 if options.dry_run else options.new_tokens
     for batch in options.batches:
-        known = cases(name, options.device, batch, new_tokens)
+        known = cases(name, options.device, options.dtype, batch, new_tokens)
         asked = chosen(options.providers, known, "provider")
         load = os.getloadavg()
         timings = interleave(
@@ -203,7 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report.print_generation(
             f"{name}, batch {batch}", record(timings, shape, load, recorder)
         )
-    report.draw_generation(report.latest(recorder.output, options.device), options.output)
+    latest = report.latest(recorder.output, options.device, recorder.dtype)
+    report.draw_generation(latest, options.output)
 
 
 if __name__ == "__main__":

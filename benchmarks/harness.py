@@ -31,6 +31,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from qadapter.base_dtype import choose_for, dtype_name
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = (
@@ -300,6 +302,7 @@ class Recorder:
     def __init__(
         self, kernel: str, device: str, dtype: str, output: Path, commit: str | None = None
     ):
+        self.dtype = dtype
         self.fixed = {"kernel": kernel, "device": device, "dtype": dtype}
         self.environment = environment(device, commit)
         self.output: Path = output
@@ -334,6 +337,9 @@ def parser(description: str) -> argparse.ArgumentParser:
                          default="cuda" if torch.cuda.is_available() else "cpu")
     options.add_argument("--budget", type=float, default=20.0, metavar="SECONDS",
                          help="of timed rounds for each group of cases")
+    options.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
+                         help="of weights and logits; auto: bfloat16 on a GPU, what this machine "
+                         "multiplies faster on a CPU")
     options.add_argument("--threads", type=int, help="of the CPU; default: PyTorch's own choice")
     options.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER",
                          help="for the JSON lines (appended) and the picture")
@@ -343,8 +349,8 @@ def parser(description: str) -> argparse.ArgumentParser:
     return options
 
 
-def start(options: argparse.Namespace, kernel: str, dtype: str) -> Recorder:
-    """Applies the common options.
+def start(options: argparse.Namespace, kernel: str) -> Recorder:
+    """Applies the common options; ``options.dtype`` becomes torch's.
 
     Raises:
         SystemExit: CUDA was asked for and there is none.
@@ -355,8 +361,15 @@ def start(options: argparse.Namespace, kernel: str, dtype: str) -> Recorder:
         torch.set_num_threads(options.threads)
     if options.dry_run:
         options.budget = min(options.budget, 0.05)
+    if options.dtype == "auto" and options.device == "cpu":
+        choice = choose_for(torch.bfloat16, HEADS["SmolLM2-135M"].hidden)
+        print(f"in {dtype_name(choice.dtype)}: {choice.reason}")
+        options.dtype = dtype_name(choice.dtype)
+    elif options.dtype == "auto":
+        options.dtype = "bfloat16"
+    name, options.dtype = options.dtype, getattr(torch, options.dtype)
     return Recorder(
-        kernel, options.device, dtype, options.output / f"{kernel}.jsonl", options.commit
+        kernel, options.device, name, options.output / f"{kernel}.jsonl", options.commit
     )
 
 

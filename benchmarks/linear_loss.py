@@ -1,6 +1,6 @@
 """Is the hidden-level loss faster, smaller and as exact as everybody else's?
 
-Times linear_soft_value and bradley_terry, forward, backward and both, in bfloat16, beside eager
+Times linear_soft_value and bradley_terry, forward, backward and both, beside eager
 PyTorch, torch.compile, Liger, TRL and cut-cross-entropy (see hidden_level.py for what each
 computes) and beside the matrix products alone.
 
@@ -36,7 +36,6 @@ from harness import (
 )
 from hidden_level import Inputs, Provider
 
-DTYPE = torch.bfloat16
 MODES = ("forward", "backward", "both")
 ROWS = {
     ("cpu", "SmolLM2-135M"): (1, 16, 128, 1024, 8192),
@@ -52,11 +51,12 @@ PRODUCTS = "products alone"
 
 
 def build(
-    head_name: str, provider_name: str, mode: str, cached: bool, device: str, rows: int
+    head_name: str, dtype: torch.dtype, provider_name: str, mode: str, cached: bool, device: str,
+    rows: int,
 ) -> Case:
     """One case with inputs of its own. At module level, for a fresh process to find it."""
     provider = hidden_level.providers(device)[provider_name]
-    x = hidden_level.make_inputs(HEADS[head_name], rows, DTYPE, device, cached)
+    x = hidden_level.make_inputs(HEADS[head_name], rows, dtype, device, cached)
     return make_case(provider, x, mode)
 
 
@@ -87,7 +87,7 @@ def measure_group(
     everybody = hidden_level.providers(device)
     names = chosen(options.providers, everybody, "provider")
     inputs = {
-        cached: hidden_level.make_inputs(HEADS[head_name], rows, DTYPE, device, cached)
+        cached: hidden_level.make_inputs(HEADS[head_name], rows, options.dtype, device, cached)
         for cached in (False, True)
     }
     variants = [
@@ -125,9 +125,8 @@ def measure_group(
                     record["times_ours"] = outcome.ms / ours.ms
                 record |= mistakes.get((name, cached), {})
                 if mode == "both" and name != PRODUCTS and not options.no_memory:
-                    record["peak_extra_mib"] = _peak(
-                        everybody[name], head_name, name, mode, cached, device, rows
-                    )
+                    case = head_name, options.dtype, name, mode, cached, device
+                    record["peak_extra_mib"] = _peak(everybody[name], case, rows)
             else:
                 record |= {"status": outcome}
             records.append(recorder.add(**record))
@@ -151,12 +150,11 @@ def _guarded(
     return build_case
 
 
-def _peak(provider: Provider, head_name: str, *arguments: Any) -> float | None:
-    name, mode, cached, device, rows = arguments
+def _peak(provider: Provider, arguments: tuple, rows: int) -> float | None:
+    """Of ``build(*arguments, rows)``."""
+    *_, name, _, _, device = arguments
     try:
-        return peak_extra_memory(
-            build, (head_name, name, mode, cached, device), rows, device, provider.compiled
-        ) / MEBIBYTE
+        return peak_extra_memory(build, arguments, rows, device, provider.compiled) / MEBIBYTE
     except Exception as error:
         print(f"{name}: peak memory not measured: {reason(error)}")
         return None
@@ -187,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--providers", nargs="*", metavar="NAME")
     options.add_argument("--no-memory", action="store_true", help="skip the peak memory")
     options = options.parse_args(arguments)
-    recorder = start(options, "linear_loss", "bfloat16")
+    recorder = start(options, "linear_loss")
     known = [head for device, head in ROWS if device == options.device]
     if options.dry_run:
         known = ["tiny"]
@@ -197,7 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             report.print_group(
                 f"{head_name}, N = {rows}", measure_group(head_name, rows, options, recorder)
             )
-    report.draw_linear_loss(report.latest(recorder.output, options.device), options.output)
+    latest = report.latest(recorder.output, options.device, recorder.dtype)
+    report.draw_linear_loss(latest, options.output)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How close is soft_value on given logits to the bandwidth of a copy?
 
-Times forward and backward in bfloat16 at the general coefficients, where both streams are read
+Times forward and backward at the general coefficients, where both streams are read
 both ways: 4V bytes a row forward, 6V backward. Beside eager PyTorch and torch.compile, and with
 every backend that is there. The yardstick is a copy of one [N, V] tensor measured in the same run,
 counting bytes read and bytes written.
@@ -36,7 +36,6 @@ from torch import Tensor
 from qadapter_kernels import dispatch, reference, soft_value
 from qadapter_kernels.reference import Coefficients
 
-DTYPE = torch.bfloat16
 COEFFICIENTS = Coefficients(alpha_0=0.3, alpha_tilde=0.7, adapter_coef=1.0, base_coef=0.0)
 SHAPES = {
     "cpu": (("SmolLM2-135M", (1, 16, 128, 1024)), ("Llama-3.1-8B", (1, 16, 128))),
@@ -56,14 +55,14 @@ class Logits(NamedTuple):
     grad_v: Tensor
 
 
-def make_logits(vocab: int, rows: int, device: str) -> Logits:
+def make_logits(vocab: int, rows: int, dtype: torch.dtype, device: str) -> Logits:
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device)
 
     return Logits(
-        (3 * normal(rows, vocab)).to(DTYPE).requires_grad_(), (3 * normal(rows, vocab)).to(DTYPE),
+        (3 * normal(rows, vocab)).to(dtype).requires_grad_(), (3 * normal(rows, vocab)).to(dtype),
         torch.randint(vocab, (rows,), generator=generator, device=device),
         normal(rows), normal(rows),
     )
@@ -140,7 +139,7 @@ def measure_group(
     everybody = providers(device)
     functions = {name: everybody[name] for name in chosen(options.providers, everybody, "provider")}
     vocab = HEADS[head].vocab
-    x = make_logits(vocab, rows, device)
+    x = make_logits(vocab, rows, options.dtype, device)
     source, target = x.base, torch.zeros_like(x.base)
     truth = exact(x) if rows <= MAX_EXACT_ROWS else None
     records = []
@@ -179,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--providers", nargs="*", metavar="NAME")
     options = options.parse_args(arguments)
-    recorder = start(options, "logits_loss", "bfloat16")
+    recorder = start(options, "logits_loss")
     shapes = (("tiny", (1, 40)),) if options.dry_run else SHAPES[options.device]
     for head, counts in shapes:
         for rows in counts:

@@ -67,12 +67,13 @@ def print_group(title: str, records: Sequence[Record]) -> None:
             print(f"  not run: {line}")
 
 
-def latest(path: Path, device: str) -> list[Record]:
-    """The last record of every case on a device: shapes may have been measured one by one."""
+def latest(path: Path, device: str, dtype: str = "bfloat16") -> list[Record]:
+    """The last record of every case on a device, in one data type: shapes may have been measured
+    one by one."""
     last: dict[tuple[str, ...], Record] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
-        if record["device"] == device:
+        if (record["device"], record["dtype"]) == (device, dtype):
             key = (record["provider"], record["mode"], record.get("base"), str(record["shape"]))
             last[tuple(map(str, key))] = record
     return list(last.values())
@@ -112,7 +113,7 @@ def draw_linear_loss(records: Sequence[Record], folder: Path) -> None:
     if peaks:
         bars(axes[1], peaks, names, "peak extra memory, MiB")
         axes[1].set_title(f"memory at N = {at:,}", fontsize=10, loc="left")
-    title = f"Hidden-level loss, forward and backward: {head} head, bfloat16"
+    title = f"Hidden-level loss, forward and backward: {head} head, {records[-1]['dtype']}"
     _save(figure, records, title, folder)
 
 
@@ -194,7 +195,7 @@ def draw_logits_loss(records: Sequence[Record], folder: Path) -> None:
     axes[0].set_ylabel("% of the copy's bandwidth")
     axes[1].legend(fontsize=7, frameon=False)
     vocab = mine[0]["shape"]["V"]
-    _save(figure, records, f"soft_value on bfloat16 logits, V = {vocab:,}", folder)
+    _save(figure, records, f"soft_value on {mine[0]['dtype']} logits, V = {vocab:,}", folder)
 
 
 def print_generation(title: str, records: Sequence[Record]) -> None:
@@ -223,7 +224,7 @@ def draw_generation(records: Sequence[Record], folder: Path) -> None:
         rates = {r["provider"]: r["tokens_per_s"] for r in mine if r["shape"]["B"] == batch}
         bars(axis, rates, list(rates), "tokens a second")
         axis.set_title(f"batch {batch}", fontsize=10, loc="left")
-    _save(figure, mine, f"Greedy decoding through generate: {model}, bfloat16", folder)
+    _save(figure, mine, f"Greedy decoding through generate: {model}, {mine[-1]['dtype']}", folder)
 
 
 def draw_scaling(sweeps: Sequence[Record], records: Sequence[Record], folder: Path) -> None:
@@ -239,7 +240,8 @@ def draw_scaling(sweeps: Sequence[Record], records: Sequence[Record], folder: Pa
                  xlim=(0, None), ylim=(0, None))
         axis.set_title(f"time ~ {sweep['axis']}^{sweep['exponent']:.2f}", fontsize=10, loc="left")
         axis.legend(fontsize=8, frameon=False)
-    _save(figure, records, "Hidden-level loss, forward and backward, bfloat16", folder)
+    title = f"Hidden-level loss, forward and backward, {records[-1]['dtype']}"
+    _save(figure, records, title, folder)
 
 
 def draw_decoding(records: Sequence[Record], folder: Path) -> None:

@@ -15,10 +15,8 @@ from typing import Any
 
 import hidden_level
 import report
-import torch
 from harness import HEADS, Case, Head, Recorder, Timing, interleave, parser, start
 
-DTYPE = torch.bfloat16
 ROWS = (256, 512, 1024, 2048, 4096, 8192)
 VOCABULARIES = (8_192, 16_384, 32_768, 65_536, 131_072)
 FIXED = {
@@ -28,9 +26,11 @@ FIXED = {
 """Head for the sweep over N; rows for the sweep over V, at the same hidden size."""
 
 
-def _case(head: Head, rows: int, device: str) -> Callable[[], Case]:
+def _case(head: Head, rows: int, options: Any) -> Callable[[], Case]:
     def build() -> Case:
-        x = hidden_level.make_inputs(head, rows, DTYPE, device, cached=False)
+        x = hidden_level.make_inputs(
+            head, rows, options.dtype, options.device, cached=False
+        )
 
         def step(_: Any) -> None:
             x.adapter_hidden.grad = None
@@ -88,16 +88,16 @@ def _line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__.splitlines()[0]).parse_args(arguments)
-    recorder = start(options, "scaling", "bfloat16")
+    recorder = start(options, "scaling")
     rows, vocabularies = ROWS, VOCABULARIES
     head, fixed_rows = FIXED[options.device]
     if options.dry_run:
         rows, vocabularies, head, fixed_rows = (32, 64, 128), (256, 512, 1024), HEADS["tiny"], 32
     sweeps = [
-        measure("N", rows, lambda size: _case(head, size, options.device), options, recorder,
+        measure("N", rows, lambda size: _case(head, size, options), options, recorder,
                 {"V": head.vocab, "D": head.hidden}),
         measure("V", vocabularies,
-                lambda size: _case(Head(size, head.hidden), fixed_rows, options.device),
+                lambda size: _case(Head(size, head.hidden), fixed_rows, options),
                 options, recorder, {"N": fixed_rows, "D": head.hidden}),
     ]
     for sweep in sweeps:

@@ -1,6 +1,6 @@
 """What does a training step cost: time, memory, and the loss's share of it?
 
-Llama-3.1-8B's architecture (on a CPU SmolLM2-135M's) in bfloat16 with random weights, four
+Llama-3.1-8B's architecture (on a CPU SmolLM2-135M's) with random weights, four
 preference pairs whose longest sequence has 512 or 2,048 tokens, one optimizer step: forward,
 backward, AdamW.
 
@@ -296,10 +296,11 @@ def eager_loss(sums_S: Tensor, rewards: Tensor, counts_S: Tensor) -> Tensor:
 
 
 def build(
-    name: str, kind: str, provider: str, device: str, checkpointed: bool, length: int
+    name: str, kind: str, dtype: torch.dtype, provider: str, device: str, checkpointed: bool,
+    length: int,
 ) -> Case:
     """One case from nothing. At module level, for a fresh process to find it."""
-    bench = Bench(name, kind, length, device)
+    bench = Bench(name, kind, length, device, dtype)
     bench.set_length(length, checkpointed)
     return bench.case(bench.steps()[provider])
 
@@ -310,7 +311,7 @@ def peak_mib(bench: Bench, name: str, kind: str, provider: str, length: int) -> 
         if bench.device == "cuda":
             free(bench.device)
             return peak_cuda(bench.case(bench.steps()[provider])) / MEBIBYTE
-        arguments = name, kind, provider, bench.device, bench.checkpointed
+        arguments = name, kind, bench.model.base.dtype, provider, bench.device, bench.checkpointed
         return peak_extra_memory(build, arguments, length, bench.device, True) / MEBIBYTE
     except Exception as error:
         print(f"{provider}: peak memory not measured: {reason(error)}")
@@ -366,7 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--providers", nargs="*", metavar="NAME")
     options.add_argument("--no-memory", action="store_true", help="skip the peak memory")
     options = options.parse_args(arguments)
-    recorder = start(options, "training_step", "bfloat16")
+    recorder = start(options, "training_step")
     name, lengths = DEFAULT[options.device]
     if options.dry_run:
         name, lengths, options.checkpoint_from = "tiny", (64, 96), 96
@@ -375,7 +376,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found: dict[int, list[dict[str, Any]]] = {length: [] for length in lengths}
     authors_ms: dict[int, float] = {}
     for kind in ("lora", "head"):  # one after the other: a second copy of the weights may not fit
-        bench = Bench(name, kind, lengths[0], options.device)
+        bench = Bench(name, kind, lengths[0], options.device, options.dtype)
         for length in lengths:
             bench.set_length(length, length >= options.checkpoint_from)
             found[length] += measure(bench, name, kind, length, options, recorder, authors_ms)
@@ -383,7 +384,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         free(options.device)
     for records in found.values():
         report.print_training_step(records)
-    report.draw_training_step(report.latest(recorder.output, options.device), options.output)
+    latest = report.latest(recorder.output, options.device, recorder.dtype)
+    report.draw_training_step(latest, options.output)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,12 @@ def choose_dtype(config: PretrainedConfig) -> DtypeChoice:
     """
     text = config.get_text_config()
     stored = getattr(config, "dtype", None) or getattr(text, "dtype", None) or torch.float32
-    rates = rates_of_width(text.hidden_size)
+    return choose_for(stored, text.hidden_size)
+
+
+def choose_for(stored: torch.dtype, width: int) -> DtypeChoice:
+    """The same for weights of a type and a model of a width."""
+    rates = rates_of_width(width)
     fast = max(rates, key=rates.get)
     if stored not in (torch.float16, torch.bfloat16):
         hint = ""

@@ -43,8 +43,8 @@ def run(main, folder: Path, *arguments: str) -> list[dict]:
 
 
 def test_linear_loss(tmp_path, capsys):
-    rows = run(linear_loss.main, tmp_path, "--no-memory", "--rows", "34", "--providers", "ours",
-               *PEERS, "cut-cross-entropy")
+    rows = run(linear_loss.main, tmp_path, "--no-memory", "--dtype", "bfloat16", "--rows", "34",
+               "--providers", "ours", *PEERS, "cut-cross-entropy")
     done = {(r["provider"], r["mode"], r["base"]): r for r in rows if r["status"] == "ok"}
     assert {mode for _, mode, _ in done} == set(linear_loss.MODES)
     assert done["products alone", "both", "cached"]["percent_of_products"] == pytest.approx(100)
@@ -120,7 +120,7 @@ def test_fit_finds_a_line_and_a_power():
 def test_decoding(tmp_path):
     rows = run(decoding.main, tmp_path)
     assert {r["mode"] for r in rows} == set(decoding.SETTINGS)
-    a, b = decoding.make_logits(1031, 3, "cpu")
+    a, b = decoding.make_logits(1031, 3, torch.bfloat16, "cpu")
     torch.testing.assert_close(
         decoding.combine_fused(a, b), decoding.combine_eager(a, b), atol=1e-4, rtol=1e-5
     )
