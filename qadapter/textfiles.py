@@ -6,6 +6,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from qadapter.errors import QAdapterError
@@ -80,6 +81,22 @@ def split_lines(text: str) -> list[str]:
     if "\n" not in text:
         return text.split("\r")
     return [line.removesuffix("\r") for line in text.split("\n")]
+
+
+def check_unicode(texts: Iterable[object], name: str) -> None:
+    """
+    Args:
+        name: what each of the texts is; those that are no strings are left alone.
+
+    Raises:
+        QAdapterError: one holds half of a surrogate pair; names it by its number, from 0.
+    """
+    for number, text in enumerate(texts):
+        if isinstance(text, str) and not is_unicode(text):
+            raise QAdapterError(
+                f"{name} {number} holds half of a surrogate pair, which is no character: "
+                f"{text[:60]!r}"
+            )
 
 
 def is_unicode(text: str) -> bool:

@@ -17,6 +17,7 @@ from qadapter.errors import QAdapterError
 from qadapter.evaluation.bootstrap import ClusterBootstrap, Estimate
 from qadapter.evaluation.scoring import Scorer, evaluating
 from qadapter.model import QAdapterModel
+from qadapter.textfiles import check_unicode
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ def _token_ids(
         return texts
     if tokenizer is None:
         raise QAdapterError("retention: texts given as strings need a tokenizer")
+    check_unicode(texts, "retention text")
     return tokenizer(list(texts), verbose=False)["input_ids"]
 
 

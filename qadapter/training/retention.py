@@ -14,16 +14,19 @@ Shapes: M states of all texts, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from qadapter.data import check_sequences
+from qadapter.data.rows import rows_of
 from qadapter.errors import QAdapterError
 from qadapter.model import QAdapterModel
+from qadapter.textfiles import check_unicode
 from qadapter_kernels import Coefficients
 
 _BASE = Coefficients(alpha_0=0.0)
@@ -156,14 +159,16 @@ class RetentionStates:
 def as_texts(
     dataset: Dataset | Iterable[str] | Iterable[tuple[list[int], list[int]]]
 ) -> list[str] | list[tuple[list[int], list[int]]]:
-    """Texts of a dataset with a ``text`` column, or of an iterable; (prompt ids, answer ids) are
-    texts too."""
-    if isinstance(dataset, Dataset):
-        if "text" not in dataset.column_names:
-            raise QAdapterError(
-                f"retention_dataset needs a column text, it has {', '.join(dataset.column_names)}"
-            )
-        dataset = dataset["text"]
+    """Texts of a dataset, frame or dict with a ``text`` column, or of an iterable; (prompt ids,
+    answer ids) are texts too."""
+    if isinstance(dataset, str | Path):
+        raise QAdapterError(f"retention_dataset is a name, {str(dataset)!r}: read_texts reads it")
+    if isinstance(dataset, Dataset | IterableDataset | Mapping) or hasattr(dataset, "iloc"):
+        rows = rows_of(dataset, ["text"])
+        if "text" not in rows.columns:
+            there = ", ".join(map(str, rows.columns))
+            raise QAdapterError(f"retention_dataset needs a column text, it has {there}")
+        dataset = (row.get("text") for row in rows.take({"text": "text"}))
     texts = list(dataset)
     for number, text in enumerate(texts):
         ids = isinstance(text, tuple) and len(text) == 2
@@ -171,4 +176,5 @@ def as_texts(
             raise QAdapterError(
                 f"retention_dataset: row {number} is {type(text).__name__}, not text"
             )
+    check_unicode(texts, "retention text")
     return texts

@@ -6,8 +6,10 @@ import copy
 import dataclasses
 import json
 
+import pandas as pd
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from training_tiny import build_model, build_pairs, build_tokenizer
 from transformers import TrainerCallback
@@ -219,3 +221,24 @@ def test_what_cannot_be_used_is_named(tmp_path):
         RetentionStates(build_model(), build_tokenizer(), ["w1", ""])
     with pytest.raises(QAdapterError, match="row 1 is int"):
         as_texts(["w1 w2", 3])
+
+
+WITH_TEXT = {"text": ["w1 w2", "w3"], "label": [1, 2]}
+
+
+@pytest.mark.parametrize("data", [
+    WITH_TEXT, pd.DataFrame(WITH_TEXT), Dataset.from_dict(WITH_TEXT),
+    Dataset.from_dict(WITH_TEXT).to_iterable_dataset(), WITH_TEXT["text"], iter(WITH_TEXT["text"]),
+])
+def test_texts_of_whatever_has_the_column(data):
+    assert as_texts(data) == WITH_TEXT["text"]
+
+
+@pytest.mark.parametrize(("texts", "message"), [
+    ("texts.txt", "is a name, .texts.txt.: read_texts"),
+    (["a", "b \ud83d"], "retention text 1 holds"),
+    ({"body": ["a"]}, "needs a column text, it has body"), ([None], "row 0 is NoneType"),
+])
+def test_what_is_no_text_is_named(texts, message):
+    with pytest.raises(QAdapterError, match=message):
+        as_texts(texts)
