@@ -53,6 +53,7 @@ from qadapter.data import load_preferences, split_by_prompt, tokenize_preference
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.bootstrap import ClusterBootstrap
 from qadapter.evaluation.preference import wins
+from qadapter.progress import silent, tqdm_bar
 from qadapter.training import FeatureSet, QAdapterConfig, QAdapterTrainer
 from qadapter.training.feature_store import load_or_compute
 
@@ -159,10 +160,11 @@ class Bench:
 
     def features(self, part: str) -> FeatureSet:
         if part not in self._features:
-            self._features[part] = load_or_compute(
-                self.fresh, self.data[part], self.tokenizer, max_length=self.task.max_length,
-                cache_dir=self.options.cache, shard_mb=64, show_progress=sys.stderr.isatty(),
-            )
+            with (tqdm_bar if sys.stderr.isatty() else silent)(part, "tokens") as progress:
+                self._features[part] = load_or_compute(
+                    self.fresh, self.data[part], self.tokenizer, max_length=self.task.max_length,
+                    cache_dir=self.options.cache, shard_mb=64, progress=progress,
+                )
         return self._features[part]
 
     def fold(self, number: int) -> tuple[list[int], list[int]]:

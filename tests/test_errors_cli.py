@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from tiny_models import preference_rows, save_tiny, write_jsonl
 
+from qadapter import room
 from qadapter.cli import main
-from qadapter.console import folders
 from qadapter.evaluation import report
 from qadapter.training import QAdapterTrainer
 
@@ -334,7 +334,7 @@ def test_a_folder_that_cannot_be_written_to_is_seen_first(place, tmp_path, fails
     def refuse(dir):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(folders.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(room.tempfile, "TemporaryFile", refuse)
     line = fails("eval", tmp_path / "nowhere", "--dataset_name", place / "pairs.jsonl",
                  "--output_dir", tmp_path)
     assert f"output_dir {tmp_path} can't be written to: Permission denied" in line

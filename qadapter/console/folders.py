@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from qadapter import storage
 from qadapter.errors import QAdapterError
+from qadapter.room import require_writable
 
 RUN_FILES = (
     storage.WEIGHTS_NAME, storage.CONFIG_NAME, "summary.json", "metrics.jsonl", "report.md",
@@ -53,13 +53,7 @@ def check_output_dir(
     if held and not may_exist:
         raise QAdapterError(f"output_dir {folder} holds another run ({held[0].name}): {way_out}")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise QAdapterError(f"output_dir {folder} can't be made: {error.strerror}") from error
-    try:
-        # Only writing tells: permissions alone don't (root, read-only mounts, /sys).
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        require_writable(folder)
     except OSError as error:
         raise QAdapterError(
             f"output_dir {folder} can't be written to: {error.strerror}"

@@ -10,19 +10,18 @@ from typing import Any, ClassVar
 import torch
 from peft import LoraConfig
 from transformers import TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from qadapter.adapters import AdapterConfig
 from qadapter.errors import QAdapterError
 from qadapter.objective import ObjectiveConfig
+from qadapter.training import checks
 
 _OBJECTIVE = tuple(f.name for f in dataclasses.fields(ObjectiveConfig))
 _CHOICES = {
     "adapter_kind": ("head", "lora"),
     "truncation_mode": ("keep_start", "keep_end"),
     "on_bad_row": ("drop", "raise"),
-    "cache_features": ("memory", "disk", "none"),
+    "cache_features": ("auto", "memory", "disk", "none"),
 }
 RETENTION_COEF = 10.0
 """Of the retention term, where it is on by default."""
@@ -48,19 +47,6 @@ _OF_ONE_KIND = {
     "lora": ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
 }
 """Options that one kind of adapter has."""
-_UNSUPPORTED = {
-    "label_smoothing_factor": (0.0, "preferences have no labels to smooth"),
-    "neftune_noise_alpha": (None, "the base is frozen and gets no noise"),
-    "use_liger_kernel": (False, "qadapter_kernels computes the loss"),
-    "torch_compile": (False, "the loss does not go through the model's forward"),
-    "fsdp": (None, "the adapter is small: use data parallelism (accelerate launch)"),
-    "deepspeed": (None, "the adapter is small: use data parallelism (accelerate launch)"),
-    "include_num_input_tokens_seen": ("no", "num_tokens is always logged"),
-    "average_tokens_across_devices": (True, "every mean is over all processes"),
-}
-"""Options of TrainingArguments that can't be honoured: the only value allowed, and why."""
-
-
 def _objective(name: str, help_text: str, **metadata: Any) -> Any:
     return field(
         default=getattr(ObjectiveConfig, name), metadata={"help": help_text, **metadata}
@@ -219,11 +205,12 @@ class QAdapterConfig(TrainingArguments):
 
     # --- features of the frozen base, and memory ---
     cache_features: str = field(
-        default="memory",
+        default="auto",
         metadata={
             "help": "Where the frozen base's hidden states are kept, so that the base runs once: "
-            "'memory', 'disk', or 'none' (the base runs at every step).",
-            "choices": ["memory", "disk", "none"],
+            "'memory', 'disk', 'none' (the base runs at every step); 'auto' takes memory if it "
+            "has ample room, else disk.",
+            "choices": ["auto", "memory", "disk", "none"],
         },
     )
     feature_cache_dir: str | None = field(
@@ -242,12 +229,15 @@ class QAdapterConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        self._check_ranges()  # first: transformers would trip over some of these without a name
-        super().__post_init__()
-        for name, (allowed, reason) in _UNSUPPORTED.items():
-            value = getattr(self, name)
-            if value != allowed and (value or allowed):
-                raise QAdapterError(f"{name}={value!r} can't be honoured: {reason}")
+        # First: transformers would trip over some of these without a name.
+        self._check_ranges()
+        checks.check_supported(self)
+        if self.bf16 and not torch.accelerator.is_available():
+            self.use_cpu = True  # else transformers takes it for a GPU's
+        try:
+            super().__post_init__()
+        except (ValueError, TypeError, ImportError, OSError) as error:
+            raise QAdapterError(str(error)) from error
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise QAdapterError(
                 f"train_sampling_strategy={self.train_sampling_strategy!r} can't be honoured: "
@@ -269,19 +259,8 @@ class QAdapterConfig(TrainingArguments):
                     )
         if not 0 <= self.lora_dropout < 1:
             raise QAdapterError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
-        if self.report_to:  # else nothing is looked for among the installed packages
-            # transformers doesn't list these two wherever they can be used.
-            usable = [*get_available_reporting_integrations(), "azure_ml", "flyte"]
-            for name in self.report_to:
-                if name not in usable:
-                    raise QAdapterError(
-                        f"report_to: {name!r} is not installed, or no integration of transformers "
-                        f"({', '.join(INTEGRATION_TO_CALLBACK)})"
-                    )
-        if isinstance(self.model_init_kwargs, str):
-            raise QAdapterError(
-                f"model_init_kwargs must be a JSON object, got {self.model_init_kwargs!r}"
-            )
+        checks.check_reporting(self)
+        checks.check_optimizer(self)
         try:
             self.objective_config()
             self.adapter_config()

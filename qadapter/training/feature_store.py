@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,18 @@ from qadapter.base import cache_dir as default_cache_dir
 from qadapter.data import fingerprint
 from qadapter.errors import QAdapterError
 from qadapter.hashing import file_sha256
+from qadapter.locking import exclusive
 from qadapter.model import QAdapterModel
-from qadapter.training.features import FeatureSet, Shard, compute_shard, progress_bar, token_counts
+from qadapter.progress import Progress
+from qadapter.room import require_writable
+from qadapter.training.features import (
+    FeatureSet,
+    Shard,
+    Tokens,
+    compute_shard,
+    feature_bytes,
+    token_counts,
+)
 
 FORMAT_VERSION = 1
 MIB = 1 << 20
@@ -42,34 +52,80 @@ _SAMPLES = 256
 def load_or_compute(
     model: QAdapterModel, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *,
     max_length: int | None, cache_dir: str | Path | None = None, shard_mb: int = 256,
-    batch_tokens: int = 4096, pad_token_id: int = 0, show_progress: bool = True,
+    batch_tokens: int = 4096, pad_token_id: int = 0, progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> FeatureSet:
     """Features of tokenized pairs, mapped from disk; what is not there is computed and stored.
 
+    Several processes may ask for the same at once: one computes, the others wait for it.
+
     Args:
-        model, dataset, batch_tokens, pad_token_id: as in ``compute_features``.
+        model, dataset, batch_tokens, pad_token_id, progress: as in ``compute_features``.
         tokenizer, max_length: what the dataset was made with; part of its fingerprint.
         cache_dir: default: ``features`` in qadapter's own cache folder. Every dataset, base and
             setting gets a folder of its own below it; old ones can be deleted at any time.
         shard_mb: size of a file, MiB.
+        say: gets a line if another process is waited for.
 
     Raises:
         QAdapterError: the folder can't be written (no space left, no permission).
     """
+    folder = features_folder(
+        model, dataset, tokenizer, max_length=max_length, cache_dir=cache_dir,
+        pad_token_id=pad_token_id,
+    )
+    spans = list(_spans(dataset, model, shard_mb))
+    if (found := _Store(folder).load_all(len(spans))) is not None:
+        return FeatureSet(found)
+    try:
+        with exclusive(folder / INDEX_NAME, say):
+            store = _Store(folder)  # read again: another process may just have written it
+            missing = [n for n in range(len(spans)) if not store.holds(n, len(spans))]
+            parts = {number: dataset.select(range(*spans[number])) for number in missing}
+            done = Tokens(sum(int(token_counts(part).sum()) for part in parts.values()), progress)
+            for number, part in parts.items():
+                shard = compute_shard(model, part, batch_tokens, pad_token_id, done)
+                store.write(number, len(spans), shard)
+            return FeatureSet([store.load(number, len(spans)) for number in range(len(spans))])
+    except OSError as error:
+        raise _cannot_cache(folder, error) from error
+
+
+def features_folder(
+    model: QAdapterModel, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *,
+    max_length: int | None, cache_dir: str | Path | None, pad_token_id: int,
+) -> Path:
+    """The folder of one dataset's features; arguments as in ``load_or_compute``."""
     identity = cache_identity(model, pad_token_id)
     name = fingerprint(dataset, tokenizer, identity, max_length)
-    folder = Path(cache_dir or default_cache_dir() / "features") / name
-    spans = list(_spans(dataset, model, shard_mb))
-    store = _Store(folder, name)
-    missing = [number for number in range(len(spans)) if not store.holds(number, len(spans))]
-    if missing:
-        parts = {number: dataset.select(range(*spans[number])) for number in missing}
-        tokens = sum(int(token_counts(part).sum()) for part in parts.values())
-        with progress_bar(tokens, show_progress) as bar:
-            for number, part in parts.items():
-                shard = compute_shard(model, part, batch_tokens, pad_token_id, bar)
-                store.write(number, len(spans), shard)
-    return FeatureSet([store.load(number, len(spans)) for number in range(len(spans))])
+    return Path(cache_dir or default_cache_dir() / "features").expanduser() / name
+
+
+def bytes_in(folder: Path) -> int:
+    """What is there of a dataset's features, whole or not."""
+    try:
+        return sum(path.stat().st_size for path in folder.glob("features-*.safetensors"))
+    except OSError:
+        return 0
+
+
+def check_folder(folder: Path) -> None:
+    """Make the folder and see whether it can be written.
+
+    Raises:
+        QAdapterError: it can't; names ``feature_cache_dir``.
+    """
+    try:
+        require_writable(folder)
+    except OSError as error:
+        raise _cannot_cache(folder, error) from error
+
+
+def _cannot_cache(path: Path, error: Exception) -> QAdapterError:
+    return QAdapterError(
+        f"{path}: features can't be cached ({error}); free some space, or choose another "
+        "feature_cache_dir or cache_features"
+    )
 
 
 def cache_identity(model: QAdapterModel, pad_token_id: int) -> dict[str, Any]:
@@ -88,21 +144,39 @@ def cache_identity(model: QAdapterModel, pad_token_id: int) -> dict[str, Any]:
         "dtype": str(base.dtype),
         "mask_alignment": alignment,
         "pad_token_id": pad_token_id if alignment == "state" else None,
+        **_autocast(model.head.weight.device.type),
     }
 
 
-class _Store:
-    """One cache folder."""
+def _autocast(device: str) -> dict[str, str]:
+    """Under autocast the base gives other numbers."""
+    if not torch.is_autocast_enabled(device):
+        return {}
+    return {"autocast": str(torch.get_autocast_dtype(device))}
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self.folder, self.name = folder, name
+
+class _Store:
+    """One cache folder, as it is now."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.index = self._read_index()
+
+    def load_all(self, total: int) -> list[Shard] | None:
+        """All shards, or None if one is missing, damaged, or just being deleted."""
+        if not all(self.holds(number, total) for number in range(total)):
+            return None
+        try:
+            return [self.load(number, total) for number in range(total)]
+        except (OSError, SafetensorError):
+            return None
 
     def holds(self, number: int, total: int) -> bool:
         """Whether a shard is there and is what was written, to the last bit."""
-        path, entry = self._path(number, total), self.index["shards"].get(str(number))
+        path = self._path(number, total)
+        entry = self.index["shards"].get(path.name)
         try:
-            if entry is None or entry["total"] != total or path.stat().st_size != entry["bytes"]:
+            if entry is None or path.stat().st_size != entry["bytes"]:
                 return False
             return file_sha256(path) == entry["sha256"]
         except OSError:
@@ -115,8 +189,8 @@ class _Store:
             with tempfile.TemporaryDirectory(dir=self.folder, prefix=".writing-") as scratch:
                 temporary = Path(scratch) / path.name
                 save_file(shard._asdict(), temporary)
-                self.index["shards"][str(number)] = {
-                    "total": total, "bytes": temporary.stat().st_size, "pairs": len(shard.rows),
+                self.index["shards"][path.name] = {
+                    "bytes": temporary.stat().st_size, "pairs": len(shard.rows),
                     "sha256": file_sha256(temporary),
                 }
                 os.replace(temporary, path)
@@ -124,10 +198,7 @@ class _Store:
                 index.write_text(json.dumps(self.index, indent=1) + "\n", encoding="utf-8")
                 os.replace(index, self.folder / INDEX_NAME)
         except (OSError, SafetensorError) as error:
-            raise QAdapterError(
-                f"{path}: features can't be cached ({error}); free some space, choose another "
-                "feature_cache_dir, or cache_features='memory'"
-            ) from error
+            raise _cannot_cache(path, error) from error
 
     def load(self, number: int, total: int) -> Shard:
         """Mapped into memory, so that only what is used is read."""
@@ -137,7 +208,7 @@ class _Store:
         return self.folder / f"features-{number + 1:05d}-of-{total:05d}.safetensors"
 
     def _read_index(self) -> dict[str, Any]:
-        empty = {"format_version": FORMAT_VERSION, "fingerprint": self.name, "shards": {}}
+        empty = {"format_version": FORMAT_VERSION, "fingerprint": self.folder.name, "shards": {}}
         try:
             index = json.loads((self.folder / INDEX_NAME).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -150,8 +221,7 @@ class _Store:
 
 def _spans(dataset: Dataset, model: QAdapterModel, shard_mb: int) -> Iterator[tuple[int, int]]:
     """Runs of pairs whose features take about ``shard_mb``."""
-    row_bytes = model.head.weight.shape[1] * model.base.dtype.itemsize
-    sizes = np.cumsum(token_counts(dataset, prompts=False) * row_bytes)
+    sizes = np.cumsum(feature_bytes(model, dataset))
     start, limit = 0, shard_mb * MIB
     while start < len(dataset):
         before = sizes[start - 1] if start else 0

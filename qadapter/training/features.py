@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from qadapter.errors import QAdapterError
 from qadapter.model import QAdapterModel
 from qadapter.packing import Packing, hidden_states, packed_attention
+from qadapter.progress import Progress
 from qadapter_kernels import linear_logsumexp
 
 _SIDES = ("chosen", "rejected")
@@ -162,7 +162,7 @@ class FeatureCollator:
 
 def compute_features(
     model: QAdapterModel, dataset: Dataset, *, batch_tokens: int = 4096, pad_token_id: int = 0,
-    show_progress: bool = True,
+    progress: Progress | None = None,
 ) -> FeatureSet:
     """Run the base over tokenized pairs and keep the features in memory.
 
@@ -171,23 +171,48 @@ def compute_features(
         dataset: from ``qadapter.data.tokenize_preferences``.
         batch_tokens: most tokens in one batch of the trunk.
         pad_token_id: as the collator's; it is an action under ``mask_alignment="state"`` only.
+        progress: called with (tokens done, tokens in all), of prompts and answers, so that the
+            rate means the same in every run.
     """
-    with progress_bar(int(token_counts(dataset).sum()), show_progress) as bar:
-        return FeatureSet([compute_shard(model, dataset, batch_tokens, pad_token_id, bar)])
+    done = Tokens(int(token_counts(dataset).sum()), progress)
+    return FeatureSet([compute_shard(model, dataset, batch_tokens, pad_token_id, done)])
 
 
-def progress_bar(tokens: int, show: bool) -> tqdm:
-    """Counts tokens of prompts and answers, so that its rate means the same in every run."""
-    return tqdm(
-        total=tokens, desc="Running the frozen base", unit=" tokens", unit_scale=True,
-        disable=not show,
+class Tokens:
+    """How many of all tokens the base has read.
+
+    Args:
+        total: tokens in all. progress: called with (done, total).
+    """
+
+    def __init__(self, total: int, progress: Progress | None = None) -> None:
+        self.done, self.total, self.progress = 0, total, progress
+
+    def add(self, count: int) -> None:
+        self.done += count
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+
+
+def feature_bytes(model: QAdapterModel, dataset: Dataset) -> np.ndarray:
+    """What each pair's features take, in memory or on disk, int64 [P]; from token counts alone."""
+    scalars = sum(
+        torch.empty(0, dtype=dtype).itemsize for dtype in (torch.float32, torch.int32, torch.int32)
     )
+    row = model.head.weight.shape[1] * model.base.dtype.itemsize + scalars
+    actions = np.zeros(len(dataset), dtype=np.int64)
+    for side in _SIDES:
+        name = f"{side}_mask" if f"{side}_mask" in dataset.column_names else f"{side}_ids"
+        count = sum if name.endswith("mask") else len
+        actions += np.fromiter(map(count, dataset[name]), dtype=np.int64, count=len(dataset))
+    # Two offsets and two lengths, and the row.
+    return actions * row + 2 * (8 + 4) + 8
 
 
-def token_counts(dataset: Dataset, prompts: bool = True) -> np.ndarray:
-    """Tokens of both sequences of each pair, with or without their prompts, int64 [P]."""
+def token_counts(dataset: Dataset) -> np.ndarray:
+    """Tokens of both sequences of each pair, int64 [P]."""
     counts = np.zeros(len(dataset), dtype=np.int64)
-    for name, times in (("prompt", 2 * prompts), ("chosen", 1), ("rejected", 1)):
+    for name, times in (("prompt", 2), ("chosen", 1), ("rejected", 1)):
         ids = dataset[f"{name}_ids"]
         counts += times * np.fromiter((len(x) for x in ids), dtype=np.int64, count=len(dataset))
     return counts
@@ -195,7 +220,7 @@ def token_counts(dataset: Dataset, prompts: bool = True) -> np.ndarray:
 
 @torch.no_grad()
 def compute_shard(
-    model: QAdapterModel, dataset: Dataset, batch_tokens: int, pad_token_id: int, bar: tqdm
+    model: QAdapterModel, dataset: Dataset, batch_tokens: int, pad_token_id: int, done: Tokens
 ) -> Shard:
     """Features of all pairs of ``dataset``; arguments as ``compute_features``."""
     if model.adapts_trunk:
@@ -224,7 +249,7 @@ def compute_shard(
             hidden_ND = hidden_states(model.base, packing, packed)[rows_N.to(head.weight.device)]
             hidden[targets_N] = hidden_ND.to("cpu")
             base_logsumexp[targets_N] = _logsumexp(model, hidden_ND, tokens[targets_N]).to("cpu")
-            bar.update(sum(len(sequences[number].ids) for number in numbers))
+            done.add(sum(len(sequences[number].ids) for number in numbers))
     return Shard(
         hidden, base_logsumexp, tokens, states, offsets,
         torch.tensor([len(sequence.ids) for sequence in sequences], dtype=torch.int32),

@@ -21,7 +21,8 @@ PER_PAIR = (
     "rewards/margins", "logps/chosen", "logps/rejected",
 )
 """Columns averaged over pairs."""
-PER_ACTION = ("chi2_loss", "values/mean", "entropy", "kl_policy_base", "kl_base_policy")
+PER_ALL_ACTIONS = ("chi2_loss", "values/mean")
+PER_ACTION = (*PER_ALL_ACTIONS, "entropy", "kl_policy_base", "kl_base_policy")
 """Columns summed over a pair's actions and averaged over actions; the last three where the base's
 logits were computed anyway."""
 

@@ -6,7 +6,8 @@ import dataclasses
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from qadapter.base import cache_dir as default_cache_dir
 from qadapter.data import padding_id
+from qadapter.errors import QAdapterError
+from qadapter.locking import exclusive
 from qadapter.model import QAdapterModel
+from qadapter.progress import Progress
 from qadapter.sampling import fused_sample
 
 COUNT, MAX_NEW_TOKENS, BATCH_SIZE, SEED = 96, 64, 16, 0
@@ -26,13 +30,21 @@ Sample = tuple[list[int], list[int]]
 def load_or_sample(
     model: QAdapterModel, prompts: Sequence[list[int]],
     tokenizer: PreTrainedTokenizerBase | None, *, cache_dir: str | Path | None = None,
+    progress: Progress | None = None, say: Callable[[str], None] | None = None,
 ) -> list[Sample]:
     """One sample of the base for each of up to ``COUNT`` prompts; from the cache if it is there.
+    Several processes may ask for the same at once: one draws, the others wait for it.
 
     Args:
         prompts: token ids up to where an answer begins, no two alike.
         tokenizer: knows the padding token.
-        cache_dir: default: ``own_samples`` in qadapter's own cache folder.
+        cache_dir: default: ``own_samples`` in qadapter's own cache folder. If that can't be
+            written, samples are kept in memory alone.
+        progress: called with (answers done, of how many).
+        say: gets a line about another process that is waited for, or a cache that can't be used.
+
+    Raises:
+        QAdapterError: the ``cache_dir`` asked for can't be written.
     """
     rng = random.Random(SEED)
     prompts = [prompts[i] for i in sorted(rng.sample(range(len(prompts)),
@@ -40,24 +52,48 @@ def load_or_sample(
     identity = dataclasses.asdict(model.base_identity)
     key = json.dumps([identity, prompts, MAX_NEW_TOKENS, BATCH_SIZE, SEED, str(model.base.dtype)])
     name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
-    path = Path(cache_dir or default_cache_dir() / "own_samples") / f"samples-{name}.json"
+    folder = Path(cache_dir or default_cache_dir() / "own_samples").expanduser()
+    path = folder / f"samples-{name}.json"
+    pad = padding_id(model, tokenizer)
+    answers = _read(path, len(prompts))
+    try:
+        if answers is None:
+            with exclusive(path, say):
+                answers = _read(path, len(prompts))
+                if answers is None:
+                    answers = _sample(model, prompts, pad, progress)
+                    _write(path, answers)
+    except OSError as error:
+        if cache_dir is not None:
+            raise QAdapterError(
+                f"feature_cache_dir {cache_dir}: the base's own samples can't be kept there "
+                f"({error})"
+            ) from error
+        if say is not None:
+            say(f"{folder} can't be written ({error.strerror or error}): the base's own samples "
+                "are kept for this run alone; name a feature_cache_dir to keep them")
+        answers = answers or _sample(model, prompts, pad, progress)
+    return list(zip(prompts, answers, strict=True))
+
+
+def _read(path: Path, count: int) -> list[list[int]] | None:
     try:
         answers = json.loads(path.read_text(encoding="utf-8"))
-        if len(answers) == len(prompts):
-            return list(zip(prompts, answers, strict=True))
     except (OSError, ValueError):
-        pass  # not there, or damaged
-    answers = _sample(model, prompts, padding_id(model, tokenizer))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.with_suffix(".writing")
-    written.write_text(json.dumps(answers), encoding="utf-8")
-    written.replace(path)
-    return list(zip(prompts, answers, strict=True))
+        return None  # not there, or damaged
+    return answers if isinstance(answers, list) and len(answers) == count else None
+
+
+def _write(path: Path, answers: list[list[int]]) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as scratch:
+        written = Path(scratch) / path.name
+        written.write_text(json.dumps(answers), encoding="utf-8")
+        written.replace(path)
 
 
 @torch.no_grad()
 def _sample(
-    model: QAdapterModel, prompts: Sequence[list[int]], pad: int
+    model: QAdapterModel, prompts: Sequence[list[int]], pad: int, progress: Progress | None
 ) -> list[list[int]]:
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends]) - {None}
@@ -75,6 +111,8 @@ def _sample(
                 for i, ids in zip(indices, drawn, strict=True):
                     stop = next((k + 1 for k, token in enumerate(ids) if token in ends), None)
                     answers[i] = ids[:stop]
+                if progress is not None:
+                    progress(len(answers), len(order))
     finally:
         model.policy = before
         model.train(training)

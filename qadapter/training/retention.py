@@ -26,6 +26,8 @@ from qadapter.data import check_sequences
 from qadapter.data.rows import rows_of
 from qadapter.errors import QAdapterError
 from qadapter.model import QAdapterModel
+from qadapter.progress import Progress
+from qadapter.room import available_memory, size
 from qadapter.textfiles import check_unicode
 from qadapter_kernels import Coefficients
 
@@ -43,15 +45,17 @@ class RetentionStates:
             answer ids), where the answer's tokens are.
         tokenizer: for strings.
         max_length: most tokens of a text.
+        progress: called with (texts done, of how many).
 
     Raises:
-        QAdapterError: no text of two tokens or more; a model this term can't be computed for.
+        QAdapterError: no text of two tokens or more; more states than there is memory for; a model
+            this term can't be computed for.
     """
 
     def __init__(
         self, model: QAdapterModel, tokenizer: PreTrainedTokenizerBase | None,
         texts: Iterable[str] | Iterable[tuple[list[int], list[int]]], *,
-        max_length: int | None = 1024,
+        max_length: int | None = 1024, progress: Progress | None = None,
     ) -> None:
         if model.head.softcap is not None:
             raise QAdapterError(
@@ -62,7 +66,7 @@ class RetentionStates:
         self.first: list[int] = []
         """The first state of each text that counts: the one its first scored token is predicted
         from."""
-        hidden, device = [], model.head.weight.device
+        device = model.head.weight.device
         read = [
             ([], tokenizer(text)["input_ids"]) if isinstance(text, str) else text for text in texts
         ]
@@ -73,7 +77,14 @@ class RetentionStates:
             if len(ids) > first + 1:
                 self.texts.append(torch.tensor(ids, device=device))
                 self.first.append(first)
-                hidden.append(model.base_hidden(self.texts[-1][None])[0, first:-1])
+        _check_room(
+            model, sum(len(ids) - 1 - n for ids, n in zip(self.texts, self.first, strict=True))
+        )
+        hidden = []
+        for ids, first in zip(self.texts, self.first, strict=True):
+            hidden.append(model.base_hidden(ids[None])[0, first:-1])
+            if progress is not None:
+                progress(len(hidden), len(self.texts))
         if not hidden:
             raise QAdapterError("the retention texts hold no text of two tokens or more")
         self.hidden_MD = torch.cat(hidden)
@@ -154,6 +165,23 @@ class RetentionStates:
             for place, text in zip(places, owner, strict=True)
         ]
         return hidden_BTD[[line[text] for text in owner], position]
+
+
+def _check_room(model: QAdapterModel, num_states: int) -> None:
+    """Refuse states that there is no memory for, before the base reads them."""
+    weight = model.head.weight
+    itemsize = weight.itemsize + torch.promote_types(weight.dtype, torch.float32).itemsize
+    needed = 2 * num_states * weight.shape[1] * itemsize  # twice: they are joined in the end
+    if weight.device.type == "cuda":
+        room = torch.cuda.mem_get_info(weight.device)[0]
+    else:
+        room = available_memory()
+    if needed > room:
+        raise QAdapterError(
+            f"the retention texts hold {num_states:,} states, which take {size(needed)}, and "
+            f"{size(room)} of memory are available: take fewer of them (retention_dataset_name, "
+            "retention_dataset) or a lower max_length"
+        )
 
 
 def as_texts(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +18,29 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
 
-from qadapter.adapters import HeadAdapter
 from qadapter.base import load_tokenizer
 from qadapter.data import (
     PreferenceCollator,
     PreparationReport,
     check_pairs,
-    padding_id,
     tokenize_preferences,
 )
+from qadapter.data.tokenization import TokenizedPreferences
 from qadapter.errors import QAdapterError
 from qadapter.model import QAdapterModel
-from qadapter.training import card, feature_store
+from qadapter.progress import Reporter
+from qadapter.room import require_writable
+from qadapter.training import card, checks
 from qadapter.training.assembly import EitherCollator, as_qadapter_model
+from qadapter.training.base_reading import BaseReading
 from qadapter.training.checkpoints import AdapterCheckpoints, find_checkpoint
 from qadapter.training.config import RETENTION_COEF, QAdapterConfig
-from qadapter.training.features import (
-    FeatureCollator,
-    FeatureSet,
-    compute_features,
-)
+from qadapter.training.features import FeatureCollator, FeatureSet
 from qadapter.training.losses import Totals, averages, batch_loss, count
-from qadapter.training.own_samples import load_or_sample
-from qadapter.training.retention import RetentionStates, as_texts
+from qadapter.training.retention import as_texts
 
 
-class QAdapterTrainer(AdapterCheckpoints):
+class QAdapterTrainer(BaseReading, AdapterCheckpoints):
     """Trains the adapter of a ``QAdapterModel`` on preference pairs.
 
     Everything that transformers' Trainer does (schedules, checkpoints, callbacks, data parallel
@@ -57,7 +55,8 @@ class QAdapterTrainer(AdapterCheckpoints):
             error.
         data_collator: for tokenized pairs, where features are not cached; default
             ``PreferenceCollator``.
-        train_dataset: pairs in any format of ``qadapter.data``, raw or tokenized.
+        train_dataset: pairs in any format of ``qadapter.data``, raw or tokenized; or all that
+            ``tokenize_preferences`` gives, whose report is kept.
         eval_dataset: the same, or a dict of them.
         processing_class: the tokenizer; default: the base's, loaded by its name.
         compute_metrics: gets ``EvalPrediction`` with ``predictions`` [P, 2], the rewards of chosen
@@ -69,6 +68,10 @@ class QAdapterTrainer(AdapterCheckpoints):
         retention_dataset: unrelated texts for ``retention_coef``: a dataset with a ``text`` column,
             strings, or (prompt ids, answer ids); default: the base's own samples for the training
             prompts, drawn once and cached.
+        reporter: shows how far the base is with its one pass over the data; default: tqdm's bars,
+            unless ``args.disable_tqdm``.
+        say: gets a line about what was decided here: where features are kept, a cache that can't
+            be written, an option that does nothing. Default: Python's logging.
 
     Attributes:
         reports: name of a split → ``PreparationReport``, what was kept and dropped.
@@ -94,11 +97,21 @@ class QAdapterTrainer(AdapterCheckpoints):
         quantization_config: Any = None,
         peft_config: Any = None,
         retention_dataset: Any = None,
+        reporter: Reporter | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         args = QAdapterConfig() if args is None else args
         if not isinstance(args, QAdapterConfig):
             raise QAdapterError(f"args must be a QAdapterConfig, got {type(args).__name__}")
+        self._reporter, self._say = reporter, say
         model = as_qadapter_model(model, args, quantization_config, peft_config)
+        if args.should_save:
+            try:
+                require_writable(args.output_dir)
+            except OSError as error:
+                raise QAdapterError(
+                    f"output_dir {args.output_dir} can't be written to: {error.strerror}"
+                ) from error
         if args.n_gpu > 1:
             # nn.DataParallel would copy the whole base to every GPU at every step.
             args._n_gpu = 1
@@ -107,11 +120,16 @@ class QAdapterTrainer(AdapterCheckpoints):
         if retention_dataset is not None and args.retention_coef == 0:
             raise QAdapterError("retention_dataset is for a retention_coef above 0")
         self._retention_texts = None if retention_dataset is None else as_texts(retention_dataset)
-        self._retention_states: RetentionStates | None = None
         self._retention_losses: list[Tensor] = []
         self.reports: dict[str, PreparationReport] = {}
         self._tokenizer_args = {"trust_remote_code": args.trust_remote_code}
         self.model, self.args, self.processing_class = model, args, processing_class
+        self._settle_checkpointing()
+        names = list(eval_dataset) if isinstance(eval_dataset, Mapping) else []
+        checks.check_evaluation(
+            args, None if eval_dataset is None else names, cached=self.caches_features,
+            own_metrics=compute_metrics is not None,
+        )
         if train_dataset is not None:
             train_dataset = self._prepare(train_dataset, "train")
         if args.retention_coef is None:
@@ -140,20 +158,24 @@ class QAdapterTrainer(AdapterCheckpoints):
         self._gradients_checked = False
         self._eval_columns: list[Tensor] = []
 
+    def _settle_checkpointing(self) -> None:
+        """A frozen trunk keeps no activations: recipes may ask to recompute them all the same."""
+        asked = [name for name in checks.CHECKPOINTING if getattr(self.args, name, None)]
+        if asked and not self.model.adapts_trunk:
+            self._tell(f"{asked[-1]} does nothing here: a head adapter's trunk is frozen and keeps "
+                       "no activations")
+            for name in asked:
+                setattr(self.args, name, False)
+
     # --- data -------------------------------------------------------------------------------
-
-    @property
-    def caches_features(self) -> bool:
-        """Whether the base runs once over the data instead of at every step."""
-        return self.args.cache_features != "none" and isinstance(self.model.adapter, HeadAdapter)
-
-    @property
-    def _pad_token_id(self) -> int:
-        return padding_id(self.model, self.processing_class)
 
     def _prepare(self, dataset: Any, name: str) -> Dataset | FeatureSet:
         if isinstance(dataset, FeatureSet):
             return dataset
+        if isinstance(dataset, TokenizedPreferences):
+            tokenized, self.reports[name] = dataset
+            check_pairs(tokenized, self.model, self.processing_class, f"the {name} data")
+            return tokenized
         if self.processing_class is None:
             self.processing_class = load_tokenizer(
                 self.model.base_identity.name, **self._tokenizer_args
@@ -166,58 +188,17 @@ class QAdapterTrainer(AdapterCheckpoints):
         check_pairs(tokenized, self.model, self.processing_class, f"the {name} data")
         return tokenized
 
-    def features(self, dataset: Any, name: str = "eval") -> FeatureSet:
-        """The base's features of a dataset, raw or tokenized; from the cache on disk if there."""
-        return self._features(self._prepare(dataset, name))
-
-    def _features(self, dataset: Dataset | FeatureSet) -> FeatureSet:
-        if isinstance(dataset, FeatureSet):
-            return dataset
-        settings = {
-            "batch_tokens": self.args.feature_batch_tokens, "pad_token_id": self._pad_token_id,
-            "show_progress": not self.args.disable_tqdm and self.is_world_process_zero(),
-        }
-        if self.args.cache_features != "disk":
-            return compute_features(self.model, dataset, **settings)
-        with self.accelerator.main_process_first():
-            return feature_store.load_or_compute(
-                self.model, dataset, self.processing_class, max_length=self.args.max_length,
-                cache_dir=self.args.feature_cache_dir, shard_mb=self.args.feature_shard_mb,
-                **settings,
-            )
-
-    def get_train_dataloader(self) -> DataLoader:
-        if self.train_dataset is None:
-            raise QAdapterError("training needs a train_dataset")
-        if self.caches_features:
-            self.train_dataset = self._features(self.train_dataset)
-        return super().get_train_dataloader()
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if eval_dataset is None:
-            raise QAdapterError("evaluation needs an eval_dataset")
-        if isinstance(eval_dataset, str):
-            if self.caches_features:
-                self.eval_dataset[eval_dataset] = self._features(self.eval_dataset[eval_dataset])
-        elif eval_dataset is self.eval_dataset:
-            if self.caches_features:
-                self.eval_dataset = eval_dataset = self._features(eval_dataset)
-        else:
-            eval_dataset = self._prepare(eval_dataset, "eval")
-            eval_dataset = self._features(eval_dataset) if self.caches_features else eval_dataset
-        return super().get_eval_dataloader(eval_dataset)
-
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        prepare = self.features if self.caches_features else self._prepare
-        return super().get_test_dataloader(prepare(test_dataset, "test"))
-
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [
             "prompt_ids", "chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask", "row",
         ]
 
     # --- the loss ---------------------------------------------------------------------------
+
+    def compute_loss_context_manager(self) -> AbstractContextManager:
+        """Mixed precision, where it is asked for: transformers leaves it to the model's forward,
+        which the loss does not go through."""
+        return self.accelerator.autocast()
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
@@ -253,23 +234,10 @@ class QAdapterTrainer(AdapterCheckpoints):
 
     def _retention_loss(self) -> Tensor:
         """Once an optimizer step, at states that depend on the seed and the step alone."""
-        if self._retention_states is None:
-            texts = self._retention_texts
-            self._retention_states = RetentionStates(
-                self.model, self.processing_class, self._own_samples() if texts is None else texts,
-                max_length=self.args.max_length,
-            )
         seed = self.args.seed + self.state.global_step
         loss = self._retention_states.loss(self.model, self.args.retention_states, seed)
         self._retention_losses.append(loss.detach())
         return loss
-
-    def _own_samples(self) -> list[tuple[list[int], list[int]]]:
-        with self.accelerator.main_process_first():
-            return load_or_sample(
-                self.model, self._training_prompts, self.processing_class,
-                cache_dir=self.args.feature_cache_dir,
-            )
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Totals | None = None
@@ -390,12 +358,22 @@ class QAdapterTrainer(AdapterCheckpoints):
             raise QAdapterError(
                 "the adapter is frozen: load it with from_pretrained(..., is_trainable=True)"
             )
+        if self.train_dataset is None:
+            raise QAdapterError("training needs a train_dataset")
+        checks.check_best_is_met(
+            self.args, len(self.train_dataset), self.accelerator.num_processes
+        )
         if resume_from_checkpoint:
             resume_from_checkpoint = find_checkpoint(self.args.output_dir, resume_from_checkpoint)
         self._train_sums, self._gradients_checked = None, False
         self._step_losses.clear()
         self._retention_losses.clear()
-        result = super().train(resume_from_checkpoint or None, **kwargs)
+        self.read_base()
+        try:
+            result = super().train(resume_from_checkpoint or None, **kwargs)
+        finally:
+            # Mixed precision is the training's: accelerate leaves it around the model's forward.
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         if self.args.save_strategy != "no":
             self.save_model()
         return result

@@ -48,7 +48,7 @@ def open_cache(tmp_path, tokenizer, tokenized, monkeypatch):
         settings = {"max_length": LIMIT, "cache_dir": tmp_path / "cache", "shard_mb": 1}
         result = load_or_compute(
             model or build_model(), tokenized if dataset is None else dataset, tokenizer,
-            **{**settings, **changes}, show_progress=False,
+            **{**settings, **changes},
         )
         return result, list(computed)
 
@@ -78,7 +78,7 @@ def test_a_batch_holds_what_the_padded_batch_scores(tokenized, alignment, multip
     dataset = tokenized.add_column(
         "chosen_mask", [[i % 3 != 1 for i in range(len(x))] for x in tokenized["chosen_ids"]]
     ).add_column("rejected_mask", [[True] * len(x) for x in tokenized["rejected_ids"]])
-    cached = compute_features(model, dataset, batch_tokens=40, show_progress=False)
+    cached = compute_features(model, dataset, batch_tokens=40)
     chosen = [3, 0, 7, 12]
     ragged = FeatureCollator(multiple)([cached[i] for i in chosen])
     padded = PreferenceCollator(0, multiple)([dataset[i] for i in chosen])
@@ -99,9 +99,9 @@ def test_a_batch_holds_what_the_padded_batch_scores(tokenized, alignment, multip
 
 def test_a_softcapped_head_is_cached_too(tokenized):
     model = build_model()
-    plain = compute_features(model, tokenized, show_progress=False)
+    plain = compute_features(model, tokenized)
     model.head = type(model.head)(model.head.weight, softcap=3.0)
-    capped = compute_features(model, tokenized, show_progress=False)
+    capped = compute_features(model, tokenized)
     assert torch.equal(plain[2].hidden, capped[2].hidden)
     logits = torch.tanh(plain[2].hidden @ model.head.weight.T / 3.0) * 3.0
     assert_close(capped[2].base_logsumexp, logits.logsumexp(-1))
@@ -119,7 +119,7 @@ def test_shared_prompts_and_equal_answers_run_once(tokenized, attention):
         lambda module, args, kwargs: passed.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     dataset = Dataset.from_list([first, first, other])
-    cached = compute_features(model, dataset, show_progress=False)
+    cached = compute_features(model, dataset)
     prompt, *answers = (
         len(x) for x in (
             first["prompt_ids"], first["chosen_ids"], first["rejected_ids"], second["rejected_ids"]
@@ -156,7 +156,7 @@ def test_what_prompts_begin_with_in_common_runs_once():
 
 def test_a_base_that_cannot_be_packed_is_padded(tokenized):
     """A sliding window below the longest sequence; tokens that mix outside attention."""
-    expected = compute_features(build_model(), tokenized, show_progress=False)
+    expected = compute_features(build_model(), tokenized)
 
     def packs(model, longest=16):
         with packed_attention(model.base, longest) as packed:
@@ -171,7 +171,7 @@ def test_a_base_that_cannot_be_packed_is_padded(tokenized):
     handle = model.base.model.layers[0].register_forward_hook(shift)
     assert not packs(model)
     handle.remove()
-    again = compute_features(model, tokenized, show_progress=False)
+    again = compute_features(model, tokenized)
     assert_same(again, expected)
 
 
@@ -179,7 +179,7 @@ def test_the_disk_gives_back_what_was_computed(open_cache, tokenized):
     first, computed = open_cache()
     assert len(computed) > 2 and sum(computed) == 13
     # Other batches, other roundings.
-    in_memory = compute_features(build_model(), tokenized, show_progress=False)
+    in_memory = compute_features(build_model(), tokenized)
     assert_same(first, in_memory, lambda x, y: torch.allclose(x, y, rtol=1e-4, atol=1e-5))
     again, computed = open_cache()
     assert computed == []
@@ -269,11 +269,11 @@ def test_a_full_disk_is_one_clear_line(open_cache, tmp_path, monkeypatch):
     monkeypatch.setattr(feature_store, "save_file", full)
     with pytest.raises(QAdapterError, match=r"No space left on device.*feature_cache_dir"):
         open_cache()
-    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.suffix != ".lock"]
 
 
 def test_items_are_pairs(tokenized):
-    cached = compute_features(build_model(), tokenized, show_progress=False)
+    cached = compute_features(build_model(), tokenized)
     pair = cached[-1]
     assert pair.row == 12 and len(cached) == 13
     assert sum(pair.num_actions) == len(pair.tokens) == len(pair.hidden)
@@ -285,7 +285,7 @@ def test_items_are_pairs(tokenized):
 
 
 def test_a_selection_holds_the_features_of_its_pairs(tokenized):
-    cached = compute_features(build_model(), tokenized, show_progress=False)
+    cached = compute_features(build_model(), tokenized)
     chosen = cached.select([5, 0, 11])
     assert len(chosen) == 3
     for got, index in zip((chosen[0], chosen[1], chosen[2]), (5, 0, 11), strict=True):

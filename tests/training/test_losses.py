@@ -22,7 +22,7 @@ def test_a_batch_has_the_loss_and_metrics_of_its_logits(tokenizer, cached):
     padded = PreferenceCollator(0)(list(dataset))
     batch = padded
     if cached:
-        batch = FeatureCollator()(list(compute_features(model, dataset, show_progress=False)))
+        batch = FeatureCollator()(list(compute_features(model, dataset)))
     with torch.no_grad():
         streams = model.hidden_streams(padded["input_ids"], padded["attention_mask"])
         expected = q_adapter_loss(

@@ -1,0 +1,211 @@
+"""The part of the trainer that runs the frozen base: features, own samples, retention states.
+
+All of it happens once, before the first step; how much room it takes is known before it starts.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from qadapter.adapters import HeadAdapter
+from qadapter.data import padding_id
+from qadapter.errors import QAdapterError
+from qadapter.model import QAdapterModel
+from qadapter.progress import Progress, Reporter, silent, tqdm_bar
+from qadapter.room import available_memory, free_disk
+from qadapter.training import feature_store
+from qadapter.training.config import QAdapterConfig
+from qadapter.training.features import FeatureSet, compute_features, feature_bytes
+from qadapter.training.own_samples import load_or_sample
+from qadapter.training.placement import DiskRoom, place
+from qadapter.training.retention import RetentionStates
+
+logger = logging.getLogger(__name__)
+
+
+class BaseReading(Trainer):
+    """A ``Trainer`` on what a frozen base says, which is read once."""
+
+    model: QAdapterModel
+    args: QAdapterConfig
+    _retention_texts: Any = None
+    _retention_states: RetentionStates | None = None
+    _training_prompts: list[list[int]]
+    _reporter: Reporter | None = None
+    _say: Callable[[str], None] | None = None
+
+    @property
+    def caches_features(self) -> bool:
+        """Whether the base runs once over the data instead of at every step."""
+        return self.args.cache_features != "none" and isinstance(self.model.adapter, HeadAdapter)
+
+    @property
+    def _pad_token_id(self) -> int:
+        return padding_id(self.model, self.processing_class)
+
+    def _prepare(self, dataset: Any, name: str) -> Dataset | FeatureSet:
+        """A dataset in any form to tokenized pairs; features stay as they are."""
+        raise NotImplementedError
+
+    def features(self, dataset: Any, name: str = "eval") -> FeatureSet:
+        """The base's features of a dataset, raw or tokenized; from the cache on disk if there."""
+        return self._features((name, self._prepare(dataset, name)))[0]
+
+    def read_base(self) -> None:
+        """Everything that training needs of the base.
+
+        Raises:
+            QAdapterError: it does not fit where it is to be kept; nothing was run then.
+        """
+        if self.caches_features:
+            held_out: dict[str, Any] = {}
+            if self.args.eval_strategy != "no" and self.eval_dataset is not None:
+                named = isinstance(self.eval_dataset, dict)
+                held_out = self.eval_dataset if named else {"eval": self.eval_dataset}
+            self.train_dataset, *found = self._features(
+                ("train", self.train_dataset), *held_out.items()
+            )
+            if held_out is self.eval_dataset:
+                self.eval_dataset = dict(zip(held_out, found, strict=True))
+            elif found:
+                [self.eval_dataset] = found
+        if self.args.retention_coef > 0 and self._retention_states is None:
+            with self.compute_loss_context_manager():
+                self._retention_states = self._read_retention()
+
+    def _features(self, *datasets: tuple[str, Dataset | FeatureSet]) -> list[FeatureSet]:
+        """Of datasets and their names; there is room for all of them, or none is computed."""
+        todo = [x for _, x in datasets if not isinstance(x, FeatureSet)]
+        where = self._place(todo) if todo else None
+        return [
+            x if isinstance(x, FeatureSet) else self._compute(x, name, where)
+            for name, x in datasets
+        ]
+
+    def _compute(self, dataset: Dataset, name: str, where: str) -> FeatureSet:
+        settings = {
+            "batch_tokens": self.args.feature_batch_tokens, "pad_token_id": self._pad_token_id,
+        }
+        pairs = "training pairs" if name == "train" else "held-out pairs"
+        with (
+            self._working(f"the base reads the {pairs}", "tokens") as progress,
+            self.compute_loss_context_manager(),  # what the base would run in at a step
+        ):
+            if where == "memory":
+                return compute_features(self.model, dataset, progress=progress, **settings)
+            with self.accelerator.main_process_first():
+                return feature_store.load_or_compute(
+                    self.model, dataset, self.processing_class, progress=progress, say=self._tell,
+                    max_length=self.args.max_length, cache_dir=self.args.feature_cache_dir,
+                    shard_mb=self.args.feature_shard_mb, **settings,
+                )
+
+    def _place(self, datasets: Sequence[Dataset]) -> str:
+        """"memory" or "disk" for the features of all of these; all processes agree."""
+        found: list[Any] = [None]
+        if self.is_world_process_zero():
+            sizes = [int(feature_bytes(self.model, x).sum()) for x in datasets]
+            needed = sum(sizes) * self.accelerator.num_processes
+            try:
+                found = [place(
+                    self.args.cache_features, needed, available_memory(),
+                    lambda: self._disk_room(datasets, sizes),
+                )]
+            except QAdapterError as error:
+                found = [error]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(found)
+        if isinstance(found[0], QAdapterError):
+            raise found[0]
+        self._tell(found[0].reason, logging.INFO)
+        return found[0].where
+
+    def _disk_room(self, datasets: Sequence[Dataset], sizes: Sequence[int]) -> DiskRoom:
+        to_write, folder = 0, Path()
+        for dataset, size in zip(datasets, sizes, strict=True):
+            with self.compute_loss_context_manager():
+                folder = feature_store.features_folder(
+                    self.model, dataset, self.processing_class, max_length=self.args.max_length,
+                    cache_dir=self.args.feature_cache_dir, pad_token_id=self._pad_token_id,
+                )
+            there = feature_store.bytes_in(folder)
+            if there < size:
+                feature_store.check_folder(folder)
+                to_write += size - there
+        return DiskRoom(str(folder.parent), free_disk(folder), to_write)
+
+    # --- retention --------------------------------------------------------------------------
+
+    def _read_retention(self) -> RetentionStates:
+        texts = self._retention_texts
+        if texts is None:
+            with (
+                self._working("the base answers training prompts", "answers") as progress,
+                self.accelerator.main_process_first(),
+            ):
+                texts = load_or_sample(
+                    self.model, self._training_prompts, self.processing_class,
+                    cache_dir=self.args.feature_cache_dir, progress=progress, say=self._tell,
+                )
+        with self._working("the base reads the retention texts", "texts") as progress:
+            return RetentionStates(
+                self.model, self.processing_class, texts, max_length=self.args.max_length,
+                progress=progress,
+            )
+
+    # --- what is fed -------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.train_dataset is None:
+            raise QAdapterError("training needs a train_dataset")
+        if self.caches_features:
+            self.train_dataset = self._features(("train", self.train_dataset))[0]
+        return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if eval_dataset is None:
+            raise QAdapterError("evaluation needs an eval_dataset")
+        if isinstance(eval_dataset, str):
+            if self.caches_features:
+                found = self._features((eval_dataset, self.eval_dataset[eval_dataset]))[0]
+                self.eval_dataset[eval_dataset] = found
+        elif eval_dataset is self.eval_dataset:
+            if self.caches_features:
+                self.eval_dataset = eval_dataset = self._features(("eval", eval_dataset))[0]
+        else:
+            prepare = self.features if self.caches_features else self._prepare
+            eval_dataset = prepare(eval_dataset, "eval")
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        prepare = self.features if self.caches_features else self._prepare
+        return super().get_test_dataloader(prepare(test_dataset, "test"))
+
+    # --- what is said ------------------------------------------------------------------------
+
+    def _working(self, description: str, unit: str) -> AbstractContextManager[Progress]:
+        """A context that shows how far something is, on the main process."""
+        if not self.is_world_process_zero():
+            return silent(description, unit)
+        if self._reporter is not None:
+            return self._reporter(description, unit)
+        return (silent if self.args.disable_tqdm else tqdm_bar)(description, unit)
+
+    def _tell(self, line: str, level: int = logging.WARNING) -> None:
+        """A line about something that was decided here, on the main process."""
+        if self.args.process_index > 0:
+            return
+        if self._say is None:
+            logger.log(level, line)
+        else:
+            self._say(line)

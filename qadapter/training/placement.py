@@ -1,0 +1,58 @@
+"""Where the base's features are kept: decided from token counts before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from qadapter.errors import QAdapterError
+from qadapter.room import size
+
+_SHARE = 0.5
+"""Of the available memory that features take unasked: training needs some too."""
+_WAYS_OUT = (
+    "take cache_features none (the base runs at every step), fewer pairs or a lower max_length"
+)
+
+
+class DiskRoom(NamedTuple):
+    """In bytes."""
+
+    folder: str
+    free: int
+    to_write: int
+    """Of the features, what is not there yet."""
+
+
+class Placement(NamedTuple):
+    where: str
+    """"memory" or "disk"."""
+    reason: str
+    """One line, with the numbers."""
+
+
+def place(wanted: str, needed: int, memory: int, disk: Callable[[], DiskRoom]) -> Placement:
+    """Memory if it has ample room, else disk if that has; or where the user wants them.
+
+    Args:
+        wanted: "auto", "memory" or "disk".
+        needed: bytes of all features, for all processes of this machine.
+        memory: bytes available.
+        disk: looks at the folder of features; called only if they may go there.
+
+    Raises:
+        QAdapterError: they don't fit; names ``cache_features`` and the numbers.
+    """
+    numbers = f"the base's features take {size(needed)}, {size(memory)} of memory are available"
+    if wanted == "memory" and needed > memory:
+        raise QAdapterError(f"cache_features memory: {numbers}; take auto or disk, or {_WAYS_OUT}")
+    if wanted == "memory" or (wanted == "auto" and needed <= _SHARE * memory):
+        return Placement("memory", f"{numbers}: kept in memory")
+    room = disk()
+    on_disk = f"{size(room.free)} are free at {room.folder}"
+    if room.to_write > room.free:
+        raise QAdapterError(
+            f"cache_features {wanted}: {numbers}, {on_disk}; name a feature_cache_dir with more "
+            f"room, or {_WAYS_OUT}"
+        )
+    return Placement("disk", f"{numbers}: kept on disk ({on_disk})")

@@ -1,0 +1,172 @@
+"""Caches of runs that start together, of folders that can't be written, and of files that go."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from training_tiny import build_model, build_pairs, build_tokenizer
+
+from qadapter.data import tokenize_preferences
+from qadapter.errors import QAdapterError
+from qadapter.training import feature_store, own_samples
+
+SCRIPT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from training_tiny import build_model, build_pairs, build_tokenizer
+from qadapter.data import tokenize_preferences
+from qadapter.training import feature_store, own_samples
+
+feature_store.MIB = 2048
+tokenizer, model = build_tokenizer(), build_model()
+data = tokenize_preferences(build_pairs(13), tokenizer).dataset
+print("ready", flush=True)
+sys.stdin.readline()
+lines = []
+features = feature_store.load_or_compute(
+    model, data, tokenizer, max_length=1024, shard_mb=1, cache_dir=sys.argv[2], say=lines.append
+)
+samples = own_samples.load_or_sample(
+    model, [[5, 6], [7, 8, 9]], tokenizer, cache_dir=sys.argv[2], say=lines.append
+)
+print(sum(shard.hidden.double().sum().item() for shard in features.shards), samples)
+"""
+
+
+def tokenized():
+    return tokenize_preferences(build_pairs(13), build_tokenizer()).dataset
+
+
+def load(cache, model=None, **changes):
+    return feature_store.load_or_compute(
+        model or build_model(), tokenized(), build_tokenizer(), max_length=1024, cache_dir=cache,
+        **changes,
+    )
+
+
+def test_processes_that_start_together(tmp_path):
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(tmp_path / "cache")],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for _ in range(3)
+    ]
+    try:
+        for run in runs:
+            assert run.stdout.readline() == "ready\n", run.communicate()[1]
+        for run in runs:
+            run.stdin.write("\n")
+            run.stdin.flush()
+        outputs = [run.communicate() for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+    assert [run.returncode for run in runs] == [0, 0, 0], outputs
+    assert len({out for out, _ in outputs}) == 1
+    left = {path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+    assert not [name for name in left if "writing" in name]
+    [index] = (tmp_path / "cache").rglob(feature_store.INDEX_NAME)
+    shards = {path.name for path in index.parent.glob("*.safetensors")}
+    assert set(json.loads(index.read_text())["shards"]) == shards and len(shards) > 1
+
+
+def test_one_computes_and_the_others_wait(tmp_path, monkeypatch):
+    compute, calls, start = feature_store.compute_shard, [], threading.Barrier(4)
+    monkeypatch.setattr(
+        feature_store, "compute_shard", lambda *x: calls.append(1) or compute(*x)
+    )
+    models, found = [build_model() for _ in range(4)], []
+
+    def work(model):
+        start.wait()
+        found.append(load(tmp_path, model))
+
+    threads = [threading.Thread(target=work, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4 and len(calls) == 1
+
+
+def test_runs_with_files_of_other_sizes_leave_each_other_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_store, "MIB", 2048)
+    load(tmp_path, shard_mb=1)
+    load(tmp_path, shard_mb=3)
+    monkeypatch.setattr(feature_store, "compute_shard", None)
+    load(tmp_path, shard_mb=1)
+    load(tmp_path, shard_mb=3)
+
+
+def test_a_cache_that_is_only_read(tmp_path, monkeypatch):
+    """What is there whole needs neither a lock nor a folder that can be written."""
+    load(tmp_path / "cache")
+    own_samples.load_or_sample(build_model(), [[5]], None, cache_dir=tmp_path / "cache")
+
+    def refuse(*_):
+        raise PermissionError("read only")
+
+    monkeypatch.setattr(feature_store, "exclusive", refuse)
+    monkeypatch.setattr(own_samples, "exclusive", refuse)
+    assert len(load(tmp_path / "cache")) == 13
+    own_samples.load_or_sample(build_model(), [[5]], None, cache_dir=tmp_path / "cache")
+
+
+def test_files_deleted_between_two_looks_are_computed_again(tmp_path, monkeypatch):
+    first, loads = load(tmp_path), feature_store._Store.load
+
+    def deleted(self, *numbers):
+        monkeypatch.setattr(feature_store._Store, "load", loads)
+        shutil.rmtree(self.folder)
+        return loads(self, *numbers)
+
+    monkeypatch.setattr(feature_store._Store, "load", deleted)
+    again = load(tmp_path)
+    assert torch.equal(again.shards[0].hidden, first.shards[0].hidden)
+
+
+def test_samples_without_a_writable_cache(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file/cache"))
+    lines, model = [], build_model()
+    expected = own_samples.load_or_sample(model, [[5, 6]], None, cache_dir=tmp_path / "good")
+    found = own_samples.load_or_sample(model, [[5, 6]], None, say=lines.append)
+    assert found == expected
+    assert len(lines) == 1 and "can't be written" in lines[0] and "feature_cache_dir" in lines[0]
+    with pytest.raises(QAdapterError, match="feature_cache_dir"):
+        own_samples.load_or_sample(model, [[5, 6]], None, cache_dir=tmp_path / "file/mine")
+
+
+def test_a_full_disk_does_not_lose_the_samples(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(own_samples, "_write", full)
+    lines = []
+    found = own_samples.load_or_sample(build_model(), [[5, 6]], None, say=lines.append)
+    assert found[0][1] and "No space left" in lines[0]
+
+
+def test_default_settings_train_without_a_writable_cache(make_trainer, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file/cache"))
+    lines = []
+    trainer = make_trainer(train=build_pairs(8), retention_coef=None, say=lines.append)
+    trainer.train()
+    assert trainer.state.global_step == 2 and trainer.args.retention_coef > 0
+    assert any("can't be written" in line for line in lines)
+
+
+def test_an_output_folder_that_cannot_be_written(make_trainer, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(QAdapterError, match="output_dir"):
+        make_trainer(train=build_pairs(8), output_dir=str(tmp_path / "file/run"))
