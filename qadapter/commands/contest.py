@@ -13,9 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qadapter.commands import arguments as args
 from qadapter.commands.loading import load_model
 from qadapter.console.progress import progress_bar
-from qadapter.data import load_preferences, split_by_prompt, without_prompts
+from qadapter.data import Prompt, load_preferences, split_by_prompt, without_prompts
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.answers import Prompt, with_system
+from qadapter.evaluation.answers import with_system
 from qadapter.evaluation.judges import (
     HiddenStateJudge,
     Judge,

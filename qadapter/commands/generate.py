@@ -17,9 +17,9 @@ from qadapter.commands.options import Group, command
 from qadapter.console.environment import quiet_libraries
 from qadapter.console.folders import telling_full_disk
 from qadapter.console.progress import progress_bar
-from qadapter.data import read_prompts
+from qadapter.data import Prompt, read_prompts
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.answers import Prompt, generate_answers
+from qadapter.evaluation.answers import generate_answers, with_system
 from qadapter.evaluation.report import write_text
 from qadapter.evaluation.token_rewards import best_of_n
 from qadapter.model import QAdapterModel
@@ -75,7 +75,7 @@ def run(
     if options.prompts_file is not None:
         _answer_file(model, tokenizer, prompts, options, sampling, console)
     elif options.prompt is not None:
-        prompt = _with_system([{"role": "user", "content": options.prompt}], options, tokenizer)
+        [prompt] = _asked([options.prompt], options, tokenizer)
         if options.best_of > 1:
             _best(model, tokenizer, prompt, options, sampling, console)
         else:
@@ -103,13 +103,12 @@ def _sampling(options: args.GenerateArguments, given: set[str]) -> dict[str, Any
     return {**shared, "do_sample": True, **{name: getattr(options, name) for name in names}}
 
 
-def _with_system(
-    messages: list[dict], options: args.GenerateArguments, tokenizer: PreTrainedTokenizerBase
-) -> Prompt:
-    if not tokenizer.chat_template and options.system is None and len(messages) == 1:
-        return messages[0]["content"]  # a base without a chat template continues plain text
-    system = [] if options.system is None else [{"role": "system", "content": options.system}]
-    return [*system, *messages]
+def _asked(
+    prompts: list[Prompt], options: args.GenerateArguments, tokenizer: PreTrainedTokenizerBase
+) -> list[Prompt]:
+    if options.system is None:
+        return prompts
+    return with_system(prompts, options.system, tokenizer, "system")
 
 
 def _stream(
@@ -139,17 +138,17 @@ def _best(
 
 
 def _answer_file(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[Any],
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt],
     options: args.GenerateArguments, sampling: dict[str, Any], console: Console,
 ) -> None:
-    messages = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
     with progress_bar(console, "answering", "answers") as progress:
         answers = generate_answers(
-            model, tokenizer, [_with_system(m, options, tokenizer) for m in messages],
+            model, tokenizer, _asked(prompts, options, tokenizer),
             batch_size=options.batch_size, seed=options.seed, progress=progress, **sampling,
         )
     lines = [
-        json.dumps({"prompt": prompt, "answer": answer.text, "ended": answer.ended,
+        json.dumps({**(prompt if isinstance(prompt, dict) else {"prompt": prompt}),
+                    "answer": answer.text, "ended": answer.ended,
                     "tokens": len(answer.token_ids)}, ensure_ascii=False)
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
@@ -184,7 +183,7 @@ def _chat(
             console.print(_HELP)
         elif line:
             messages.append({"role": "user", "content": line})
-            prompt = _with_system(messages, options, tokenizer)
+            [prompt] = _asked([messages], options, tokenizer)
             answer = _stream(model, tokenizer, prompt, seed, sampling)
             messages.append({"role": "assistant", "content": answer})
             seed += 1  # a turn does not repeat the draws of the one before

@@ -12,14 +12,15 @@ from transformers import PreTrainedTokenizerBase
 
 from qadapter.compare.config import DataConfig, RetentionTexts
 from qadapter.data import (
+    Prompt,
     load_preferences,
+    prompt_of,
     read_texts,
     split_by_prompt,
     tokenize_preferences,
     without_prompts,
 )
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.answers import Prompt
 
 BUILT_IN = Path(__file__).parents[1] / "demo" / "data" / "unrelated.jsonl"
 
@@ -34,13 +35,10 @@ class Part(NamedTuple):
 
     def prompts(self, count: int, seed: int) -> tuple[list[str], list[Prompt]]:
         """(prompt_id, prompt) of up to ``count`` different prompts."""
-        first: dict[str, Prompt] = {}
-        column = "prompt_ids" if "prompt_ids" in self.pairs.column_names else "prompt"
-        for name, prompt in zip(self.pairs["prompt_id"], self.pairs[column], strict=True):
-            first.setdefault(name, prompt)
+        first = {name: i for i, name in reversed(list(enumerate(self.pairs["prompt_id"])))}
         names = sorted(first)
         names = sorted(random.Random(seed).sample(names, min(count, len(names))))
-        return names, [first[name] for name in names]
+        return names, [prompt_of(self.pairs[first[name]]) for name in names]
 
 
 class PreferenceData(NamedTuple):

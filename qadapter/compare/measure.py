@@ -16,12 +16,13 @@ import numpy as np
 from qadapter.compare.config import Prompted, Row
 from qadapter.compare.data import Texts
 from qadapter.compare.workbench import Workbench
+from qadapter.data import PromptEncoder
 from qadapter.evaluation import (
     answer_statistics,
     evaluate_preferences,
     evaluate_retention,
 )
-from qadapter.evaluation.answers import encode_prompt, with_system
+from qadapter.evaluation.answers import with_system
 from qadapter.evaluation.judges import judged_gain, score_draws
 from qadapter.evaluation.judges.contest import texts as texts_of
 from qadapter.model import QAdapterModel
@@ -120,7 +121,7 @@ def _answers(
     base = bench.base_answers(f"{split}-{kind}", prompts, spec.base_samples, spec.seed)
     asked = prompts if system is None else with_system(prompts, system, bench.tokenizer, "system")
     own = bench.sample(model, asked, spec.samples, seed=1000 + seed, strength=strength)
-    encoded = [encode_prompt(bench.tokenizer, prompt) for prompt in prompts]
+    encoded = list(map(PromptEncoder(bench.tokenizer), prompts))
 
     def divergence(draws: list) -> dict[str, Any]:
         result = evaluate_retention(

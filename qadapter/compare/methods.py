@@ -21,6 +21,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from qadapter.compare.config import DPO, RLOO, SFT, CompareConfig, Method, QAdapter, Replay
 from qadapter.compare.workbench import Workbench
+from qadapter.data import PlainText, Prompt, messages_of
 from qadapter.errors import QAdapterError
 from qadapter.model import QAdapterModel
 from qadapter.objective import ObjectiveConfig
@@ -233,10 +234,14 @@ def _rloo(bench: Workbench, method: RLOO, model: QAdapterModel, shared: dict[str
         max_steps=max(1, round(bench.budget / (mean * batch))),
     )
     _, prompts = part.prompts(len(part.pairs), 0)
-    if not isinstance(prompts[0], str) and not isinstance(prompts[0][0], Mapping):
-        raise QAdapterError("rloo needs prompts as text or messages: these are token ids")
+    if any(not _rendered_by_trl(prompt) for prompt in prompts):
+        raise QAdapterError(
+            "rloo trains with TRL, which renders prompts itself: it needs text, or messages that "
+            "end with a user's, without tools and chat_template_kwargs of their own"
+        )
 
     def reward(prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> list[float]:
+        prompts = [PlainText(p) if isinstance(p, str) else p for p in prompts]
         texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
         return bench.reward(prompts, texts)
 
@@ -249,6 +254,14 @@ def _rloo(bench: Workbench, method: RLOO, model: QAdapterModel, shared: dict[str
     )
     trainer.ref_model = _view(model, reference=True).eval()
     return trainer
+
+
+def _rendered_by_trl(prompt: Prompt) -> bool:
+    """Whether TRL makes the tokens of a prompt that we do."""
+    if isinstance(prompt, str):
+        return True
+    messages = None if isinstance(prompt, Mapping) else messages_of(prompt)
+    return messages is not None and messages[-1]["role"] != "assistant"
 
 
 def _with_our_forward(

@@ -24,9 +24,9 @@ from qadapter.compare.config import (
 )
 from qadapter.compare.data import PreferenceData, load_texts, prepare
 from qadapter.compare.first import teach_first
-from qadapter.data import check_pairs
+from qadapter.data import Prompt, check_pairs
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.answers import Prompt, encode_prompt, with_system
+from qadapter.evaluation.answers import encode_prompt, with_system
 from qadapter.evaluation.judges import (
     HiddenStateJudge,
     PreferenceTexts,

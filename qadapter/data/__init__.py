@@ -1,7 +1,8 @@
 """Preference data: formats → pairs → tokens → batches, and what was dropped and why."""
 
+from qadapter.data.chat import EndOfTurn, learn_end_of_turn
 from qadapter.data.collation import PreferenceCollator
-from qadapter.data.encoding import EndOfTurn, learn_end_of_turn
+from qadapter.data.encoding import PlainText, Prompt, PromptEncoder, messages_of, prompt_of
 from qadapter.data.fingerprints import fingerprint
 from qadapter.data.preferences import as_preferences, load_preferences
 from qadapter.data.report import DROP_REASONS, NOTES, PreparationReport
@@ -14,8 +15,11 @@ __all__ = [
     "DROP_REASONS",
     "NOTES",
     "EndOfTurn",
+    "PlainText",
     "PreferenceCollator",
     "PreparationReport",
+    "Prompt",
+    "PromptEncoder",
     "TokenizedPreferences",
     "as_preferences",
     "check_pairs",
@@ -23,7 +27,9 @@ __all__ = [
     "fingerprint",
     "learn_end_of_turn",
     "load_preferences",
+    "messages_of",
     "padding_id",
+    "prompt_of",
     "read_prompts",
     "read_texts",
     "split_by_prompt",

@@ -1,79 +1,131 @@
-"""One pair to token ids: where the answer begins, and how it ends."""
+"""Prompts and pairs to token ids: where an answer begins, and how it ends."""
 
+import bisect
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from datasets import Dataset, List
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from qadapter.data.chat import ChatTemplate, EndOfTurn, Lost, eos_of
+from qadapter.data.messages import Message, answered, normal_messages
 from qadapter.data.report import BadRow
-from qadapter.data.sources import Row
+from qadapter.data.rows import Row
+from qadapter.data.turns import Span, common_prefix, locate_turns
 from qadapter.errors import QAdapterError
 
 SIDES = ("chosen", "rejected")
-# Something no template writes itself, to find what it puts after an answer.
-_PROBE = "qadapter-probe-answer"
 
 
-class EndOfTurn(NamedTuple):
-    """The token that ends an answer.
+class PlainText(str):
+    """A prompt of plain text, continued as it stands: never put through a chat template."""
 
-    `from_template`: whether the chat template writes it; else the tokenizer's eos token is
-    appended, once `tail`, the template's text behind an answer, is removed.
-    """
-
-    token_id: int
-    from_template: bool
-    tail: str = ""
+    __slots__ = ()
 
 
-# --- the end of an answer ---------------------------------------------------------------------
+Prompt = str | Sequence[Mapping[str, Any]] | Mapping[str, Any] | Sequence[int]
+"""A user's message, `PlainText`, a conversation, a row with a `prompt` and perhaps `tools` and
+`chat_template_kwargs`, or token ids."""
 
 
-def learn_end_of_turn(tokenizer: PreTrainedTokenizerBase) -> EndOfTurn:
-    """Find the token a chat template ends an assistant's turn with.
-
-    It is the first special token the template writes behind the answer of a probe conversation:
-    the eos token often is another one, and the model generates on when it never learned this one.
-
-    Raises:
-        QAdapterError: no chat template, one that cannot render a question and its answer, or one
-            that writes no such token for a tokenizer without eos token.
-    """
-    if not tokenizer.chat_template:
-        raise QAdapterError(
-            f"the data is conversational, but the tokenizer {tokenizer.name_or_path!r} has no chat "
-            "template; take an instruction-tuned base, or data with plain text"
-        )
-    probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
-    try:
-        text = tokenizer.apply_chat_template(probe, tokenize=False)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise QAdapterError(f"the chat template cannot render a conversation: {error}") from error
-    tail = text.rpartition(_PROBE)[2]
-    special = set(tokenizer.all_special_ids)
-    special.update(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
-    for token_id in _tokenize(tokenizer, tail):
-        if token_id in special:
-            return EndOfTurn(token_id, from_template=True)
-    return EndOfTurn(_eos(tokenizer), from_template=False, tail=tail)
+def prompt_of(row: Row) -> Prompt:
+    """The prompt of a canonical row, with all that its tokens depend on."""
+    if "prompt_ids" in row:
+        return row["prompt_ids"]
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        return PlainText(prompt)
+    more = {name: row[name] for name in ("tools", "chat_template_kwargs") if row.get(name)}
+    return {"prompt": prompt, **more} if more else prompt
 
 
-def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
-    if tokenizer.eos_token_id is None:
-        raise QAdapterError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no eos token to end an answer with"
-        )
-    return tokenizer.eos_token_id
+def messages_of(prompt: Prompt) -> list[Message] | None:
+    """The messages of a prompt, as they are written; None for token ids."""
+    if isinstance(prompt, Mapping):
+        prompt = prompt["prompt"]
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": str(prompt)}]
+    return list(prompt) if isinstance(prompt[0], Mapping) else None
 
 
-def _special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+class PromptEncoder:
+    """Prompts to token ids, up to where an answer begins: as training sees them, for every use."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.chat = ChatTemplate(tokenizer) if tokenizer.chat_template else None
+        self.prefix = special_prefix(tokenizer)
+
+    def __call__(self, prompt: Prompt) -> list[int]:
+        """Token ids. A string is one user turn, through the chat template where the tokenizer has
+        one. A conversation that ends with the assistant's turn is continued in it.
+
+        Raises:
+            QAdapterError: empty; a conversation for a tokenizer without a chat template, or one
+                that its template refuses.
+        """
+        if _is_empty(prompt):
+            raise QAdapterError("the prompt is empty")
+        plain = isinstance(prompt, PlainText) or (isinstance(prompt, str) and self.chat is None)
+        if plain:
+            return encode_text(self.tokenizer, str(prompt), self.prefix)
+        if messages_of(prompt) is None:
+            return list(prompt)
+        chat, messages, options = self._conversation(prompt)
+        try:
+            text = chat.prompt(messages, options)
+        except BadRow as bad:
+            raise QAdapterError(f"the chat template can't render a prompt: {bad.detail}") from bad
+        return _tokenize(self.tokenizer, text)
+
+    def lost(self, prompt: Prompt) -> tuple[Lost, ...]:
+        """What of a prompt the chat template leaves out."""
+        if self.chat is None or isinstance(prompt, PlainText) or messages_of(prompt) is None:
+            return ()
+        chat, messages, options = self._conversation(prompt)
+        return chat.lost(messages, options)
+
+    def _conversation(
+        self, prompt: Prompt
+    ) -> tuple[ChatTemplate, list[Message], dict[str, Any]]:
+        if self.chat is None:
+            ChatTemplate(self.tokenizer)  # says why there is none, and the way out
+        try:
+            messages = normal_messages(messages_of(prompt), "prompt")
+            options = self.chat.options_of(prompt if isinstance(prompt, Mapping) else {})
+        except BadRow as bad:
+            raise QAdapterError(f"a prompt can't be used: {bad.description}") from bad
+        return self.chat, messages, options
+
+
+def _is_empty(prompt: Prompt) -> bool:
+    value = prompt["prompt"] if isinstance(prompt, Mapping) else prompt
+    return len(value) == 0 or (isinstance(value, str) and not value.strip())
+
+
+def special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer puts before plain text: [BOS] or nothing."""
-    plain = _tokenize(tokenizer, "a")
-    with_special = tokenizer("a")["input_ids"]
-    return with_special[: with_special.index(plain[0])]
+    # Not every vocabulary has every letter: its own tokens are tried too.
+    special = set(tokenizer.all_special_ids)
+    own = (tokenizer.decode([i]) for i in range(len(tokenizer)) if i not in special)
+    for text in itertools.chain("a", own):
+        try:
+            plain = _tokenize(tokenizer, text)
+        except Exception:  # what a tokenizer without a token for the unknown raises is one
+            continue
+        if plain:
+            whole = tokenizer(text)["input_ids"]
+            starts = range(len(whole) - len(plain) + 1)
+            return whole[: next((i for i in starts if whole[i : i + len(plain)] == plain), 0)]
+    return tokenizer("")["input_ids"]
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, prefix: list[int]) -> list[int]:
+    """Plain text behind the tokenizer's prefix, which may be written out in it."""
+    ids = _tokenize(tokenizer, text)
+    return ids if ids[: len(prefix)] == prefix else prefix + ids
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -112,18 +164,15 @@ class TextEncoder:
     prefix: list[int]
 
     def __call__(self, row: Row) -> TokenPair:
-        prompt = self._ids(row["prompt"])
-        full = [self._ids(row["prompt"] + row[side]) for side in SIDES]
-        pair = _split(prompt, full, rerendered=False)
+        prompt = encode_text(self.tokenizer, row["prompt"], self.prefix)
+        full = [
+            encode_text(self.tokenizer, row["prompt"] + row[side], self.prefix) for side in SIDES
+        ]
+        pair = _split(prompt, *full)
         for answer in pair.answers:
             if not answer or answer[-1] != self.end.token_id:
                 answer.append(self.end.token_id)
         return pair
-
-    def _ids(self, text: str) -> list[int]:
-        ids = _tokenize(self.tokenizer, text)
-        written_out = ids[: len(self.prefix)] == self.prefix
-        return ids if written_out else self.prefix + ids
 
 
 @dataclass
@@ -131,99 +180,135 @@ class ConversationEncoder:
     """Messages, through the chat template."""
 
     tokenizer: PreTrainedTokenizerBase
-    end: EndOfTurn
+    chat: ChatTemplate
 
     def __call__(self, row: Row) -> TokenPair:
-        options = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
-        prompt_text = self._render(row["prompt"], options, ask=True)
-        texts = [self._render(row["prompt"] + row[side], options) for side in SIDES]
-        pair = _split(
-            _tokenize(self.tokenizer, prompt_text),
-            [_tokenize(self.tokenizer, text) for text in texts],
-            rerendered=not all(text.startswith(prompt_text) for text in texts),
-        )
-        pair.answers = tuple(map(self._end, pair.answers))
-        if any(len(row[side]) > 1 for side in SIDES):
-            pair.masks = tuple(
-                self._turn_mask(row["prompt"], row[side], text, pair.prompt, answer, options)
-                for side, text, answer in zip(SIDES, texts, pair.answers, strict=True)
-            )
+        options = self.chat.options_of(row)
+        prompt = self.chat.prompt(row["prompt"], options)
+        sides = [_Side(self.chat, row, side, prompt, options) for side in SIDES]
+        if all(side.is_plain for side in sides):
+            ids = _tokenize(self.tokenizer, prompt)
+            pair = _split(ids, *(_tokenize(self.tokenizer, side.text) for side in sides))
+            pair.answers = tuple(map(self._end, pair.answers))
+        else:
+            pair = self._split_by_turns(sides)
+        notes = {note for side in sides for note in side.notes}
+        pair.notes += sorted(notes)
         return pair
-
-    def _render(self, messages: list[dict], options: Mapping[str, Any], ask: bool = False) -> str:
-        """The conversation as text; with `ask`, up to where the assistant's next turn begins."""
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=ask, **options
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise BadRow("template_error", str(error)) from error
-        return text if ask or self.end.from_template else text.removesuffix(self.end.tail)
 
     def _end(self, ids: list[int]) -> list[int]:
         """`ids` up to and with the last end of turn, appended if there is none."""
-        end = self.end.token_id
-        if self.end.from_template and end in ids:
+        end = self.chat.end.token_id
+        if self.chat.end.from_template and end in ids:
             return ids[: len(ids) - ids[::-1].index(end)]
         return ids if ids and ids[-1] == end else [*ids, end]
 
-    def _turn_mask(
-        self,
-        prompt: list[dict],
-        turns: list[dict],
-        text: str,
-        prompt_ids: list[int],
-        answer_ids: list[int],
-        options: Mapping[str, Any],
-    ) -> list[bool]:
-        """True for the answer's tokens that belong to assistant turns, with their ends of turn.
+    def _split_by_turns(self, sides: list["_Side"]) -> TokenPair:
+        """Answers from where the assistant's first turn begins (or where the two conversations
+        part, if that is earlier), with what is the assistant's own marked."""
+        full, starts = [], []
+        for side in sides:
+            ids, mask = self._marked(side)
+            full.append((ids, mask))
+            starts.append(mask.index(True) if True in mask else len(ids))
+        start = min(*starts, common_prefix(full[0][0], full[1][0]))
+        return TokenPair(
+            full[0][0][:start], tuple(ids[start:] for ids, _ in full),
+            tuple(mask[start:] for _, mask in full),
+            ["prompt_rerendered"] if any(side.rerendered for side in sides) else [],
+        )
 
-        Found by rendering the conversation (`text`) up to each turn and after it.
+    def _marked(self, side: "_Side") -> tuple[list[int], list[bool]]:
+        """The conversation's tokens, and which of them are the assistant's own.
+
+        A token across the start of a turn is the turn's, one across its end is not.
         """
-        ids, start = prompt_ids + answer_ids, len(prompt_ids)
+        spans = side.spans()
+        ids, position = _positions(self.tokenizer, side.text)
         mask = [False] * len(ids)
-        for index, turn in enumerate(turns):
-            if turn["role"] != "assistant":
-                continue
-            begin, stop = start, len(ids)
-            if index > 0:
-                before = self._render(prompt + turns[:index], options, ask=True)
-                begin = shared_prefix(ids, self._start_of(text, before))
-            if index < len(turns) - 1:
-                after = self._start_of(text, self._render(prompt + turns[: index + 1], options))
-                stop = shared_prefix(ids, self._end(after) if self.end.from_template else after)
-            mask[begin:stop] = [True] * (stop - begin)
-        return mask[start:]
-
-    def _start_of(self, text: str, start: str) -> list[int]:
-        if not text.startswith(start):
-            raise BadRow("template_error", "turns of one answer cannot be told apart")
-        return _tokenize(self.tokenizer, start)
+        for span in spans:
+            start, stop = position(span.start), position(span.stop)
+            mask[start:stop] = [True] * (stop - start)
+        stop = position(spans[-1].stop)
+        ids, mask = ids[:stop], mask[:stop]
+        if not spans[-1].ended:
+            ids.append(self.chat.end.token_id)
+            mask.append(True)
+        return ids, mask
 
 
-def _split(prompt: list[int], full: Sequence[list[int]], *, rerendered: bool) -> TokenPair:
-    """Divide the tokenized conversations where the tokens of the prompt end.
+def _positions(tokenizer: PreTrainedTokenizerBase, text: str):
+    """The text's tokens, and a function from a character to how many tokens end before it."""
+    if tokenizer.is_fast:
+        found = tokenizer(
+            text, add_special_tokens=False, verbose=False, return_offsets_mapping=True
+        )
+        ends = [end for _, end in found["offset_mapping"]]
+        return found["input_ids"], lambda character: bisect.bisect_right(ends, character)
+    ids = _tokenize(tokenizer, text)
+    return ids, lambda character: common_prefix(ids, _tokenize(tokenizer, text[:character]))
+
+
+class _Side:
+    """One of a pair's two conversations, rendered."""
+
+    def __init__(
+        self, chat: ChatTemplate, row: Row, side: str, prompt: str, options: dict[str, Any]
+    ) -> None:
+        self.chat, self.side, self.prompt, self.options = chat, side, prompt, options
+        self.messages = answered(row["prompt"], row[side])
+        self.continues = row["prompt"][-1]["role"] == "assistant"
+        self.first = len(row["prompt"]) - self.continues
+        """The message the answer begins in."""
+        self.text = chat.render(self.messages, options)
+        self.rerendered = not self.text.startswith(prompt)
+        self.is_plain = (
+            not self.rerendered and len(row[side]) == 1 and "tool_calls" not in row[side][0]
+        )
+        self.notes = self._check()
+
+    def _check(self) -> set[str]:
+        """Notes on what the template leaves out of the prompt.
+
+        Raises:
+            BadRow: it leaves out something of the answer.
+        """
+        notes = set()
+        for lost in self.chat.lost(self.messages, self.options):
+            if lost.what == "reasoning":
+                notes.add("reasoning_left_out")
+            elif lost.index < self.first:
+                notes.add("prompt_left_out")
+            else:
+                role = self.messages[lost.index]["role"]
+                raise BadRow(
+                    "answer_left_out",
+                    f"{lost.what} of a turn of {self.side} (role {role})",
+                )
+        own = (m["content"] for m in self.messages[self.first :] if m["role"] == "assistant"
+               and m.get("content"))
+        if not all(content.strip() in self.text for content in own):
+            notes.add("turn_rewritten")
+        return notes
+
+    def spans(self) -> list[Span]:
+        continues = None
+        if self.continues:
+            continues = common_prefix(self.text, self.prompt)
+        return locate_turns(
+            self.chat, self.messages, self.first, self.text, self.options, continues
+        )
+
+
+def _split(prompt: list[int], chosen: list[int], rejected: list[int]) -> TokenPair:
+    """Divide tokenized conversations where the tokens of the prompt end.
 
     Where those are no prefix of both, a token spans prompt and answer, and the answer begins with
-    it. With `rerendered` the texts themselves part earlier: the prompt alone says nothing about the
-    conversations then, and whatever these share is taken as the prompt.
+    it.
     """
-    chosen, rejected = full
-    start = min(shared_prefix(prompt, chosen), shared_prefix(prompt, rejected))
-    notes = []
-    if start < len(prompt):
-        notes.append("prompt_rerendered" if rerendered else "boundary_merged")
-        if rerendered:
-            start = shared_prefix(chosen, rejected)
+    start = min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
+    notes = ["boundary_merged"] if start < len(prompt) else []
     return TokenPair(chosen[:start], (chosen[start:], rejected[start:]), notes=notes)
-
-
-def shared_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many tokens two sequences share at their start."""
-    for index, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return index
-    return min(len(left), len(right))
 
 
 Encoder = IdsEncoder | TextEncoder | ConversationEncoder
@@ -236,7 +321,7 @@ def encoder_for(
     if "prompt_ids" in pairs.column_names:
         return IdsEncoder(), None
     if isinstance(pairs.features["prompt"], List):
-        end = learn_end_of_turn(tokenizer)
-        return ConversationEncoder(tokenizer, end), end
-    end = EndOfTurn(_eos(tokenizer), from_template=False)
-    return TextEncoder(tokenizer, end, _special_prefix(tokenizer)), end
+        chat = ChatTemplate(tokenizer)
+        return ConversationEncoder(tokenizer, chat), chat.end
+    end = EndOfTurn(eos_of(tokenizer), from_template=False)
+    return TextEncoder(tokenizer, end, special_prefix(tokenizer)), end

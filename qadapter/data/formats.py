@@ -12,13 +12,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from qadapter.data.messages import Message, normal_messages
 from qadapter.data.report import BadRow
 from qadapter.data.rows import Row
 from qadapter.errors import QAdapterError
 from qadapter.textfiles import is_unicode
 
 Kind = Literal["text", "messages", "tokenized"]
-Message = dict[str, Any]
 
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 MASK_COLUMNS = ("chosen_mask", "rejected_mask")
@@ -152,7 +152,7 @@ def pairs_of_row(row: Row, form: Format) -> Iterator[dict[str, Any] | BadRow]:
 
 def _guard(convert: Any, row: Row, *args: Any) -> dict[str, Any] | BadRow:
     try:
-        pair = convert(row, *args) | _extras(row)
+        pair = convert(row, *args) | extras_of(row)
         for key, value in pair.items():
             _check_unicode(value, key)
         return pair
@@ -198,8 +198,12 @@ def _differ(chosen: Any, rejected: Any) -> None:
         raise BadRow("identical_answers")
 
 
-def _extras(row: Row) -> dict[str, Any]:
-    """`tools` and `chat_template_kwargs`, each as JSON values or as a JSON string."""
+def extras_of(row: Row) -> dict[str, Any]:
+    """A row's `tools` and `chat_template_kwargs`, each as JSON values or as a JSON string.
+
+    Raises:
+        BadRow: of another type.
+    """
     extras = {}
     for key, kind in zip(EXTRA_COLUMNS, (list, dict), strict=True):
         value = row.get(key)
@@ -273,7 +277,7 @@ def _messages_pair(row: Row, explicit_prompt: bool) -> dict[str, Any]:
         if prompt in asked:
             return _split_messages(chosen, rejected)
         prompt = [{"role": "user", "content": prompt}]
-    prompt = _messages(prompt, "prompt")
+    prompt = normal_messages(prompt, "prompt")
     if not prompt:
         raise BadRow("empty_prompt")
     repeats = [answer[: len(prompt)] == prompt for answer in (chosen, rejected)]
@@ -286,19 +290,7 @@ def _completion(row: Row, key: str) -> list[Message]:
     value = _value(row, key)
     if isinstance(value, str):  # a bare answer to a conversational prompt
         value = [{"role": "assistant", "content": value}]
-    return _messages(value, key)
-
-
-def _messages(value: Any, key: str) -> list[Message]:
-    if not isinstance(value, list):
-        raise BadRow("wrong_type", f"{key} is a {type(value).__name__}, not a list of messages")
-    for index, message in enumerate(value):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise BadRow("bad_messages", f"{key}[{index}] has no role")
-        content = message.get("content")
-        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-            raise BadRow("bad_messages", f"{key}[{index}] has no text as content")
-    return value
+    return normal_messages(value, key)
 
 
 def _split_messages(chosen: list[Message], rejected: list[Message]) -> dict[str, Any]:
@@ -307,6 +299,10 @@ def _split_messages(chosen: list[Message], rejected: list[Message]) -> dict[str,
     shared = _shared_length(chosen, rejected)
     if shared == 0:
         raise BadRow("prompt_differs", "no turn is shared at the start")
+    # Turns of the assistant that follow each other stay turns: none is continued in the next.
+    own = chosen[shared:] and rejected[shared:] and chosen[shared]["role"] == "assistant"
+    while own and shared > 1 and chosen[shared - 1]["role"] == "assistant":
+        shared -= 1
     return _checked_messages(chosen[:shared], chosen[shared:], rejected[shared:])
 
 

@@ -8,13 +8,16 @@ from rich.table import Table
 DROP_REASONS: dict[str, str] = {
     "missing_value": "a value is missing (null)",
     "wrong_type": "a value is not text, messages or token ids",
-    "bad_messages": "a message lacks its role or its text",
+    "bad_messages": "a message lacks its role or its text, or is not built as one",
+    "not_text": "a message holds something other than text",
     "prompt_differs": "the two answers do not share one prompt",
     "empty_prompt": "the prompt has no tokens",
     "empty_answer": "an answer is empty",
     "answer_role": "an answer is not an assistant's turn",
     "identical_answers": "the two answers are the same",
     "template_error": "the chat template cannot render the conversation",
+    "answer_left_out": "the chat template leaves out part of an answer",
+    "turn_not_found": "the assistant's turns can't be told apart in what the template renders",
     "prompt_too_long": "the prompt leaves no room for an answer",
     "answer_too_long": "an answer alone does not fit",
     "identical_after_truncation": "the two answers are the same once cut",
@@ -28,6 +31,11 @@ NOTES: dict[str, str] = {
     "boundary_merged": "prompt and answer share a token; the answer begins with it",
     "prompt_rerendered": "the template renders the prompt differently once it is answered; "
     "the answers begin where the two differ",
+    "prompt_left_out": "the chat template leaves out part of the prompt (a system message, tools, "
+    "tool calls or their replies)",
+    "reasoning_left_out": "the chat template leaves out reasoning that comes as a key of its own",
+    "turn_rewritten": "the chat template writes a turn of the answer otherwise than it stands "
+    "(as without its earlier thoughts)",
 }
 """What was changed in a pair that is kept."""
 

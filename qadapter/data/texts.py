@@ -6,6 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from qadapter.data.encoding import Prompt
+from qadapter.data.formats import extras_of
+from qadapter.data.messages import normal_messages
+from qadapter.data.report import BadRow
 from qadapter.errors import QAdapterError
 from qadapter.textfiles import is_unicode, read_text, split_lines
 
@@ -23,8 +27,9 @@ def read_texts(path: str) -> list[str]:
     return [text for text in _read(path, "text") if isinstance(text, str)]
 
 
-def read_prompts(path: str) -> list[str | list[dict]]:
-    """Prompts of such a file, .jsonl with the key ``prompt``: text or messages."""
+def read_prompts(path: str) -> list[Prompt]:
+    """Prompts of such a file, .jsonl with the key ``prompt`` (text or messages) and perhaps
+    ``tools`` and ``chat_template_kwargs``, as rows of training data have them."""
     return _read(path, "prompt", or_messages=True)
 
 
@@ -53,12 +58,17 @@ def _value(path: str, number: int, line: str, key: str, or_messages: bool) -> An
         seen = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise QAdapterError(f"{path}:{number} has no {key!r}, only {seen or 'nothing'}")
     value = row[key]
-    messages = or_messages and isinstance(value, list) and value and all(
-        isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value
-    )
+    messages = or_messages and isinstance(value, list) and value
     if not messages and not (isinstance(value, str) and value.strip()):
         wanted = "text or messages" if or_messages else "text"
         raise QAdapterError(f"{path}:{number}: {key!r} must be {wanted}")
     if not is_unicode(json.dumps(value, ensure_ascii=False)):
         raise QAdapterError(f"{path}:{number}: {key!r} holds half of a surrogate pair")
-    return value
+    if not or_messages:
+        return value
+    try:
+        value = normal_messages(value, key) if messages else value
+        more = extras_of(row)
+    except BadRow as bad:
+        raise QAdapterError(f"{path}:{number}: {bad.description}") from bad
+    return {key: value, **more} if more else value

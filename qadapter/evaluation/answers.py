@@ -9,17 +9,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qadapter.data import check_sequences, learn_end_of_turn, padding_id
+from qadapter.data import (
+    Prompt,
+    PromptEncoder,
+    check_sequences,
+    learn_end_of_turn,
+    messages_of,
+    padding_id,
+)
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.scoring import evaluating
 from qadapter.model import QAdapterModel
 from qadapter.sampling import fused_sample
-
-Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
-"""A user's message, a conversation to continue, or token ids."""
 
 
 @dataclass(frozen=True)
@@ -33,33 +36,16 @@ class Answer:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Token ids up to where the answer begins. A string is one user turn, through the chat template
-    where the tokenizer has one; else plain text.
+    """Token ids up to where the answer begins, as training sees them (``data.PromptEncoder``).
+
+    A string is one user turn, through the chat template where the tokenizer has one; else plain
+    text. A conversation that ends with the assistant's turn is continued in that turn.
 
     Raises:
         QAdapterError: a conversation for a tokenizer without a chat template, or one that its
             template refuses; an empty prompt.
     """
-    if isinstance(prompt, str) and not prompt.strip():
-        raise QAdapterError("the prompt is empty")
-    if len(prompt) == 0:
-        raise QAdapterError("the prompt is empty")
-    if not isinstance(prompt, str) and not isinstance(prompt[0], Mapping):
-        return list(prompt)
-    if not tokenizer.chat_template:
-        if isinstance(prompt, str):
-            return tokenizer(prompt)["input_ids"]
-        raise QAdapterError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no chat template to render a "
-            "conversation with; pass the prompt as text"
-        )
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    # Rendered first: tokenizing through the template's own call may add a second BOS.
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise QAdapterError(f"the chat template can't render a prompt: {error}") from error
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return PromptEncoder(tokenizer)(prompt)
 
 
 def with_system(
@@ -77,12 +63,13 @@ def with_system(
         raise QAdapterError(f"{option} needs a model with a chat template")
     found: list[Prompt] = []
     for prompt in prompts:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if isinstance(messages[0], int) or messages[0]["role"] == "system":
+        messages = messages_of(prompt)
+        if messages is None or messages[0]["role"] == "system":
             raise QAdapterError(
                 f"{option} needs prompts of text or messages without a system message"
             )
-        found.append([{"role": "system", "content": system}, *messages])
+        messages = [{"role": "system", "content": system}, *messages]
+        found.append({**prompt, "prompt": messages} if isinstance(prompt, Mapping) else messages)
     return found
 
 
@@ -137,7 +124,7 @@ def generate_answers(
         QAdapterError: an empty prompt, or one with a token that the model does not know; a strength
             for a model without an adapter.
     """
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    encoded = list(map(PromptEncoder(tokenizer), prompts))
     check_sequences(encoded, model, tokenizer, "prompt")
     ends = end_of_turn_ids(model, tokenizer)
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))

@@ -14,9 +14,9 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from qadapter.data import check_sequences
+from qadapter.data import Prompt, check_sequences
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.answers import Answer, Prompt, encode_prompt, generate_answers
+from qadapter.evaluation.answers import Answer, encode_prompt, generate_answers
 from qadapter.evaluation.scoring import evaluating
 from qadapter.model import QAdapterModel
 

@@ -196,7 +196,8 @@ def test_arrow_nulls_are_not_keys_of_a_message():
 def test_assistant_turn_of_tool_calls_needs_no_text():
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
     got = only([{"prompt": PROMPT, "chosen": [call], "rejected": RED}])
-    assert got["chosen"] == [call] and got["problem"] is None
+    assert got["problem"] is None and [m["role"] for m in got["chosen"]] == ["assistant"]
+    assert got["chosen"][0]["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
 
 
 @pytest.mark.parametrize(

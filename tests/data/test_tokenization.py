@@ -334,17 +334,6 @@ def test_nothing_left_lists_every_reason_in_one_line():
     )
 
 
-def test_turns_that_cannot_be_told_apart_are_dropped():
-    # Only the last turn is rendered with its name: earlier renderings are no prefixes.
-    template = (
-        "{% for m in messages %}{{ (m.role if loop.last else '') + m.content + '<|eot|>' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ 'assistant' }}{% endif %}"
-    )
-    several = {**PAIR, "chosen": turns("It is blue.", "So?", "Yes.", first="assistant")}
-    result = prepare([PAIR, several], llama3(template))
-    assert result.report.dropped == {"template_error": 1}
-
-
 @pytest.mark.parametrize(
     ("rows", "tokenizer", "kwargs", "words"),
     [

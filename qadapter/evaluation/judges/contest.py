@@ -14,8 +14,9 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qadapter.data import Prompt
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.answers import Answer, Prompt, generate_answers
+from qadapter.evaluation.answers import Answer, generate_answers
 from qadapter.evaluation.judges.interface import Judge, Progress, RewardJudge
 from qadapter.evaluation.judges.winrate import WinRate, judged_gain, score_draws, win_rate
 from qadapter.evaluation.report import format_value, write_text

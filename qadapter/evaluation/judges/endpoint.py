@@ -22,8 +22,8 @@ from urllib.parse import urlsplit
 import numpy as np
 import yaml
 
+from qadapter.data import Prompt
 from qadapter.errors import QAdapterError, nearest
-from qadapter.evaluation.answers import Prompt
 from qadapter.evaluation.judges.interface import Judge, Progress, check_lengths
 from qadapter.evaluation.judges.texts import prompt_text
 from qadapter.textfiles import read_text

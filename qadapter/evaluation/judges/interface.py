@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from qadapter.evaluation.answers import Prompt
+from qadapter.data import Prompt
 
 Progress = Callable[[int, int], None]
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -16,10 +15,13 @@ from transformers import (
 )
 
 from qadapter.base import auto_dtype
+from qadapter.data import Prompt
+from qadapter.data.chat import ChatTemplate
+from qadapter.data.messages import answered
+from qadapter.data.report import BadRow
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.answers import Prompt
 from qadapter.evaluation.judges.interface import Progress, RewardJudge, check_lengths
-from qadapter.evaluation.judges.texts import prompt_text
+from qadapter.evaluation.judges.texts import judged_messages, prompt_text
 from qadapter.evaluation.scoring import evaluating
 
 
@@ -102,20 +104,21 @@ class SequenceClassificationJudge(RewardJudge):
             "padding": True, "truncation": self.max_length is not None,
             "max_length": self.max_length, "return_tensors": "pt",
         }
-        texts = [prompt_text(prompt) for prompt in prompts]
         if not self.tokenizer.chat_template:
-            return self.tokenizer(texts, answers, **options)
+            return self.tokenizer([prompt_text(prompt) for prompt in prompts], answers, **options)
+        chat = ChatTemplate(self.tokenizer)
         try:
             rendered = [
-                self.tokenizer.apply_chat_template(
-                    [*([{"role": "user", "content": prompt}] if isinstance(prompt, str)
-                       else prompt), {"role": "assistant", "content": answer}], tokenize=False,
+                chat.whole(
+                    answered(judged_messages(prompt), [{"role": "assistant", "content": answer}]),
+                    # Its other keywords are for the template of the model that answered.
+                    {"tools": prompt.get("tools") if isinstance(prompt, Mapping) else None},
                 )
                 for prompt, answer in zip(prompts, answers, strict=True)
             ]
-        except TemplateError as error:
+        except BadRow as bad:
             raise QAdapterError(
-                f"{self.name}: its chat template can't render an answer: {error}"
-            ) from error
+                f"{self.name}: its chat template can't render an answer: {bad.detail}"
+            ) from bad
         # The template wrote the special tokens.
         return self.tokenizer(rendered, add_special_tokens=False, **options)

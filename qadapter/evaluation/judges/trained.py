@@ -21,9 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qadapter.data import check_sequences
+from qadapter.data import Prompt, PromptEncoder, check_sequences
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.answers import Prompt, encode_prompt
 from qadapter.evaluation.judges.interface import Progress, RewardJudge, check_lengths, wins
 from qadapter.evaluation.judges.texts import PreferenceTexts
 from qadapter.evaluation.scoring import evaluating
@@ -96,6 +95,7 @@ class HiddenStateJudge(TrainedJudge):
         max_length: int = 1024, batch_size: int = 8,
     ):
         self.model, self.tokenizer = model, tokenizer
+        self.encode_prompt = PromptEncoder(tokenizer)
         self.max_length, self.batch_size = max_length, batch_size
 
     def features(
@@ -115,7 +115,7 @@ class HiddenStateJudge(TrainedJudge):
         return torch.stack([rows[x] for x in encoded])
 
     def _encode(self, prompt: Prompt, answer: str) -> Encoded:
-        prompt_ids = encode_prompt(self.tokenizer, prompt)
+        prompt_ids = self.encode_prompt(prompt)
         answer_ids = self.tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"]
         answer_ids = answer_ids[: self.max_length // 2]
         prompt_ids = prompt_ids[-(self.max_length - len(answer_ids)) :]

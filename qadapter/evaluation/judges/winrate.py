@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from qadapter.evaluation.answers import Prompt
+from qadapter.data import Prompt
 from qadapter.evaluation.bootstrap import ClusterBootstrap, Estimate
 from qadapter.evaluation.judges.interface import Judge, Progress, RewardJudge, wins
 from qadapter.evaluation.judges.texts import PreferenceTexts
