@@ -24,7 +24,7 @@ def _answer(text: str, ended: bool = True) -> Answer:
 
 
 def test_the_pairs_are_many_various_and_split_by_prompt():
-    pairs = demo.load_pairs(demo.Size(test_pairs=None))
+    pairs = demo.load_pairs(demo.Size(train_pairs=None, test_pairs=None))
     everything = pairs.train + pairs.test
     assert len(everything) >= 500
     assert len({pair["kind"] for pair in everything}) >= 10
@@ -36,12 +36,12 @@ def test_the_pairs_are_many_various_and_split_by_prompt():
 
 def test_the_pairs_are_the_answers_written_for_them():
     written = {row["prompt"]: row["chosen"] for row in read_jsonl(ANSWERS)}
-    pairs = demo.load_pairs(demo.Size(test_pairs=None))
+    pairs = demo.load_pairs(demo.Size(train_pairs=None, test_pairs=None))
     assert all(written[p["prompt"]] == p["chosen"] for p in pairs.train + pairs.test)
 
 
 def test_preferred_answers_keep_the_manner_and_the_bases_mostly_do_not():
-    pairs = demo.load_pairs(demo.Size(test_pairs=None))
+    pairs = demo.load_pairs(demo.Size(train_pairs=None, test_pairs=None))
     everything = pairs.train + pairs.test
     assert all(keeps_manner(_answer(pair["chosen"])) for pair in everything)
     kept = sum(keeps_manner(_answer(p["rejected"], not p["rejected_cut"])) for p in everything)
@@ -77,10 +77,13 @@ def test_a_cut_sample_has_no_end_of_turn():
         {"prompt": f"question {i}", "chosen": "short", "rejected": "long", "rejected_cut": cut}
         for i, cut in enumerate((True, False))
     ]
-    cut, whole = demo.tokenize_pairs(pairs, tokenizer, 64)
+    cut, whole = demo.tokenize_pairs(pairs, tokenizer, 64, 48)
     end = whole["chosen_ids"][-1]
     assert cut["chosen_ids"][-1] == whole["rejected_ids"][-1] == end
     assert cut["rejected_ids"] == whole["rejected_ids"][:-1]
+    _, short = demo.tokenize_pairs(pairs, tokenizer, 64, 2)
+    assert short["rejected_ids"] == whole["rejected_ids"][:2]
+    assert short["chosen_ids"] == whole["chosen_ids"]
 
 
 @pytest.fixture(scope="module")
