@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import torch
 
 from qadapter.base_dtype import choose_for, dtype_name
+from qadapter_kernels import cpu_backend
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -259,6 +260,8 @@ def environment(device: str, commit: str | None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
     }
+    if device == "cpu" and cpu_backend.unavailable_reason("cpu") is None:
+        found["instructions"] = cpu_backend.instruction_set()
     if device == "cuda":
         found["cuda"] = torch.version.cuda or torch.version.hip
         found["driver"] = _first_line(
@@ -359,6 +362,9 @@ def start(options: argparse.Namespace, kernel: str) -> Recorder:
         raise SystemExit("error: --device cuda, but PyTorch sees no GPU")
     if options.threads:
         torch.set_num_threads(options.threads)
+    if os.environ.get("ONEDNN_MAX_CPU_ISA") == "AVX2":
+        # As on a processor that has no more: not only PyTorch's products.
+        cpu_backend.select_instruction_set("avx2")
     if options.dry_run:
         options.budget = min(options.budget, 0.05)
     if options.dtype == "auto" and options.device == "cpu":

@@ -167,11 +167,13 @@ def _save(figure: Any, records: Sequence[Record], title: str, folder: Path) -> N
 
     where = records[0]["environment"]
     figure.suptitle(title, x=0.01, ha="left", fontsize=12)
-    figure.supxlabel(
-        f"{where['machine']}, {where['threads']} threads, torch {where['torch']}, "
-        f"{where['date'][:10]}, commit {where['commit']}", x=0.01, ha="left", fontsize=7,
+    told = (
+        where["machine"], where.get("instructions"), f"{where['threads']} threads",
+        f"torch {where['torch']}", where["date"][:10], f"commit {where['commit']}",
     )
-    path = folder / f"{records[0]['kernel']}.{records[0]['device']}.png"
+    figure.supxlabel(", ".join(filter(None, told)), x=0.01, ha="left", fontsize=7)
+    kind = "" if records[0]["dtype"] == "bfloat16" else f".{records[0]['dtype']}"
+    path = folder / f"{records[0]['kernel']}.{records[0]['device']}{kind}.png"
     figure.savefig(path, dpi=130)
     plt.close(figure)
     print(f"picture: {path}")
