@@ -148,7 +148,8 @@ def _score_texts(
             row_N, position_N = scored.nonzero(as_tuple=True)
             states = row_N, position_N - 1
             scores = scorer.score(
-                adapter_hidden[states], base_hidden[states], input_ids[row_N, position_N]
+                adapter_hidden[states], base_hidden[states], input_ids[row_N, position_N],
+                top1=True,
             )
             columns = (torch.ones_like(row_N), *scores[:5])
             for k, x_N in enumerate(columns):

@@ -37,8 +37,8 @@ class StateScores(NamedTuple):
     """KL(π‖π̃), nats."""
     kl_policy_base: Tensor
     """KL(π̃‖π), nats."""
-    same_top1: Tensor
-    """Whether a most likely token of π̃ is one of π. bool."""
+    same_top1: Tensor | None
+    """Whether a most likely token of π̃ is one of π, bool; None where it was not asked for."""
     soft: SoftValue
     """Under the trained objective, whatever the strength; all zero q and V for a plain model."""
 
@@ -124,23 +124,24 @@ class Scorer:
         return outputs.last_hidden_state, outputs.last_hidden_state
 
     def score(
-        self, adapter_hidden: Tensor, base_hidden: Tensor, actions: Tensor
+        self, adapter_hidden: Tensor, base_hidden: Tensor, actions: Tensor, *, top1: bool = False
     ) -> StateScores:
         """Scores N states and the token each is followed by.
 
         Args:
             adapter_hidden, base_hidden: [N, D]. actions: [N] token ids.
+            top1: find out ``same_top1`` too; it reads the logits some more times.
         """
         # Four tensors of a chunk's logits live at once: a, b and what the operators make of them.
         step = max(1, self.workspace_bytes // (4 * self.weight.shape[0] * self.weight.itemsize))
         chunks = [
             self._chunk(adapter_hidden[i : i + step], base_hidden[i : i + step],
-                        actions[i : i + step])
+                        actions[i : i + step], top1)
             for i in range(0, max(len(actions), 1), step)
         ]
         soft = SoftValue(*(torch.cat(x) for x in zip(*(c.soft for c in chunks), strict=True)))
         columns = zip(*(chunk[:-1] for chunk in chunks), strict=True)
-        return StateScores(*(torch.cat(x) for x in columns), soft)
+        return StateScores(*(None if x[0] is None else torch.cat(x) for x in columns), soft)
 
     def logits(self, adapter_hidden: Tensor, base_hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(b, z) [N, V]: the base's logits, and the policy's up to a constant a row; alike for
@@ -149,7 +150,9 @@ class Scorer:
         weight_a, weight_b = self.stream_weights
         return b_NV, weighted_sum(weight_a, a_NV, weight_b, b_NV)
 
-    def _chunk(self, h_a_RD: Tensor, h_b_RD: Tensor, actions_R: Tensor) -> StateScores:
+    def _chunk(
+        self, h_a_RD: Tensor, h_b_RD: Tensor, actions_R: Tensor, top1: bool
+    ) -> StateScores:
         a_RV, b_RV = self._logits(h_a_RD, h_b_RD)
         weight_a, weight_b = self.stream_weights
         # π̃ ∝ exp(w_a·a + w_b·b), written as a q on top of log π: log π̃ = q + log π − V.
@@ -173,7 +176,9 @@ class Scorer:
             # Not clamped at 0: a mean of rounding errors should stay a mean of rounding errors.
             kl_base_policy=statistics.kl_base_policy,
             kl_policy_base=statistics.kl_policy_base,
-            same_top1=_share_top(weighted_sum(weight_a, a_RV, weight_b, b_RV), b_RV),
+            same_top1=(
+                _share_top(weighted_sum(weight_a, a_RV, weight_b, b_RV), b_RV) if top1 else None
+            ),
             soft=soft,
         )
 
@@ -184,7 +189,7 @@ class Scorer:
             b_RV = self._finish(products_b)
             return b_RV, b_RV
         delta_RD = h_a_RD.to(self.dtype) - h_b_RD
-        products_a = products_b + F.linear(delta_RD, self.weight)
+        products_a = torch.addmm(products_b, delta_RD, self.weight.T)
         return self._finish(products_a), self._finish(products_b)
 
     def _finish(self, products_RV: Tensor) -> Tensor:
