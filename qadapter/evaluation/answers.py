@@ -84,6 +84,9 @@ def end_of_turn_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     return sorted(found - {None})
 
 
+_NO_DIAL = "strength is the dial of an adapter; this model has none"
+
+
 @contextlib.contextmanager
 def at_strength(model: PreTrainedModel, strength: float | None) -> Iterator[None]:
     """The model's policy at a strength, put back after; None leaves it as it is.
@@ -95,7 +98,7 @@ def at_strength(model: PreTrainedModel, strength: float | None) -> Iterator[None
         yield
         return
     if not isinstance(model, QAdapterModel):
-        raise QAdapterError("strength is the dial of an adapter; this model has none")
+        raise QAdapterError(_NO_DIAL)
     before = model.policy
     model.set_policy(strength=strength)
     try:
@@ -106,7 +109,8 @@ def at_strength(model: PreTrainedModel, strength: float | None) -> Iterator[None
 
 def generate_answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *,
-    max_new_tokens: int = 256, batch_size: int = 8, strength: float | None = None, seed: int = 0,
+    max_new_tokens: int = 256, batch_size: int = 8,
+    strength: float | Sequence[float] | None = None, seed: int = 0,
     progress: Callable[[int, int], None] | None = None, **sampling: Any,
 ) -> list[Answer]:
     """One answer a prompt, in the prompts' order.
@@ -114,7 +118,8 @@ def generate_answers(
     Prompts are sorted by length and padded on the left; greedy unless ``do_sample=True``.
 
     Args:
-        strength: 0 is the base, 1 the trained policy; default: as the model is set.
+        strength: 0 is the base, 1 the trained policy; a number, or one for each prompt; default: as
+            the model is set.
         seed: of the sampling. A prompt's sample also depends on its batch.
         progress: called with (prompts done, prompts in all).
         sampling: passed to ``generate``: do_sample, temperature, top_p, top_k,
@@ -138,7 +143,11 @@ def generate_answers(
     fused = sampling["do_sample"] and sampling.get("num_beams", 1) == 1 and device.type == "cpu"
     drawing = {"custom_generate": fused_sample} if fused else {}
     answers: dict[int, Answer] = {}
-    with evaluating(model), at_strength(model, strength), torch.random.fork_rng():
+    each = strength if isinstance(strength, Sequence) else None
+    if each is not None and not isinstance(model, QAdapterModel):
+        raise QAdapterError(_NO_DIAL)
+    everywhere = strength if each is None else None
+    with evaluating(model), at_strength(model, everywhere), torch.random.fork_rng():
         torch.manual_seed(seed)
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
@@ -147,10 +156,13 @@ def generate_answers(
                                       for i in indices], device=device)
             lengths = torch.tensor([len(encoded[i]) for i in indices], device=device)
             attention_mask = torch.arange(width, device=device) >= width - lengths[:, None]
+            dial = {}
+            if each is not None:
+                dial = {"strength": torch.tensor([each[i] for i in indices], device=device)}
             output = model.generate(
                 input_ids=input_ids, attention_mask=attention_mask.long(),
                 max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad,
-                **sampling, **drawing,
+                **sampling, **drawing, **dial,
             )
             for i, ids in zip(indices, output[:, width:].tolist(), strict=True):
                 answers[i] = _answer(tokenizer, ids, set(ends))

@@ -74,8 +74,21 @@ def test_prompts_of_every_kind():
 
 
 def test_a_plain_model_has_no_strength():
-    with pytest.raises(QAdapterError, match="no"):
-        generate_answers(tiny_llama(), chatml(), PROMPTS, strength=0.5)
+    for strength in (0.5, [0.5] * len(PROMPTS)):
+        with pytest.raises(QAdapterError, match="no"):
+            generate_answers(tiny_llama(), chatml(), PROMPTS, strength=strength)
+
+
+def test_every_prompt_may_have_its_own_strength():
+    """In one batch what each has alone, whatever the order they are sorted to."""
+    model, options = tiny_adapter(trained=True), {"max_new_tokens": 6, "batch_size": 8}
+    dials = (0.0, 1.0, 2.0)
+    alone = [generate_answers(model, chatml(), PROMPTS, strength=s, **options) for s in dials]
+    assert alone[0] != alone[1] != alone[2]
+    together = generate_answers(
+        model, chatml(), list(PROMPTS) * 3, strength=[s for s in dials for _ in PROMPTS], **options
+    )
+    assert together == [answer for answers in alone for answer in answers]
 
 
 def test_statistics():
