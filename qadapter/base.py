@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import logging
 import os
@@ -151,13 +152,23 @@ def auto_dtype(
         return "auto"  # the checkpoint's
     if not on_cpu(device_map):
         return "auto"
-    choice = choose_dtype(config)
+    choice = choose_dtype(config, functools.partial(_num_parameters, config))
     line = f"base in {dtype_name(choice.dtype)}: {choice.reason}"
     if say is not None:
         say(line)
     elif choice.dtype != config.dtype:
         logging.getLogger(__name__).warning(line)
     return choice.dtype
+
+
+def _num_parameters(config: PretrainedConfig) -> int:
+    """Of a causal LM, from its configuration alone; 0 where that doesn't tell."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    except Exception:  # code of its own, or another task's: loading it may still go well
+        return 0
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def as_loaded(

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from transformers import PretrainedConfig, PreTrainedModel
+
+from qadapter.room import available_memory, size
 
 _ROWS = 128
 _FLOPS = 1e8
@@ -21,6 +24,8 @@ _REPEATS = 5
 _CLEARLY = 1.2
 """A type has to be this much faster than the checkpoint's own to be taken in its place: nearly
 equal ones must not trade places from one run to the next."""
+_MOST_MEMORY = 0.8
+"""Share of the memory left that weights may take."""
 
 
 class DtypeChoice(NamedTuple):
@@ -40,16 +45,29 @@ def on_cpu(device_map: Any = None) -> bool:
     return all(str(place).partition(":")[0] == "cpu" for place in places)
 
 
-def choose_dtype(config: PretrainedConfig) -> DtypeChoice:
+def choose_dtype(
+    config: PretrainedConfig, num_parameters: Callable[[], int] = lambda: 0
+) -> DtypeChoice:
     """The data type for a checkpoint on this CPU.
 
     Weights stored in float32 stay in it: they are not rounded unless somebody asks. Weights of 16
     bits are computed in bfloat16 or float32, whichever this CPU multiplies faster (float16 is slow
-    on every CPU).
+    on every CPU), but for float32 that memory has no room for.
+
+    Args:
+        num_parameters: asked for where weights would take more room than they are stored in.
     """
     text = config.get_text_config()
     stored = getattr(config, "dtype", None) or getattr(text, "dtype", None) or torch.float32
-    return choose_for(stored, text.hidden_size)
+    choice = choose_for(stored, text.hidden_size)
+    if choice.dtype.itemsize > stored.itemsize:
+        needed, left = choice.dtype.itemsize * num_parameters(), available_memory()
+        if needed > _MOST_MEMORY * left:
+            return DtypeChoice(
+                torch.bfloat16, f"{choice.reason}, but float32 takes {size(needed)} of memory and "
+                f"{size(left)} are left"
+            )
+    return choice
 
 
 def choose_for(stored: torch.dtype, width: int) -> DtypeChoice:

@@ -179,6 +179,19 @@ def test_auto_is_what_this_cpu_multiplies_fastest(
         assert all(f"{rate / 1e9:.0f}" in line for rate in rates.values())
 
 
+def test_float32_that_memory_has_no_room_for_is_not_taken(tmp_path, monkeypatch, without_a_gpu):
+    folder = save_tiny(tmp_path / "model")
+    model = base.load_base(folder, dtype="bfloat16").model
+    model.save_pretrained(folder)
+    monkeypatch.setattr(base_dtype, "rates_of_width", lambda width: {FP32: 9e9, BF16: 1e9})
+    needed = 4 * sum(parameter.numel() for parameter in model.parameters())
+    for left, dtype in ((2 * needed, FP32), (needed, BF16)):
+        monkeypatch.setattr(base_dtype, "available_memory", lambda left=left: left)
+        said: list[str] = []
+        assert base.load_base(folder, say=said.append).model.dtype == dtype
+        assert ("of memory" in said[0]) == (dtype == BF16)
+
+
 def test_a_data_type_that_was_asked_for_is_taken_unmeasured(tmp_path, monkeypatch):
     folder = save_tiny(tmp_path / "model")
     monkeypatch.setattr(base_dtype, "rates_of_width", lambda width: pytest.fail("measured"))

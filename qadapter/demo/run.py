@@ -70,8 +70,8 @@ class Size:
     train_pairs: int | None = 300
     test_pairs: int | None = 54
     rejected_tokens: int = 48
-    """Of the base's samples: a manner shows at once, and what comes later costs more than it
-    teaches (with 160 tokens, held-out accuracy and KL were no better)."""
+    """Of the base's samples, in training and held out: a manner shows at once. On whole samples,
+    an adapter trained on these beginnings is as often right as one trained on all 160 tokens."""
     epochs: float = 1.0
     prompts: int = 24
     answer_tokens: int = 112
