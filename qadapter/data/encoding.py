@@ -13,6 +13,7 @@ from qadapter.data.chat import ChatTemplate, EndOfTurn, Lost, eos_of
 from qadapter.data.messages import Message, answered, normal_messages
 from qadapter.data.report import BadRow
 from qadapter.data.rows import Row
+from qadapter.data.tokens import SectionedText, token_ids
 from qadapter.data.turns import Span, common_prefix, locate_turns
 from qadapter.errors import QAdapterError
 
@@ -78,7 +79,7 @@ class PromptEncoder:
             text = chat.prompt(messages, options)
         except BadRow as bad:
             raise QAdapterError(f"the chat template can't render a prompt: {bad.detail}") from bad
-        return _tokenize(self.tokenizer, text)
+        return token_ids(self.tokenizer, text)
 
     def lost(self, prompt: Prompt) -> tuple[Lost, ...]:
         """What of a prompt the chat template leaves out."""
@@ -112,7 +113,7 @@ def special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     own = (tokenizer.decode([i]) for i in range(len(tokenizer)) if i not in special)
     for text in itertools.chain("a", own):
         try:
-            plain = _tokenize(tokenizer, text)
+            plain = token_ids(tokenizer, text)
         except Exception:  # what a tokenizer without a token for the unknown raises is one
             continue
         if plain:
@@ -124,12 +125,8 @@ def special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, prefix: list[int]) -> list[int]:
     """Plain text behind the tokenizer's prefix, which may be written out in it."""
-    ids = _tokenize(tokenizer, text)
+    ids = token_ids(tokenizer, text)
     return ids if ids[: len(prefix)] == prefix else prefix + ids
-
-
-def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 # --- one pair ---------------------------------------------------------------------------------
@@ -182,13 +179,15 @@ class ConversationEncoder:
     tokenizer: PreTrainedTokenizerBase
     chat: ChatTemplate
 
+    def __post_init__(self) -> None:
+        self.token_ids = SectionedText(self.tokenizer)
+
     def __call__(self, row: Row) -> TokenPair:
         options = self.chat.options_of(row)
         prompt = self.chat.prompt(row["prompt"], options)
         sides = [_Side(self.chat, row, side, prompt, options) for side in SIDES]
         if all(side.is_plain for side in sides):
-            ids = _tokenize(self.tokenizer, prompt)
-            pair = _split(ids, *(_tokenize(self.tokenizer, side.text) for side in sides))
+            pair = _split(self.token_ids(prompt), *(self.token_ids(s.text) for s in sides))
             pair.answers = tuple(map(self._end, pair.answers))
         else:
             pair = self._split_by_turns(sides)
@@ -245,8 +244,8 @@ def _positions(tokenizer: PreTrainedTokenizerBase, text: str):
         )
         ends = [end for _, end in found["offset_mapping"]]
         return found["input_ids"], lambda character: bisect.bisect_right(ends, character)
-    ids = _tokenize(tokenizer, text)
-    return ids, lambda character: common_prefix(ids, _tokenize(tokenizer, text[:character]))
+    ids = token_ids(tokenizer, text)
+    return ids, lambda character: common_prefix(ids, token_ids(tokenizer, text[:character]))
 
 
 class _Side:
