@@ -140,6 +140,12 @@ def compose(
         model.base_identity.require(models[0].base_identity, f"adapter {number}")
     if objective is None and any(m.objective != models[0].objective for m in models):
         raise QAdapterError("the adapters' objectives differ: pass the objective to compose to")
+    templates = {m.chat_template for m in models} - {None}
+    if len(templates) > 1:
+        raise QAdapterError(
+            "the adapters were trained with different chat templates, and one prompt has one: set "
+            "chat_template of the models alike"
+        )
     forms = {"LoRA" if m.adapts_trunk else m.adapter_config.form for m in models}
     if len(forms) > 1:
         names = " and ".join(sorted(forms))
@@ -153,9 +159,11 @@ def compose(
     if first.adapts_trunk:
         base = first.adapter.bare_base()
     loaded = LoadedBase(base, first.base_identity.name, "", "")
-    return assemble(
+    composed = assemble(
         loaded, parts, weights, objective or first.objective, first.base_identity
     )
+    composed.chat_template = templates.pop() if templates else None
+    return composed
 
 
 def assemble(

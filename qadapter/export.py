@@ -24,7 +24,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qadapter.adapters import HeadAdapter, LinearHeadAdapter
 from qadapter.base import shell_of
+from qadapter.data.templates import default_of
 from qadapter.errors import QAdapterError
+from qadapter.evaluation.answers import end_of_turn_ids
 from qadapter.exporting import checkpoints
 from qadapter.exporting.approximation import Approximation, fit_linear
 from qadapter.exporting.card import write_card
@@ -65,7 +67,8 @@ def export(
         approximate: export the linear adapter nearest to one that isn't linear; the card says how
             far the two are apart.
         texts: for ``approximate``: what to fit to, texts or token ids, like those the model is for.
-        tokenizer: default: the base's, where it has one.
+        tokenizer: default: the base's, where it has one. It is written with the chat template that
+            the model was trained with (``model.chat_template``).
         max_shard_size: as in ``save_pretrained``; default: the base's largest shard.
 
     Raises:
@@ -77,7 +80,7 @@ def export(
     if texts is not None and not approximate:
         raise QAdapterError("texts are for approximate=True")
     target = _free_folder(output_dir)
-    tokenizer = tokenizer or checkpoints.tokenizer_of(model.base)
+    tokenizer, template_chosen = _tokenizer(model, tokenizer)
     _check_policy(model, form)
     if model.adapts_trunk:
         exporter: _HeadExport | _TrunkExport = _plan_trunk(model, form, approximate)
@@ -86,11 +89,32 @@ def export(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".exporting-") as scratch:
-            report = _write_and_check(exporter, Path(scratch), target, tokenizer, max_shard_size)
+            report = _write_and_check(
+                exporter, Path(scratch), target, tokenizer, template_chosen, max_shard_size
+            )
             os.rename(Path(scratch) / "export", target)  # onto nothing, or an empty folder
     except (OSError, SafetensorError) as error:
         raise QAdapterError(f"{target}: the export can't be written: {error}") from error
     return report
+
+
+def _tokenizer(
+    model: QAdapterModel, given: PreTrainedTokenizerBase | None
+) -> tuple[PreTrainedTokenizerBase | None, bool]:
+    """The tokenizer to write, with the chat template the model was trained with, and whether that
+    is another than the base's own."""
+    own = checkpoints.tokenizer_of(model.base)
+    tokenizer = own if given is None else given
+    if tokenizer is None:
+        return None, False
+    template = default_of(tokenizer.chat_template) if model.chat_template is None else (
+        model.chat_template
+    )
+    if template != default_of(tokenizer.chat_template):
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.chat_template = template
+    base_template = None if own is None else default_of(own.chat_template)
+    return tokenizer, template is not None and template != base_template
 
 
 # --- what can be exported -----------------------------------------------------------------------
@@ -260,11 +284,14 @@ class _TrunkExport:
 
 def _write_and_check(
     exporter: _HeadExport | _TrunkExport, scratch: Path, target: Path,
-    tokenizer: PreTrainedTokenizerBase | None, max_shard_size: int | str | None,
+    tokenizer: PreTrainedTokenizerBase | None, template_chosen: bool,
+    max_shard_size: int | str | None,
 ) -> ExportReport:
     model, form = exporter.model, exporter.form
     base_name, revision = checkpoints.name_of(model.base)
     generation_config = copy.deepcopy(model.generation_config)
+    if template_chosen:  # then the base's settings don't know what ends a turn
+        generation_config.eos_token_id = end_of_turn_ids(model, tokenizer)
     temperature = (generation_config.temperature or 1.0) / exporter.logits_factor
     folder = scratch / "export"
     folder.mkdir()
@@ -277,6 +304,8 @@ def _write_and_check(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     else:
+        if template_chosen:
+            tokenizer.save_pretrained(folder)
         tokenizer = None  # engines take the base's
         exporter.write_peft(folder, base_name, revision)
         if temperature != 1.0:

@@ -49,7 +49,8 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
 
     Build with ``from_base`` or ``from_pretrained``. Attributes: ``base`` (the frozen causal LM),
     ``adapter`` (the only trainable part), ``objective``, ``adapter_config``, ``head``, ``policy``;
-    ``trunk_memo`` (None), which several models of one base may share.
+    ``trunk_memo`` (None), which several models of one base may share; ``chat_template`` (None),
+    what conversations were rendered with in training.
     """
 
     base_model_prefix = "base"
@@ -74,6 +75,7 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         self.base_identity = base_identity
         self.policy = Policy(objective)
         self.trunk_memo: TrunkMemo | None = None
+        self.chat_template: str | None = None
         self.head = LanguageModelHead.of(base)
         self._trunk_cache = name_of_cache(trunk(base))
         self.generation_config = copy.deepcopy(base.generation_config)
@@ -163,10 +165,13 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
 
             if is_trainable:
                 raise QAdapterError(f"{adapter_dir}: a composition is frozen: train its adapters")
-            return load(saved, loaded, identity)
+            model = load(saved, loaded, identity)
+            model.chat_template = storage.read_chat_template(adapter_dir)
+            return model
         model = cls._assemble(loaded, saved.adapter, saved.objective, identity)
         storage.load_weights(adapter_dir, model.adapter)
         model.adapter.requires_grad_(is_trainable)
+        model.chat_template = storage.read_chat_template(adapter_dir)
         return model
 
     def save_pretrained(
@@ -174,7 +179,8 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         is_main_process: bool = True, push_to_hub: bool = False, **hub_kwargs: Any,
     ) -> None:
         """Write the adapter, not the base: ``adapter_model.safetensors``, ``qadapter_config.json``
-        and, for LoRA, PEFT's ``adapter_config.json``, so that PEFT loads it too (one stream of it).
+        and, for LoRA, PEFT's ``adapter_config.json``, so that PEFT loads it too (one stream of it);
+        ``chat_template.jinja``, where the model has one of its own.
 
         Args:
             state_dict: this model's state dict, where a trainer gathered it; default: its own.
@@ -183,6 +189,7 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         if not is_main_process:
             return
         self._write(save_directory, state_dict)
+        storage.write_chat_template(save_directory, self.chat_template)
         if push_to_hub:
             repo_id = hub_kwargs.pop("repo_id", Path(save_directory).name)
             storage.upload(save_directory, repo_id, **hub_kwargs)

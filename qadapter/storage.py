@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.utils import CHAT_TEMPLATE_FILE
 
 from qadapter.adapters import AdapterConfig, HeadAdapter
 from qadapter.base import LoadedBase
@@ -271,6 +272,27 @@ def read_weights(adapter_dir: str | Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise QAdapterError(f"{path}: damaged or not a safetensors file: {error}") from error
+
+
+def read_chat_template(adapter_dir: str | Path) -> str | None:
+    """The chat template that an adapter was trained with, where one was saved with it."""
+    if not _has(adapter_dir, CHAT_TEMPLATE_FILE):
+        return None
+    return read_text(_locate(adapter_dir, CHAT_TEMPLATE_FILE))
+
+
+def write_chat_template(folder: str | Path, template: str | None) -> None:
+    """Put a chat template, if there is one, beside an adapter.
+
+    Raises:
+        QAdapterError: the folder can't be written.
+    """
+    if template is None:
+        return
+    try:
+        (Path(folder) / CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
+    except OSError as error:
+        raise QAdapterError(f"{folder}: the chat template can't be saved: {error}") from error
 
 
 def upload(folder: str | Path, repo_id: str, **kwargs: Any) -> None:

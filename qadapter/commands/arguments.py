@@ -52,6 +52,11 @@ class AdapterArguments(ModelArguments):
     trust_remote_code: bool = _field(
         False, "Run Python code that comes with a model or tokenizer."
     )
+    chat_template_path: str | None = _field(
+        None, "Chat template instead of the adapter's or the tokenizer's own: a .jinja file, a "
+        "folder or hub name whose tokenizer has one, or plain (roles as words, for bases without "
+        "one).", flag="chat_template",
+    )
     strength: float | None = _field(
         None, "Dial of the policy: 0 is the base, 1 the trained policy, more than 1 goes further."
     )

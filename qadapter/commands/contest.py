@@ -11,9 +11,16 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qadapter.commands import arguments as args
-from qadapter.commands.loading import load_model
+from qadapter.commands.loading import load_model, saying
 from qadapter.console.progress import progress_bar
-from qadapter.data import Prompt, load_preferences, split_by_prompt, without_prompts
+from qadapter.data import (
+    Prompt,
+    load_preferences,
+    set_chat_template,
+    split_by_prompt,
+    without_prompts,
+)
+from qadapter.data.templates import default_of
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.answers import with_system
 from qadapter.evaluation.judges import (
@@ -70,12 +77,19 @@ def split_pairs(
 
 
 def _load_opponent(
-    model_args: args.AdapterArguments, opponent: args.OpponentArguments, console: Console
+    model_args: args.AdapterArguments, opponent: args.OpponentArguments,
+    tokenizer: PreTrainedTokenizerBase, console: Console,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    return load_model(args.AdapterArguments(
+    """Asked with the template of the model (`tokenizer`'s), where it has none."""
+    model, own = load_model(args.AdapterArguments(
         model_name_or_path=opponent.opponent, strength=opponent.opponent_strength,
         dtype=model_args.dtype, trust_remote_code=model_args.trust_remote_code,
+        chat_template_path=model_args.chat_template_path,
     ), console)
+    template = default_of(tokenizer.chat_template)
+    if template and not own.chat_template:
+        saying(console)(set_chat_template(own, template, "the model's own"))
+    return model, own
 
 
 def draw_answers(
@@ -91,7 +105,7 @@ def draw_answers(
     model, tokenizer = load_model(model_args, console)
     other = None
     if opponent.opponent is not None:
-        other = _load_opponent(model_args, opponent, console)
+        other = _load_opponent(model_args, opponent, tokenizer, console)
     if other is None and not isinstance(model, QAdapterModel):
         raise QAdapterError(
             f"{model_args.model_name_or_path} is no adapter and has no base to beat: name an "

@@ -27,7 +27,7 @@ from qadapter.model import QAdapterModel
 GROUPS = (
     Group(args.AdapterArguments, "Model", (
         "model_name_or_path", "base_model_name_or_path", "strength", "model_revision", "dtype",
-        "trust_remote_code",
+        "trust_remote_code", "chat_template_path",
     )),
     Group(args.GenerateArguments, "Prompts", (
         "prompt", "prompts_file", "output_file", "system", "base_only",
@@ -166,7 +166,9 @@ def _chat(
     sampling: dict[str, Any], console: Console,
 ) -> None:
     if not tokenizer.chat_template:
-        raise QAdapterError("the base has no chat template: pass --prompt or --prompts_file")
+        raise QAdapterError(
+            "the base has no chat template: pass --prompt or --prompts_file, or --chat_template"
+        )
     console.print(_HELP)
     messages: list[dict] = []
     seed = options.seed

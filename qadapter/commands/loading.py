@@ -13,6 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qadapter import storage
 from qadapter.base import load_base, load_tokenizer, resolve_base
 from qadapter.commands.arguments import AdapterArguments
+from qadapter.data import set_chat_template, use_chat_template
+from qadapter.data.templates import default_of
 from qadapter.errors import QAdapterError
 from qadapter.model import QAdapterModel
 
@@ -48,21 +50,51 @@ def load_model(
                 raise QAdapterError(f"{option} is for adapters, and {name} is none "
                                     f"({storage.CONFIG_NAME} is missing)")
         base_name = say_base(name, console)
+        tokenizer = _tokenizer(base_name, arguments, None, console)
         model: PreTrainedModel = load_base(base_name, **options).model
     else:
         base_name = arguments.base_model_name_or_path or storage.read(name).base.name
         base_name = say_base(base_name, console)
+        tokenizer = _tokenizer(base_name, arguments, name, console)
         model = QAdapterModel.from_pretrained(name, base_name, **options)
         if arguments.strength is not None:
             try:
                 model.set_policy(strength=arguments.strength)
             except ValueError as error:
                 raise QAdapterError(str(error)) from error
+        if arguments.chat_template_path is not None:
+            model.chat_template = default_of(tokenizer.chat_template)
+    return model, tokenizer
+
+
+def settle_template(
+    tokenizer: PreTrainedTokenizerBase, named: str | None, adapter: str | Path | None,
+    console: Console,
+) -> None:
+    """Give a tokenizer the chat template that was named, or else the one that an adapter was
+    trained with, and say so.
+
+    Raises:
+        QAdapterError: no such template, or not one.
+    """
+    line = ""
+    if named is not None:
+        line = use_chat_template(tokenizer, named)
+    elif adapter is not None and (saved := storage.read_chat_template(adapter)) is not None:
+        line = set_chat_template(tokenizer, saved, f"that of {adapter}")
+    if line:
+        saying(console)(line)
+
+
+def _tokenizer(
+    base_name: str, arguments: AdapterArguments, adapter: str | None, console: Console
+) -> PreTrainedTokenizerBase:
     tokenizer = load_tokenizer(
         base_name, revision=arguments.model_revision,
         trust_remote_code=arguments.trust_remote_code,
     )
-    return model, tokenizer
+    settle_template(tokenizer, arguments.chat_template_path, adapter, console)
+    return tokenizer
 
 
 def _is_adapter(name: str) -> bool:

@@ -46,9 +46,11 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """One field as a flag ``--name`` and a YAML key ``name``."""
+    """One field as a flag ``--flag`` and a YAML key ``flag``: the field's name, or what its
+    metadata calls ``flag``; the name is taken too then."""
 
     name: str
+    flag: str
     arguments: type
     kind: type | None
     """int, float, str or bool; None: anything YAML can say."""
@@ -80,12 +82,12 @@ class Option:
     def parameter(self, show_hidden: bool) -> inspect.Parameter:
         """What typer takes; None where the flag is not given."""
         if self.kind is bool:
-            flag, metavar, type_ = f"--{self.name}/--no_{self.name}", None, bool
+            flags, metavar, type_ = [f"--{self.flag}/--no_{self.flag}"], None, bool
         else:
             metavar = "|".join(self.choices) or _METAVARS[self.kind]
-            flag, type_ = f"--{self.name}", str
+            flags, type_ = [f"--{name}" for name in dict.fromkeys((self.flag, self.name))], str
         option = typer.Option(
-            flag, help=self._help_with_default(), metavar=metavar, rich_help_panel=self.title,
+            *flags, help=self._help_with_default(), metavar=metavar, rich_help_panel=self.title,
             show_default=False, hidden=self.hidden and not show_hidden,
         )
         return inspect.Parameter(
@@ -125,7 +127,8 @@ def options(
                 factory = field.default_factory
                 default = None if factory is dataclasses.MISSING else factory()
             found[name] = Option(
-                name, group.arguments, kind, nullable, (defaults or {}).get(name, default),
+                name, field.metadata.get("flag", name), group.arguments, kind, nullable,
+                (defaults or {}).get(name, default),
                 " ".join((helps or {}).get(name, field.metadata.get("help", "")).split()),
                 tuple(map(str, field.metadata.get("choices", ()))), group.title, group.hidden,
             )
@@ -142,10 +145,16 @@ def read_config(path: str | Path, known: Mapping[str, Option]) -> dict[str, Any]
     values = strict_yaml.read(path) or {}
     if not isinstance(values, dict):
         raise QAdapterError(f"{path} holds a {type(values).__name__}; it must map names to values")
-    for name in values:
-        if name not in known:
-            raise QAdapterError(f"{path}: unknown key {name!r}" + nearest(str(name), known))
-    return {name: known[name].convert(value, f"{path}: {name}") for name, value in values.items()}
+    keys = {option.flag: option for option in known.values()} | known
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in keys:
+            raise QAdapterError(f"{path}: unknown key {key!r}" + nearest(str(key), keys))
+        option = keys[key]
+        if option.name in found:
+            raise QAdapterError(f"{path}: {option.flag} and {option.name} are one option")
+        found[option.name] = option.convert(value, f"{path}: {key}")
+    return found
 
 
 def build(
@@ -193,7 +202,7 @@ def command(
         if plain is not None:
             flags[argument] = plain
         values |= {
-            key: known[key].convert(value, f"--{key}")
+            key: known[key].convert(value, f"--{known[key].flag}")
             for key, value in flags.items()
             if value is not None
         }

@@ -17,13 +17,14 @@ from qadapter import storage
 from qadapter.base import load_tokenizer
 from qadapter.base_dtype import dtype_of
 from qadapter.commands import arguments as args
-from qadapter.commands.loading import say_base, saying
+from qadapter.commands.loading import say_base, saying, settle_template
 from qadapter.commands.measuring import Measurements, check_texts, measure, read_measures
 from qadapter.commands.options import Group, command
 from qadapter.console.environment import devices, peak_rss_bytes, quiet_libraries, versions
 from qadapter.console.folders import RUN_FILES, check_output_dir, remove_files, telling_full_disk
 from qadapter.console.progress import TrainingProgress
 from qadapter.data import load_preferences, read_texts, split_by_prompt, without_prompts
+from qadapter.data.encoding import encoder_for
 from qadapter.errors import QAdapterError
 from qadapter.evaluation import (
     comparison_table,
@@ -59,6 +60,7 @@ _MEMORY = ("cache_features", "feature_cache_dir", "feature_batch_tokens", "featu
 GROUPS = (
     Group(args.ModelArguments, "Model"),
     Group(args.ScriptArguments, "Data", _DATA),
+    Group(QAdapterConfig, "Model", ("chat_template_path",)),
     Group(QAdapterConfig, "Data", _PREPARATION),
     Group(QAdapterConfig, "Output", ("output_dir",)),
     Group(args.ScriptArguments, "Output", ("overwrite_output_dir",)),
@@ -138,6 +140,8 @@ def run(
     tokenizer = load_tokenizer(
         base_name, revision=model_args.model_revision, trust_remote_code=config.trust_remote_code
     )
+    settle_template(tokenizer, config.chat_template_path, resume or None, console)
+    encoder_for(train_pairs, tokenizer)  # a missing template is told of before the base is loaded
     check_texts("retention_file", measures.retention_file, measured_texts, tokenizer)
     check_texts("retention_dataset_name", named, retention_texts, tokenizer)
     loading = {

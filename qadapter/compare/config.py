@@ -313,6 +313,9 @@ class CompareConfig:
     methods: dict[str, Method]
     model_name_or_path: str = "smollm2"
     dtype: str = "auto"
+    chat_template: str | None = None
+    """Instead of the tokenizer's own: a .jinja file, a folder or hub name whose tokenizer has one,
+    or plain (roles as words)."""
     title: str = "Comparison"
     seeds: list[int] = field(default_factory=lambda: [0])
     old: DataConfig | None = None
@@ -368,6 +371,8 @@ class CompareConfig:
         """JSON types, as written: methods with their kind, names of files not resolved."""
         written = dataclasses.asdict(self)
         del written["folder"]
+        if self.chat_template is None:  # as comparisons were written that knew of none
+            del written["chat_template"]
         for name, method in self.methods.items():
             written["methods"][name]["method"] = method.kind
         return written

@@ -266,6 +266,8 @@ def fingerprint_files(config: CompareConfig) -> dict[str, str]:
              "model_name_or_path": config.model_name_or_path}
     if config.old is not None:
         named["old.dataset_name"] = config.old.dataset_name
+    if config.chat_template is not None:
+        named["chat_template"] = config.chat_template
     for texts in config.evaluation.retention:
         named[f"evaluation.retention.{texts.name}"] = texts.file
     found = {key: Path(config.find(name)) for key, name in named.items()}

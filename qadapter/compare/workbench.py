@@ -12,7 +12,7 @@ from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
 
 from qadapter.adapters import AdapterConfig
-from qadapter.base import LoadedBase, load_base, load_tokenizer
+from qadapter.base import LoadedBase, load_base, load_tokenizer, resolve_base
 from qadapter.compare.config import (
     ANSWERS_NAME,
     FIRST_NAME,
@@ -24,7 +24,8 @@ from qadapter.compare.config import (
 )
 from qadapter.compare.data import PreferenceData, load_texts, prepare
 from qadapter.compare.first import teach_first
-from qadapter.data import Prompt, check_pairs
+from qadapter.data import Prompt, check_pairs, use_chat_template
+from qadapter.data.templates import PLAIN
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.answers import encode_prompt, with_system
 from qadapter.evaluation.judges import (
@@ -51,8 +52,16 @@ class Workbench:
 
     def __init__(self, config: CompareConfig, folder: Path, say: Callable[[str], None]) -> None:
         self.config, self.folder, self.say = config, folder, say
+        base = resolve_base(self._base_name(), say)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(base.name)
+        if config.chat_template is not None:
+            # "plain" is no file beside the configuration.
+            named = config.chat_template
+            line = use_chat_template(
+                self.tokenizer, named if named == PLAIN else config.find(named)
+            )
+            say(line or "chat template: the tokenizer's own")
         self.loaded = self._load_base()
-        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.loaded.name)
         self.new = self._prepare(config.data, "data")
         # No prompt on both sides: what a policy trains on would be what a judge was trained on.
         self.old = None if config.old is None else self._prepare(
@@ -72,11 +81,13 @@ class Workbench:
 
     def _load_base(self) -> LoadedBase:
         """The base that is compared: the one named, or what that became first."""
+        return load_base(self._base_name(), dtype=self.config.dtype, say=self.say)
+
+    def _base_name(self) -> str:
         first = self.folder / FIRST_NAME
-        name = self.config.find(self.config.model_name_or_path)
         if self.config.first is not None and first.is_dir():
-            name = str(first)
-        return load_base(name, dtype=self.config.dtype, say=self.say)
+            return str(first)
+        return self.config.find(self.config.model_name_or_path)
 
     def _prepare(
         self, data: DataConfig, key: str, without: Iterable[str] = ()

@@ -7,6 +7,7 @@ from qadapter.data.fingerprints import fingerprint
 from qadapter.data.preferences import as_preferences, load_preferences
 from qadapter.data.report import DROP_REASONS, NOTES, PreparationReport
 from qadapter.data.splits import split_by_prompt, without_prompts
+from qadapter.data.templates import set_chat_template, use_chat_template
 from qadapter.data.texts import read_prompts, read_texts
 from qadapter.data.tokenization import TokenizedPreferences, tokenize_preferences
 from qadapter.data.vocabulary import check_pairs, check_sequences, padding_id
@@ -32,7 +33,9 @@ __all__ = [
     "prompt_of",
     "read_prompts",
     "read_texts",
+    "set_chat_template",
     "split_by_prompt",
     "tokenize_preferences",
+    "use_chat_template",
     "without_prompts",
 ]

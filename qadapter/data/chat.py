@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, combinations, product
 from typing import Any, NamedTuple
 
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from qadapter.data.messages import REASONING, Message
@@ -124,8 +125,7 @@ class ChatTemplate:
         _, found, tail = text.rpartition(_PROBE)
         if not found:
             raise QAdapterError(
-                f"the chat template of {self.tokenizer.name_or_path!r} renders a question and its "
-                "answer without the answer"
+                "the chat template renders a question and its answer without the answer"
             )
         special = self.special.search(tail)
         if special is not None:
@@ -210,6 +210,8 @@ class ChatTemplate:
             )
         except Exception as error:  # a template is a program: it may raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
+            if isinstance(error, TemplateSyntaxError):
+                reason += f" (line {error.lineno})"
             raise BadRow("template_error", reason) from error
 
     # --- what it takes, and what it leaves out ---------------------------------------------

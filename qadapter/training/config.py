@@ -99,6 +99,15 @@ class QAdapterConfig(TrainingArguments):
         default=False,
         metadata={"help": "Run Python code that comes with a model or tokenizer."},
     )
+    chat_template_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Chat template instead of the tokenizer's own: a .jinja file, a folder or hub "
+            "name whose tokenizer has one, or plain (roles as words, for bases without one). It is "
+            "saved with the adapter.",
+            "flag": "chat_template",
+        },
+    )
     adapter_kind: str = field(
         default=AdapterConfig.kind,
         metadata={

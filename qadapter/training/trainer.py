@@ -23,8 +23,11 @@ from qadapter.data import (
     PreferenceCollator,
     PreparationReport,
     check_pairs,
+    set_chat_template,
     tokenize_preferences,
+    use_chat_template,
 )
+from qadapter.data.templates import default_of
 from qadapter.data.tokenization import TokenizedPreferences
 from qadapter.errors import QAdapterError
 from qadapter.model import QAdapterModel
@@ -125,6 +128,7 @@ class QAdapterTrainer(BaseReading, AdapterCheckpoints):
         self._tokenizer_args = {"trust_remote_code": args.trust_remote_code}
         self.model, self.args, self.processing_class = model, args, processing_class
         self._settle_checkpointing()
+        self._settle_chat_template()
         names = list(eval_dataset) if isinstance(eval_dataset, Mapping) else []
         checks.check_evaluation(
             args, None if eval_dataset is None else names, cached=self.caches_features,
@@ -158,6 +162,30 @@ class QAdapterTrainer(BaseReading, AdapterCheckpoints):
         self._gradients_checked = False
         self._eval_columns: list[Tensor] = []
 
+    def _settle_chat_template(self) -> None:
+        """The one that ``args`` name; else the tokenizer's; else the one the adapter has."""
+        named, tokenizer = self.args.chat_template_path, self.processing_class
+        line = ""
+        if named is not None:
+            tokenizer = self._load_tokenizer()
+            line = use_chat_template(tokenizer, named)
+        elif self.model.chat_template and tokenizer is not None and not tokenizer.chat_template:
+            line = set_chat_template(tokenizer, self.model.chat_template, "the adapter's")
+        if line:
+            self._tell(line)
+        if tokenizer is not None and tokenizer.chat_template:
+            self.model.chat_template = default_of(tokenizer.chat_template)
+
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The one given, or the base's, with the template of an adapter that is trained on."""
+        if self.processing_class is None:
+            self.processing_class = load_tokenizer(
+                self.model.base_identity.name, **self._tokenizer_args
+            )
+            if self.model.chat_template:
+                set_chat_template(self.processing_class, self.model.chat_template, "the adapter's")
+        return self.processing_class
+
     def _settle_checkpointing(self) -> None:
         """A frozen trunk keeps no activations: recipes may ask to recompute them all the same."""
         asked = [name for name in checks.CHECKPOINTING if getattr(self.args, name, None)]
@@ -176,12 +204,8 @@ class QAdapterTrainer(BaseReading, AdapterCheckpoints):
             tokenized, self.reports[name] = dataset
             check_pairs(tokenized, self.model, self.processing_class, f"the {name} data")
             return tokenized
-        if self.processing_class is None:
-            self.processing_class = load_tokenizer(
-                self.model.base_identity.name, **self._tokenizer_args
-            )
         tokenized, self.reports[name] = tokenize_preferences(
-            dataset, self.processing_class, max_length=self.args.max_length,
+            dataset, self._load_tokenizer(), max_length=self.args.max_length,
             truncation_mode=self.args.truncation_mode, on_bad_row=self.args.on_bad_row,
             num_proc=self.args.dataset_num_proc,
         )
