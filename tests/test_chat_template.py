@@ -7,6 +7,7 @@ import json
 
 import pytest
 import yaml
+from data.chat_templates import TOOLS
 from data.tiny import LLAMA3, PLAIN, chatml, llama3
 from tiny_models import cli, save_tiny, tiny_llama, write_jsonl
 from transformers import AutoTokenizer, GenerationConfig
@@ -156,6 +157,28 @@ def test_it_is_said_kept_and_used_everywhere(place, capsys):
     ):
         assert cli(*command) == 0, command[0]
         assert f"chat template: that of {run}" in told(capsys), command[0]
+
+
+def test_rows_of_a_prompts_file_bring_tools_and_keywords(place, tmp_path, capsys):
+    asked, template = tmp_path / "prompts.jsonl", tmp_path / "tools.jsonl.jinja"
+    template.write_text(TOOLS + "{{ style if style is defined else '' }}")
+    rows = [
+        {"prompt": "Hot?", "tools": [{"function": {"name": "look"}}]},
+        {"prompt": [{"role": "user", "content": [{"type": "text", "text": "Hot?"}]}],
+         "chat_template_kwargs": {"style": "brief"}},
+        {"prompt": "Hot?"},
+    ]
+    write_jsonl(asked, rows)
+    command = ("generate", place / "run", "--prompts_file", asked, "--max_new_tokens", 2)
+    assert cli(*command, "--chat_template", template) == 0
+    out = capsys.readouterr()
+    lines = [json.loads(line) for line in out.out.splitlines()]
+    assert lines[0]["tools"] == rows[0]["tools"] and "leaves something out" not in out.err
+    assert cli(*command) == 0  # the words have no place for tools
+    assert "leaves something out of 1 of 3 prompts: tools" in told(capsys)
+    write_jsonl(asked, [{"prompt": [{"role": "user", "content": [{"type": "image"}]}]}])
+    assert cli(*command) == 2
+    assert "prompts.jsonl:1: a message holds something other than text" in told(capsys)
 
 
 @pytest.mark.parametrize("form", ["merged", "lm_head_lora"])

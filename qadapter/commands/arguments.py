@@ -265,7 +265,8 @@ class GenerateArguments:
 
     prompt: str | None = _field(None, "One prompt; without it and prompts_file: a chat.")
     prompts_file: str | None = _field(
-        None, "Prompts: .txt (one a line) or .jsonl (key prompt: text or messages)."
+        None, "Prompts: .txt (one a line) or .jsonl (key prompt: text or messages; tools and "
+        "chat_template_kwargs, if any, reach the chat template)."
     )
     output_file: str | None = _field(
         None, "File for the answers to prompts_file, as JSON Lines; default: print them."

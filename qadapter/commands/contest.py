@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qadapter.commands import arguments as args
-from qadapter.commands.loading import load_model, saying
+from qadapter.commands.loading import load_model, say_left_out, saying
 from qadapter.console.progress import progress_bar
 from qadapter.data import (
     Prompt,
@@ -113,6 +113,7 @@ def draw_answers(
         )
     asked, chosen = _choose(preference_texts(pairs, tokenizer), num_prompts, draws.seed)
     prompts = [asked.prompts[i] for i in chosen]
+    say_left_out(tokenizer, prompts, console)
     store = AnswerStore(None if folder is None else folder / ANSWERS, prompts)
     options = {
         "max_new_tokens": draws.max_new_tokens, "temperature": draws.temperature,

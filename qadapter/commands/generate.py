@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from qadapter.commands import arguments as args
-from qadapter.commands.loading import load_model
+from qadapter.commands.loading import load_model, say_left_out
 from qadapter.commands.options import Group, command
 from qadapter.console.environment import quiet_libraries
 from qadapter.console.folders import telling_full_disk
@@ -141,9 +141,11 @@ def _answer_file(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt],
     options: args.GenerateArguments, sampling: dict[str, Any], console: Console,
 ) -> None:
+    asked = _asked(prompts, options, tokenizer)
+    say_left_out(tokenizer, asked, console)
     with progress_bar(console, "answering", "answers") as progress:
         answers = generate_answers(
-            model, tokenizer, _asked(prompts, options, tokenizer),
+            model, tokenizer, asked,
             batch_size=options.batch_size, seed=options.seed, progress=progress, **sampling,
         )
     lines = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qadapter import storage
 from qadapter.base import load_base, load_tokenizer, resolve_base
 from qadapter.commands.arguments import AdapterArguments
-from qadapter.data import set_chat_template, use_chat_template
+from qadapter.data import Prompt, PromptEncoder, set_chat_template, use_chat_template
 from qadapter.data.templates import default_of
 from qadapter.errors import QAdapterError
 from qadapter.model import QAdapterModel
@@ -65,6 +65,20 @@ def load_model(
         if arguments.chat_template_path is not None:
             model.chat_template = default_of(tokenizer.chat_template)
     return model, tokenizer
+
+
+def say_left_out(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], console: Console
+) -> None:
+    """Say what the chat template leaves out of prompts."""
+    encoder = PromptEncoder(tokenizer)
+    lost = [found for prompt in prompts if (found := encoder.lost(prompt))]
+    if lost:
+        what = sorted({part.what for found in lost for part in found})
+        saying(console)(
+            f"the chat template leaves something out of {len(lost):,} of {len(prompts):,} prompts: "
+            f"{', '.join(what)}"
+        )
 
 
 def settle_template(

@@ -204,7 +204,7 @@ def _written_prompts(pairs: Dataset) -> dict[str, str]:
         return {}
     rows = zip(pairs["prompt_id"], pairs["prompt"], strict=True)
     return {
-        name: prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        name: prompt if isinstance(prompt, str) else prompt[-1].get("content", "")
         for name, prompt in rows
         if prompt
     }

@@ -8,7 +8,7 @@ from tiny_models import preference_rows, save_tiny, tiny_adapter, tiny_llama
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from qadapter import QAdapterError
-from qadapter.data import as_preferences
+from qadapter.data import PromptEncoder, as_preferences
 from qadapter.evaluation.judges import (
     HiddenStateJudge,
     PreferenceTexts,
@@ -54,6 +54,28 @@ def test_pairs_as_texts():
     assert prompt_text(turns[:1]) == prompt_text("A") == "A"
     with pytest.raises(QAdapterError, match="token ids"):
         prompt_text([1, 2])
+
+
+def test_judges_read_tools_and_calls():
+    look = {"name": "look", "arguments": '{"city": "Rome"}'}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": look}]}
+    asked = [{"role": "user", "content": [{"type": "text", "text": "Hot?"}]}, call]
+    assert prompt_text(asked) == 'user: Hot?\n\nassistant: look({"city": "Rome"})'
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    assert prompt_text({"prompt": asked[:1], "tools": tools}) == (
+        'tools: [{"type": "function", "function": {"name": "look"}}]\n\nuser: Hot?'
+    )
+    other = {**call, "tool_calls": [{"function": look | {"arguments": '{"city": "Oslo"}'}}]}
+    row = {"prompt": asked[:1], "chosen": [call], "rejected": [other], "tools": tools}
+    found = preference_texts(as_preferences([row]))
+    assert found.chosen == ['look({"city": "Rome"})'] and found.prompts[0]["tools"] == tools
+
+
+def test_plain_text_is_asked_as_it_was_trained_on():
+    """Not as a user's turn, though the tokenizer has a chat template."""
+    rows = [{"prompt": "Hot? ", "chosen": "Yes.", "rejected": "No."}]
+    [prompt] = preference_texts(as_preferences(rows)).prompts
+    assert PromptEncoder(chatml())(prompt) == chatml()("Hot? ")["input_ids"]
 
 
 def judges():
@@ -186,6 +208,13 @@ def test_a_reward_models_logit_is_the_score(tmp_path, template):
         )["input_ids"]
         assert score == pytest.approx(model(torch.tensor([ids])).logits.item(), abs=1e-4)
     assert judge.name == "rm (reward model)"
+
+
+def test_a_reward_model_reads_an_answer_in_the_turn_that_the_prompt_begins(tmp_path):
+    judge = SequenceClassificationJudge(str(save_reward_model(tmp_path / "rm", True)))
+    asked = [{"role": "user", "content": "Hot?"}]
+    begun = [*asked, {"role": "assistant", "content": "Yes, "}]
+    assert judge.scores([begun], ["blue."]) == judge.scores([asked], ["Yes, blue."])
 
 
 def test_a_reward_models_template_may_refuse(tmp_path):
