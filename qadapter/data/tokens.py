@@ -9,6 +9,9 @@ import re
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from qadapter.errors import QAdapterError
+from qadapter.textfiles import is_unicode
+
 _LONG = 20_000
 """Characters from which on the shortcuts are worth their checks."""
 _KEPT = 4
@@ -16,7 +19,22 @@ _KEPT = 4
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """``tokenizer(text, add_special_tokens=False)["input_ids"]``."""
+    """``tokenizer(text, add_special_tokens=False)["input_ids"]``.
+
+    Raises:
+        QAdapterError: the text holds half of a surrogate pair.
+    """
+    try:
+        return _token_ids(tokenizer, text)
+    except (TypeError, UnicodeEncodeError) as error:
+        if is_unicode(text):
+            raise
+        raise QAdapterError(
+            f"a text holds half of a surrogate pair, which is no character: {text[:60]!r}"
+        ) from error
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     if len(text) >= _LONG and _is_plain(tokenizer):
         # The same ids without every token's place in the text: less than half the time.
         backend = tokenizer.backend_tokenizer

@@ -8,7 +8,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from qadapter.data import tokens
+from qadapter.data.encoding import PlainText, PromptEncoder
 from qadapter.data.tokens import SectionedText, token_ids
+from qadapter.errors import QAdapterError
 
 
 def metaspace(scheme, normalizer=None):
@@ -81,6 +83,15 @@ def test_what_an_earlier_call_has_set_is_not_taken_over(setting):
     tokenizer = chatml(split_special_tokens=True)
     text += "<|im_end|>"
     assert token_ids(tokenizer, text) == tokenizer(text)["input_ids"] != chatml()(text)["input_ids"]
+
+
+@pytest.mark.parametrize("prompt", [
+    "cut \ud83d", PlainText("\udcff"), "long " * 9000 + "\ud83d",
+    [{"role": "user", "content": "cut \ud83d"}],
+])
+def test_half_a_surrogate_pair_in_a_prompt_is_named(prompt):
+    with pytest.raises(QAdapterError, match="holds half of a surrogate pair"):
+        PromptEncoder(chatml())(prompt)
 
 
 def test_a_long_section_is_tokenized_once(monkeypatch):
