@@ -154,7 +154,7 @@ def _guard(convert: Any, row: Row, *args: Any) -> dict[str, Any] | BadRow:
     try:
         pair = convert(row, *args) | extras_of(row)
         for key, value in pair.items():
-            _check_unicode(value, key)
+            _check_json(value, key)
         return pair
     except BadRow as bad:
         return bad
@@ -173,18 +173,22 @@ def _text(row: Row, key: str) -> str:
     return value
 
 
-def _check_unicode(value: Any, key: str) -> None:
-    """No text within `value`, which is JSON or token ids, may hold half of a surrogate pair."""
+def _check_json(value: Any, key: str) -> None:
+    """`value` must be JSON or token ids; no text in it may hold half of a surrogate pair."""
     if isinstance(value, str):
         if not is_unicode(value):
             raise BadRow("wrong_type", f"{key} is not valid Unicode (half of a surrogate pair)")
     elif isinstance(value, dict):
         for name, item in value.items():
-            _check_unicode(name, key)
-            _check_unicode(item, key)
+            if not isinstance(name, str):
+                raise BadRow("wrong_type", f"{key} has a key that is a {type(name).__name__}")
+            _check_json(name, key)
+            _check_json(item, key)
     elif isinstance(value, list) and not key.endswith("_ids"):
         for item in value:
-            _check_unicode(item, key)
+            _check_json(item, key)
+    elif not isinstance(value, int | float | list | None):
+        raise BadRow("wrong_type", f"{key} holds a {type(value).__name__}")
 
 
 def _answer(text: str, key: str) -> str:

@@ -171,6 +171,13 @@ def test_half_a_surrogate_pair_costs_its_row_alone(row, frame):
     assert report.dropped == {"wrong_type": 1}
 
 
+@pytest.mark.parametrize("message", [{7: "x"}, {"made_by": object()}, {"when": {"a", "b"}}])
+def test_what_is_no_json_in_a_message_costs_its_row_alone(message):
+    row = MESSAGES | {"prompt": [MESSAGES["prompt"][0] | message]}
+    problems = as_preferences([MESSAGES, row])["problem"]
+    assert problems[0] is None and problems[1].startswith(("wrong_type", "bad_messages"))
+
+
 def test_half_a_surrogate_pair_in_a_column_nobody_asked_for():
     rows = [{"prompt": "p", "chosen": "a", "rejected": "b", "note": HALF}]
     assert as_preferences(rows)[0]["problem"] is None
