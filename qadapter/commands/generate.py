@@ -27,7 +27,7 @@ from qadapter.model import QAdapterModel
 GROUPS = (
     Group(args.AdapterArguments, "Model", (
         "model_name_or_path", "base_model_name_or_path", "strength", "model_revision", "dtype",
-        "trust_remote_code", "chat_template_path",
+        "trust_remote_code", "model_init_kwargs", "chat_template_path",
     )),
     Group(args.GenerateArguments, "Prompts", (
         "prompt", "prompts_file", "output_file", "system", "base_only",

@@ -51,7 +51,7 @@ from qadapter.hashing import file_sha256
 GROUPS = (
     Group(args.AdapterArguments, "Model", (
         "model_name_or_path", "base_model_name_or_path", "strength", "model_revision", "dtype",
-        "trust_remote_code", "chat_template_path",
+        "trust_remote_code", "model_init_kwargs", "chat_template_path",
     )),
     Group(args.OpponentArguments, "Model"),
     Group(args.JudgeDataArguments, "Prompts", (

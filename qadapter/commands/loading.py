@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
+from peft import PeftConfig, inject_adapter_in_model
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qadapter import storage
-from qadapter.base import load_base, load_tokenizer, resolve_base
-from qadapter.commands.arguments import AdapterArguments
-from qadapter.data import Prompt, PromptEncoder, set_chat_template, use_chat_template
+from qadapter.adapters import AdapterConfig
+from qadapter.base import base_without_weights, load_base, load_tokenizer, resolve_base
+from qadapter.commands.arguments import AdapterArguments, ModelArguments
+from qadapter.console.progress import progress_bar
+from qadapter.data import (
+    Prompt,
+    PromptEncoder,
+    check_pairs,
+    set_chat_template,
+    use_chat_template,
+)
 from qadapter.data.templates import default_of
 from qadapter.errors import QAdapterError
 from qadapter.model import QAdapterModel
@@ -28,7 +39,67 @@ def say_base(name: str, console: Console) -> str:
 
 def saying(console: Console) -> Callable[[str], None]:
     """Prints the lines that loading has to tell."""
-    return functools.partial(console.print, highlight=False, markup=False)
+    return functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
+
+
+def loading_options(
+    arguments: ModelArguments, trust_remote_code: bool, kwargs: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Keyword arguments of ``load_base``: flags and ``model_init_kwargs`` together.
+
+    Raises:
+        QAdapterError: no mapping, or one thing given both ways.
+    """
+    if kwargs is not None and not isinstance(kwargs, dict):
+        raise QAdapterError(
+            f"model_init_kwargs must read {{device_map: auto, …}}, got {kwargs!r}"
+        )
+    kwargs = dict(kwargs or {})
+    if "torch_dtype" in kwargs:
+        kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
+    flags = {
+        "dtype": (arguments.dtype, "auto", "dtype"),
+        "revision": (arguments.model_revision, None, "model_revision"),
+        "trust_remote_code": (trust_remote_code, False, "trust_remote_code"),
+    }
+    for name, (value, default, option) in flags.items():
+        if name in kwargs and value != default and value != kwargs[name]:
+            raise QAdapterError(
+                f"model_init_kwargs gives {name} {kwargs[name]}, and {option} says {value}: give "
+                "one of them"
+            )
+        kwargs.setdefault(name, value)
+    return kwargs
+
+
+def check_without_weights(
+    base_name: str, options: dict[str, Any], tokenizer: PreTrainedTokenizerBase,
+    adapter: AdapterConfig | PeftConfig | None = None, **datasets: Dataset | None,
+) -> None:
+    """What a base's configuration alone can tell, seconds before its weights are there.
+
+    Args:
+        options: of ``loading_options``.
+        adapter: what will be trained on it.
+        datasets: name → tokenized pairs.
+
+    Raises:
+        QAdapterError: no such base, no causal LM, a layer that is not there for the adapter, or a
+            token that it does not know.
+    """
+    shell = base_without_weights(
+        base_name, revision=options["revision"], trust_remote_code=options["trust_remote_code"]
+    )
+    if shell is None:
+        return
+    for name, dataset in datasets.items():
+        if dataset is not None:
+            check_pairs(dataset, shell, tokenizer, f"the {name} data")
+    if isinstance(adapter, PeftConfig):
+        try:
+            inject_adapter_in_model(copy.deepcopy(adapter), shell)
+        except ValueError as error:
+            raise QAdapterError(f"PEFT can't adapt {base_name}: {error}") from error
 
 
 def load_model(
@@ -39,10 +110,9 @@ def load_model(
     Raises:
         QAdapterError: nothing there, damaged, or an adapter and a base that don't match.
     """
-    options: dict[str, Any] = {
-        "dtype": arguments.dtype, "revision": arguments.model_revision,
-        "trust_remote_code": arguments.trust_remote_code, "say": saying(console),
-    }
+    options = loading_options(
+        arguments, arguments.trust_remote_code, arguments.model_init_kwargs
+    ) | {"say": saying(console)}
     name = arguments.model_name_or_path
     if not _is_adapter(name):
         for option in ("base_model_name_or_path", "strength"):
@@ -50,13 +120,15 @@ def load_model(
                 raise QAdapterError(f"{option} is for adapters, and {name} is none "
                                     f"({storage.CONFIG_NAME} is missing)")
         base_name = say_base(name, console)
-        tokenizer = _tokenizer(base_name, arguments, None, console)
-        model: PreTrainedModel = load_base(base_name, **options).model
+        tokenizer = _tokenizer(base_name, arguments, options, None, console)
+        with progress_bar(console, "loading the base", "", closing=False):
+            model: PreTrainedModel = load_base(base_name, **options).model
     else:
         base_name = arguments.base_model_name_or_path or storage.read(name).base.name
         base_name = say_base(base_name, console)
-        tokenizer = _tokenizer(base_name, arguments, name, console)
-        model = QAdapterModel.from_pretrained(name, base_name, **options)
+        tokenizer = _tokenizer(base_name, arguments, options, name, console)
+        with progress_bar(console, "loading the base", "", closing=False):
+            model = QAdapterModel.from_pretrained(name, base_name, **options)
         if arguments.strength is not None:
             try:
                 model.set_policy(strength=arguments.strength)
@@ -101,11 +173,11 @@ def settle_template(
 
 
 def _tokenizer(
-    base_name: str, arguments: AdapterArguments, adapter: str | None, console: Console
+    base_name: str, arguments: AdapterArguments, options: dict[str, Any], adapter: str | None,
+    console: Console,
 ) -> PreTrainedTokenizerBase:
     tokenizer = load_tokenizer(
-        base_name, revision=arguments.model_revision,
-        trust_remote_code=arguments.trust_remote_code,
+        base_name, revision=options["revision"], trust_remote_code=options["trust_remote_code"]
     )
     settle_template(tokenizer, arguments.chat_template_path, adapter, console)
     return tokenizer

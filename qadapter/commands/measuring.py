@@ -180,10 +180,12 @@ def measure(
             for name, ids in zip(prompt_ids, prompts, strict=True)
         ]
         comparisons = [Comparison(*x) for x in zip(shown, base, answers, strict=True)]
-        retentions[OWN_ANSWERS] = evaluate_retention(
-            model, [p + a.token_ids for p, a in zip(prompts, base, strict=True)],
-            prompt_lengths=[len(p) for p in prompts], max_length=10**9, **resampling,
-        )
+        with progress_bar(console, OWN_ANSWERS, "texts", closing=False) as progress:
+            retentions[OWN_ANSWERS] = evaluate_retention(
+                model, [p + a.token_ids for p, a in zip(prompts, base, strict=True)],
+                prompt_lengths=[len(p) for p in prompts], max_length=10**9, progress=progress,
+                **resampling,
+            )
     return Measurements(preferences, retentions, comparisons)
 
 

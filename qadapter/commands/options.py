@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 from rich.markup import escape
+from typer.core import TyperCommand
 
 from qadapter import strict_yaml
 from qadapter.errors import QAdapterError, nearest
@@ -231,11 +232,32 @@ def command(
     callback.__annotations__ = {p.name: p.annotation for p in parameters}
     app = typer.Typer(add_completion=False, rich_markup_mode="rich")
     app.command(
-        name, help=help_text, epilog=note,
+        name, cls=_Command, help=help_text, epilog=note,
         # --learning-rate is --learning_rate.
         context_settings={"token_normalize_func": lambda token: token.replace("-", "_")},
     )(callback)
     return app
+
+
+class _Command(TyperCommand):
+    """Takes ``--flag true`` and ``--flag=false`` too, as transformers' parser does."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        flags = {}
+        for parameter in self.params:
+            if getattr(parameter, "secondary_opts", None):
+                [yes], [no] = parameter.opts, parameter.secondary_opts
+                flags[yes] = {"true": yes, "false": no}
+        plain, rest = [], list(args)
+        while rest:
+            given = rest.pop(0)
+            name, equals, value = given.partition("=")
+            name = f"--{name[2:].replace('-', '_')}" if name.startswith("--") else name
+            if name in flags and not equals and rest and rest[0].lower() in flags[name]:
+                equals, value = "=", rest.pop(0)
+            known = name in flags and equals and value.lower() in flags[name]
+            plain.append(flags[name][value.lower()] if known else given)
+        return super().parse_args(ctx, plain)
 
 
 # --- types ------------------------------------------------------------------------------------

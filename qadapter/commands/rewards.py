@@ -55,7 +55,7 @@ class RewardsArguments(args.DataArguments):
 GROUPS = (
     Group(args.AdapterArguments, "Model", (
         "model_name_or_path", "base_model_name_or_path", "model_revision", "dtype",
-        "trust_remote_code", "chat_template_path",
+        "trust_remote_code", "model_init_kwargs", "chat_template_path",
     )),
     Group(RewardsArguments, "One prompt", ("prompt", "answer", "rejected_answer")),
     Group(RewardsArguments, "Data", (

@@ -4,27 +4,40 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 from pathlib import Path
 
 import typer
 from datasets import Dataset
 from rich.console import Console
-from transformers import set_seed
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from qadapter import storage
 from qadapter.base import load_tokenizer
 from qadapter.base_dtype import dtype_of
 from qadapter.commands import arguments as args
-from qadapter.commands.loading import say_base, saying, settle_template
+from qadapter.commands.loading import (
+    check_without_weights,
+    loading_options,
+    say_base,
+    saying,
+    settle_template,
+)
 from qadapter.commands.measuring import Measurements, check_texts, measure, read_measures
 from qadapter.commands.options import Group, command
 from qadapter.console.environment import devices, peak_rss_bytes, quiet_libraries, versions
 from qadapter.console.folders import RUN_FILES, check_output_dir, remove_files, telling_full_disk
-from qadapter.console.progress import TrainingProgress
-from qadapter.data import load_preferences, read_texts, split_by_prompt, without_prompts
-from qadapter.data.encoding import encoder_for
+from qadapter.console.progress import TrainingProgress, progress_bar
+from qadapter.data import (
+    TokenizedPreferences,
+    load_preferences,
+    read_texts,
+    split_by_prompt,
+    tokenize_preferences,
+    without_prompts,
+)
 from qadapter.errors import QAdapterError
 from qadapter.evaluation import (
     comparison_table,
@@ -33,8 +46,7 @@ from qadapter.evaluation import (
     write_report,
 )
 from qadapter.evaluation.report import Section, pictures_markdown, write_json
-from qadapter.model import QAdapterModel
-from qadapter.training import QAdapterConfig, QAdapterTrainer
+from qadapter.training import QAdapterConfig, QAdapterTrainer, checks
 from qadapter.training.checkpoints import find_checkpoint
 
 _DATA = (
@@ -136,32 +148,39 @@ def run(
         if "eval_strategy" in given and config.eval_strategy != "no":
             raise QAdapterError("eval_strategy needs held-out pairs: set test_fraction above 0")
         config.eval_strategy = "no"
+    checks.check_evaluation(config, None if test_pairs is None else (), cached=_caches(config))
+    loading = loading_options(model_args, config.trust_remote_code, config.model_init_kwargs)
     base_name = say_base(model_args.model_name_or_path, console)
     tokenizer = load_tokenizer(
-        base_name, revision=model_args.model_revision, trust_remote_code=config.trust_remote_code
+        base_name, revision=loading["revision"], trust_remote_code=loading["trust_remote_code"]
     )
     settle_template(tokenizer, config.chat_template_path, resume or None, console)
-    encoder_for(train_pairs, tokenizer)  # a missing template is told of before the base is loaded
     check_texts("retention_file", measures.retention_file, measured_texts, tokenizer)
     check_texts("retention_dataset_name", named, retention_texts, tokenizer)
-    loading = {
-        "dtype": model_args.dtype, "revision": model_args.model_revision,
-        "trust_remote_code": config.trust_remote_code, "say": saying(console),
-    }
-    set_seed(config.seed)  # the adapter's start is random too
-    model = QAdapterModel.from_base(
-        base_name, config.adapter_config(), config.objective_config(),
-        **loading | (config.model_init_kwargs or {}),
+    # All that needs no weights comes before they are loaded.
+    train = _tokenize(train_pairs, tokenizer, config)
+    test = None if test_pairs is None else _tokenize(test_pairs, tokenizer, config)
+    checks.check_best_is_met(config, len(train.dataset), config.world_size)
+    check_without_weights(
+        base_name, loading, tokenizer, config.adapter_config(), train=train.dataset,
+        eval=None if test is None else test.dataset,
     )
-    trainer = QAdapterTrainer(
-        model, config, train_dataset=train_pairs, eval_dataset=test_pairs,
-        processing_class=tokenizer, retention_dataset=retention_texts,
-    )
-    main_process = trainer.is_world_process_zero()
+    main_process = config.process_index == 0
     if main_process:
-        for name, report in trainer.reports.items():
-            console.print(f"{'held-out' if name == 'eval' else 'training'} pairs:")
-            console.print(report.table())
+        for name, tokenized in (("training", train), ("held-out", test)):
+            if tokenized is not None:
+                console.print(f"{name} pairs:")
+                console.print(tokenized.report.table())
+    config.model_init_kwargs = {k: v for k, v in loading.items() if v is not None}
+    say = saying(console)
+    with progress_bar(console, "loading the base", "", closing=False):
+        trainer = QAdapterTrainer(
+            base_name, config, train_dataset=train, eval_dataset=test, processing_class=tokenizer,
+            retention_dataset=retention_texts, say=say,
+            reporter=functools.partial(progress_bar, console),
+        )
+    model = trainer.model
+    if main_process:
         if config.retention_coef and "retention_coef" not in given:
             held_to = named or "the base's own answers to training prompts, sampled first"
             console.print(f"held to {held_to} (--retention_coef {config.retention_coef:g}; 0: off)",
@@ -189,6 +208,19 @@ def run(
     console.print(
         f"wrote {folder} in {time.monotonic() - start:.0f} s, peak memory "
         f"{peak_rss_bytes() / 2**30:.2f} GiB", highlight=False,
+    )
+
+
+def _caches(config: QAdapterConfig) -> bool:
+    return config.adapter_kind == "head" and config.cache_features != "none"
+
+
+def _tokenize(
+    pairs: Dataset, tokenizer: PreTrainedTokenizerBase, config: QAdapterConfig
+) -> TokenizedPreferences:
+    return tokenize_preferences(
+        pairs, tokenizer, max_length=config.max_length, truncation_mode=config.truncation_mode,
+        on_bad_row=config.on_bad_row, num_proc=config.dataset_num_proc,
     )
 
 

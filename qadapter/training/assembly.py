@@ -26,7 +26,8 @@ class EitherCollator:
 
 
 def as_qadapter_model(
-    model: Any, args: QAdapterConfig, quantization_config: Any, peft_config: Any
+    model: Any, args: QAdapterConfig, quantization_config: Any, peft_config: Any,
+    say: Callable[[str], None] | None = None,
 ) -> QAdapterModel:
     """The model of a trainer: a ``QAdapterModel`` as it is; a base gets the adapter and objective
     that ``args`` and ``peft_config`` describe. Errors are the trainer's."""
@@ -48,7 +49,10 @@ def as_qadapter_model(
         return model
     kwargs: dict[str, Any] = {}
     if by_name:
-        kwargs = {**(args.model_init_kwargs or {}), "trust_remote_code": args.trust_remote_code}
+        kwargs = {
+            "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {}),
+            "say": say,
+        }
         if quantization_config is not None:
             kwargs["quantization_config"] = quantization_config
     elif not isinstance(model, PreTrainedModel):

@@ -107,7 +107,10 @@ class QAdapterTrainer(BaseReading, AdapterCheckpoints):
         if not isinstance(args, QAdapterConfig):
             raise QAdapterError(f"args must be a QAdapterConfig, got {type(args).__name__}")
         self._reporter, self._say = reporter, say
-        model = as_qadapter_model(model, args, quantization_config, peft_config)
+        model = as_qadapter_model(
+            model, args, quantization_config, peft_config,
+            say if args.process_index == 0 else None,
+        )
         if args.should_save:
             try:
                 require_writable(args.output_dir)
@@ -125,7 +128,10 @@ class QAdapterTrainer(BaseReading, AdapterCheckpoints):
         self._retention_texts = None if retention_dataset is None else as_texts(retention_dataset)
         self._retention_losses: list[Tensor] = []
         self.reports: dict[str, PreparationReport] = {}
-        self._tokenizer_args = {"trust_remote_code": args.trust_remote_code}
+        self._tokenizer_args = {"trust_remote_code": args.trust_remote_code} | {
+            name: value for name, value in (args.model_init_kwargs or {}).items()
+            if name in ("revision", "trust_remote_code")
+        }
         self.model, self.args, self.processing_class = model, args, processing_class
         self._settle_checkpointing()
         self._settle_chat_template()
