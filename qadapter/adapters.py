@@ -49,7 +49,7 @@ class AdapterConfig:
 
 
 class HeadAdapter(nn.Module):
-    """h_b [..., D] → h_a [..., D], in the adapter's own dtype (float32)."""
+    """h_b [..., D] → h_a [..., D], in the adapter's own dtype (float32) and on its device."""
 
     def __init__(self, hidden_size: int, rank: int, device: torch.device | None = None):
         super().__init__()
@@ -61,7 +61,7 @@ class HeadAdapter(nn.Module):
         raise NotImplementedError
 
     def forward(self, hidden: Tensor) -> Tensor:
-        hidden = hidden.to(self.up.weight.dtype)
+        hidden = hidden.to(self.up.weight)
         return hidden + self.up(self.bottleneck(hidden))
 
 

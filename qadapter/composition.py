@@ -152,7 +152,7 @@ def compose(
         raise QAdapterError(f"compose needs adapters of one form, got {names}")
     parts = [
         Part(m.adapter_config, m.objective,
-             {name: x.detach().clone() for name, x in m.adapter.state_dict().items()})
+             {name: x.detach().to("cpu", copy=True) for name, x in m.adapter.state_dict().items()})
         for m in models
     ]
     first, base = models[0], models[0].base

@@ -14,19 +14,21 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from qadapter.adapters import HeadAdapter
-from qadapter.caches import CACHE, is_paged, take_cache
+from qadapter.caches import CACHE, is_paged, name_of_cache, take_cache
 from qadapter.errors import QAdapterError
-from qadapter.head import trunk
+from qadapter.head import input_device, trunk
 from qadapter.policy import BASE
 
 if TYPE_CHECKING:
     from transformers.generation.continuous_batching import PagedAttentionCache
 
+_KEYS_AND_VALUES = {"full_attention", "sliding_attention", "chunked_attention", "sparse_attention"}
+"""Types of layers, in a configuration, that keep nothing else."""
 _FILLED: weakref.WeakKeyDictionary[Cache, tuple[int, ...]] = weakref.WeakKeyDictionary()
 """Which streams the caches hold that callers keep between turns."""
 
@@ -88,6 +90,30 @@ def _named(streams: Sequence[int]) -> str:
     alone = max(streams) == 0
     names = ["base" if s == BASE else "adapter" if alone else f"adapter {s + 1}" for s in streams]
     return " and ".join(names)
+
+
+_STATES = (
+    "{} keeps a state beside keys and values, which generation with an adapter can't carry along "
+    "({:.200}): it can't be customised; take a model with attention alone"
+)
+
+
+def keeps_a_state(base: nn.Module) -> bool:
+    """Whether a model carries more from token to token than keys and values."""
+    layers = getattr(base.config.get_text_config(), "layer_types", None) or ()
+    return (
+        getattr(base, "_is_stateful", False)
+        or name_of_cache(trunk(base)) != CACHE
+        or not set(layers) <= _KEYS_AND_VALUES
+    )
+
+
+def _alike(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether logits are the same but for rounding."""
+    if ours.shape != theirs.shape or not ours.isfinite().all():
+        return False
+    tolerance = 64 * torch.finfo(ours.dtype).eps * theirs.abs().max().clamp_min(1.0)
+    return bool((ours - theirs).abs().max() <= tolerance)
 
 
 class StreamedGeneration(GenerationMixin):
@@ -200,6 +226,38 @@ class StreamedGeneration(GenerationMixin):
         made = model_kwargs.get(CACHE)
         if len(streams) > 1 and given is None and made is not None:
             model_kwargs[CACHE] = StreamCache(made, len(streams))
+
+    def check_generation(self) -> None:
+        """Whether a base with a state beside keys and values (state-space layers, convolutions)
+        generates here as it does by itself: seen on a few tokens, for other bases taken as given.
+
+        Raises:
+            QAdapterError: it does not.
+        """
+        if not keeps_a_state(self.base):
+            return
+        name, device = type(self.base).__name__, input_device(self.base)
+        vocabulary = self.base.get_input_embeddings().weight.shape[0]
+        ids = torch.arange(3, 13, device=device).view(2, 5) % vocabulary
+        mask = torch.ones_like(ids)
+        mask[1, :2] = 0
+        options = {"attention_mask": mask, "max_new_tokens": 4, "min_new_tokens": 4,
+                   "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True,
+                   "output_logits": True}
+        runs = [(self.base, {}, {}), (self, {"strength": 0.0}, {})]
+        if self.adapts_trunk:  # both streams, with and without a cache
+            runs += [(self, {"strength": 0.5}, {"use_cache": False}), (self, {"strength": 0.5}, {})]
+        try:
+            off = self.adapter.off() if self.adapts_trunk else contextlib.nullcontext()
+            with off:
+                found = [runs[0][0].generate(ids, **options)]
+            found += [m.generate(ids, **options, **a, **b) for m, a, b in runs[1:]]
+            pairs = zip(found[::2], found[1::2], strict=True)
+            same = all(_alike(torch.stack(a.logits), torch.stack(b.logits)) for a, b in pairs)
+        except Exception as error:  # whatever a cache of another kind makes fail
+            raise QAdapterError(_STATES.format(name, f"{type(error).__name__}: {error}")) from error
+        if not same:
+            raise QAdapterError(_STATES.format(name, "it gives other tokens"))
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers. A policy of several streams has to stay as it is until the manager

@@ -17,13 +17,27 @@ _DIVISORS = ("logits_scaling",)
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModelHead:
-    """A frozen head. ``softcap`` (Gemma) is not linear: with it the one-product algebra of design
-    fact 5 does not hold, and policies are combined from two tensors of logits."""
+    """A frozen head: the base's, wherever it was moved and whatever it was tied to since.
 
-    weight: Tensor
-    bias: Tensor | None = None
+    ``softcap`` (Gemma) is not linear: with it the one-product algebra of design fact 5 does not
+    hold, and policies are combined from two tensors of logits.
+    """
+
+    base: nn.Module
+    """The causal LM whose output embeddings it is."""
     logit_scale: float = 1.0
     softcap: float | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """[V, D], without gradient; where and in the dtype that the base's now is."""
+        return self.base.get_output_embeddings().weight.detach()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[V], or None."""
+        bias = getattr(self.base.get_output_embeddings(), "bias", None)
+        return None if bias is None else bias.detach()
 
     @classmethod
     def of(cls, base: nn.Module) -> LanguageModelHead:
@@ -31,50 +45,44 @@ class LanguageModelHead:
 
         Raises:
             QAdapterError: the model has no plain linear head, or turns its output into logits in a
-                way this class does not describe.
+                way this class does not describe; its weights are not in memory.
         """
-        name = type(base).__name__
-        module = base.get_output_embeddings()
-        weight = getattr(module, "weight", None)
-        if weight is None or weight.dim() != 2:
-            raise QAdapterError(f"{name} has no linear lm_head: it can't be customised")
+        head_weight(base)
         config = base.config.get_text_config()
         scale = 1.0
         for field in _MULTIPLIERS:
             scale *= getattr(config, field, None) or 1.0
         for field in _DIVISORS:
             scale /= getattr(config, field, None) or 1.0
-        head = cls(
-            weight=weight.detach(),
-            bias=None if getattr(module, "bias", None) is None else module.bias.detach(),
-            logit_scale=scale,
-            softcap=getattr(config, "final_logit_softcapping", None),
-        )
-        head._check(base)
+        head = cls(base, scale, getattr(config, "final_logit_softcapping", None))
+        head._check()
         return head
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., D]."""
-        return self.finish(F.linear(hidden.to(self.weight.dtype), self.weight), 1.0)
+        weight = self.weight
+        return self.finish(F.linear(hidden.to(weight.device, weight.dtype), weight), 1.0)
 
     def finish(self, products: Tensor, bias_weight: float | Tensor) -> Tensor:
         """Bias, scale and cap on h·Wᵀ; ``bias_weight``: how often the bias is in the sum."""
-        if self.bias is not None:
-            products = products + bias_weight * self.bias
+        bias = self.bias
+        if bias is not None:
+            products = products + bias_weight * bias
         if self.logit_scale != 1.0:
             products = products * self.logit_scale
         if self.softcap is not None:
             products = torch.tanh(products / self.softcap) * self.softcap
         return products
 
-    def _check(self, base: nn.Module) -> None:
-        tokens = torch.arange(1, 5, device=self.weight.device)[None] % self.weight.shape[0]
+    def _check(self) -> None:
+        base, weight = self.base, self.weight
+        tokens = torch.arange(1, 5, device=input_device(base))[None] % weight.shape[0]
         with torch.no_grad():
             hidden = trunk(base)(input_ids=tokens, use_cache=False).last_hidden_state
-            theirs = base(input_ids=tokens, use_cache=False).logits.float()
+            theirs = base(input_ids=tokens, use_cache=False).logits.to(weight.device).float()
         ours = self(hidden).float()
         # 16-bit products of the same operands may differ in the last bits kept.
-        tolerance = 32 * torch.finfo(self.weight.dtype).eps * theirs.abs().max().clamp_min(1.0)
+        tolerance = 32 * torch.finfo(weight.dtype).eps * theirs.abs().max().clamp_min(1.0)
         if ours.shape != theirs.shape or not (ours - theirs).abs().max() <= tolerance:
             raise QAdapterError(
                 f"{type(base).__name__} turns hidden states into logits in a way that is not "
@@ -88,3 +96,28 @@ def trunk(base: nn.Module) -> nn.Module:
     if body is None or body is base:
         raise QAdapterError(f"{type(base).__name__} is not a causal language model with a head")
     return body
+
+
+def head_weight(base: nn.Module) -> Tensor:
+    """[V, D] of a causal LM.
+
+    Raises:
+        QAdapterError: it has none, or it is not in memory.
+    """
+    name = type(base).__name__
+    weight = getattr(base.get_output_embeddings(), "weight", None)
+    if weight is None or weight.dim() != 2:
+        raise QAdapterError(f"{name} has no linear lm_head: it can't be customised")
+    if weight.is_meta:
+        raise QAdapterError(
+            f"the lm_head of {name} is not in memory (offloaded?): give it a device of its own in "
+            'device_map, such as {"lm_head": "cpu", …}, or load the model without one'
+        )
+    return weight
+
+
+def input_device(base: nn.Module) -> torch.device:
+    """Where a model's token ids belong: at its embeddings, or where accelerate brings them to."""
+    embeddings = base.get_input_embeddings()
+    brought_to = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
+    return embeddings.weight.device if brought_to is None else torch.device(brought_to)

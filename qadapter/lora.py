@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import peft
 import torch
@@ -25,7 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qadapter.base import shell_of
 from qadapter.errors import QAdapterError
 from qadapter.gating import GatedDropout, PutStreams, RowsOfStreams, frozen_module, sums_adapters
-from qadapter.head import trunk
+from qadapter.head import input_device, trunk
 from qadapter.policy import BASE
 
 PRESETS = {
@@ -90,9 +92,10 @@ class LoraAdapter:
         self.config = self.peft_model.peft_config["default"]
         self.names = ["default"]
         """Of the adapters, as PEFT calls them."""
-        self._weights = [p for p in base.parameters() if id(p) not in frozen]
+        self._weights = [n for n, p in base.named_parameters() if id(p) not in frozen]
+        """By their names in the base: a move may put others in their places."""
         self._rows = RowsOfStreams()
-        self._originals: list[tuple[Tensor, Tensor]] = []
+        self._originals: list[tuple[nn.Module, dict[str, Tensor]]] = []
         self._find_layers(base)
         self._check(base, before)
 
@@ -107,14 +110,14 @@ class LoraAdapter:
             QAdapterError: PEFT can't hold both.
         """
         base, name = self.peft_model.get_base_model(), f"adapter_{len(self.names)}"
-        frozen = {id(p) for p in base.parameters()}
+        frozen = {id(p) for p in base.parameters()} - {id(p) for p in self.parameters()}
         try:
             self.peft_model.add_adapter(name, _trainable(config))
         except (ValueError, NotImplementedError, TypeError) as error:
             raise QAdapterError(f"PEFT can't hold these adapters together: {error}") from error
         set_peft_model_state_dict(self.peft_model, weights, adapter_name=name)
         self.names.append(name)
-        self._weights += [p for p in base.parameters() if id(p) not in frozen]
+        self._weights = [n for n, p in base.named_parameters() if id(p) not in frozen]
         base.requires_grad_(False)
         self._find_layers(base)
 
@@ -168,11 +171,11 @@ class LoraAdapter:
         if getattr(self.peft_model.get_base_model(), "is_quantized", False):
             raise QAdapterError("the base is quantized: its adapter can't be merged exactly")
         layers = [layer for layer in self.layers if isinstance(layer, BaseTunerLayer)]
-        self._originals = [
-            (parameter, parameter.detach().to("cpu", copy=True))
-            for layer in layers
-            for parameter in layer.get_base_layer().parameters()
-        ]
+        self._originals = []
+        for layer in layers:
+            wrapped = layer.get_base_layer()
+            kept = {name: p.detach().to("cpu", copy=True) for name, p in wrapped.named_parameters()}
+            self._originals.append((wrapped, kept))
         for layer in layers:
             layer.merge()
 
@@ -184,8 +187,9 @@ class LoraAdapter:
             if isinstance(layer, BaseTunerLayer):
                 layer.unmerge()
         with torch.no_grad():
-            for parameter, original in self._originals:
-                parameter.copy_(original)
+            for wrapped, kept in self._originals:
+                for name, original in kept.items():
+                    wrapped.get_parameter(name).copy_(original)
         self._originals = []
 
     def _check_apart(self) -> None:
@@ -217,7 +221,7 @@ class LoraAdapter:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The adapter's own parameters."""
-        return iter(self._weights)
+        return map(self.peft_model.get_base_model().get_parameter, self._weights)
 
     def requires_grad_(self, trainable: bool = True) -> None:
         for parameter in self.parameters():
@@ -272,16 +276,70 @@ class LoraAdapter:
         elif outside:
             reason = f"it adapts {', '.join(outside)}: the two streams share a frozen head"
         else:
-            with self.off():
-                if not torch.equal(_probe(base), before):
-                    reason = (
-                        "it changes the base's own weights (init_lora_weights="
-                        f"{getattr(self.config, 'init_lora_weights', None)!r}?)"
-                    )
+            with self.off(), _recording(base) as ran:
+                after = _probe(base)
+            reason = self._unreached(base, ran)
+            if not torch.equal(after, before):
+                reason = (
+                    "it changes the base's own weights (init_lora_weights="
+                    f"{getattr(self.config, 'init_lora_weights', None)!r}?)"
+                )
         if reason is not None:
             self.peft_model.unload()
             kind = self.config.peft_type.value
             raise QAdapterError(f"this {kind} can't be a Q-adapter: {reason}")
+
+
+    def _unreached(self, base: PreTrainedModel, ran: set[nn.Module]) -> str | None:
+        """What is adapted though no text runs it (a vision tower), and how to leave it out. Experts
+        to which a router sent no token are not meant: others like them ran."""
+        names = {n: m for n, m in base.named_modules() if m in set(self.layers)}
+        tops = {n: _first_that_did_not_run(base, n, ran) for n in names}
+        unused = sorted({top for top in tops.values() if top})
+        if not unused:
+            return None
+        used = [n.split(".") for n, top in tops.items() if not top]
+        way = "choose target_modules in the language model"
+        if used:
+            levels = zip(*(path[:-1] for path in used), strict=False)
+            shared = itertools.takewhile(lambda names: len(set(names)) == 1, levels)
+            prefix = "".join(f"{names[0]}\\." for names in shared)
+            leaves = "|".join(sorted({path[-1] for path in used}))
+            way = f"reach the language model alone: target_modules=r'{prefix}.*\\b({leaves})'"
+        return f"no text runs {', '.join(unused)}, which it adapts: {way}"
+
+
+def _first_that_did_not_run(base: nn.Module, name: str, ran: set[nn.Module]) -> str | None:
+    """The outermost part around a layer that did not run; None where it did, or where another of
+    its kind beside it did (experts)."""
+    if base.get_submodule(name) in ran:
+        return None
+    path = name.split(".")
+    for end in range(1, len(path) + 1):
+        part = base.get_submodule(".".join(path[:end]))
+        if part in ran or isinstance(part, (nn.ModuleList, nn.ModuleDict)):
+            continue
+        beside = base.get_submodule(".".join(path[: end - 1])).children()
+        if any(type(other) is type(part) and other in ran for other in beside):
+            return None
+        return ".".join(path[:end])
+    return None
+
+
+@contextlib.contextmanager
+def _recording(base: nn.Module) -> Iterator[set[nn.Module]]:
+    """The modules that run inside."""
+    ran: set[nn.Module] = set()
+
+    def note(module: nn.Module, args: Any) -> None:
+        ran.add(module)
+
+    handles = [module.register_forward_pre_hook(note) for module in base.modules()]
+    try:
+        yield ran
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _trainable(config: PeftConfig) -> PeftConfig:
@@ -302,6 +360,6 @@ def _unwrap(module: nn.Module) -> None:
 
 @torch.no_grad()
 def _probe(base: PreTrainedModel) -> Tensor:
-    vocabulary, device = base.get_input_embeddings().weight.shape[0], base.device
-    tokens = torch.arange(1, 9, device=device)[None] % vocabulary
+    vocabulary = base.get_input_embeddings().weight.shape[0]
+    tokens = torch.arange(1, 9, device=input_device(base))[None] % vocabulary
     return trunk(base)(input_ids=tokens, use_cache=False).last_hidden_state

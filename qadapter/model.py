@@ -81,6 +81,8 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         self.generation_config = copy.deepcopy(base.generation_config)
         self.all_tied_weights_keys = {}
         self.supports_gradient_checkpointing = self.adapts_trunk
+        if hasattr(base, "hf_device_map"):  # trainers then leave it where it is
+            self.hf_device_map = base.hf_device_map
 
     # --- building, saving, loading ----------------------------------------------------------
 
@@ -130,7 +132,14 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
             config = adapter.config
             config.base_model_name_or_path = identity.name
             config.revision = identity.revision
-        return cls(base, adapter, config, objective, identity)
+        model = cls(base, adapter, config, objective, identity)
+        try:
+            model.check_generation()
+        except QAdapterError:
+            if model.adapts_trunk:
+                adapter.peft_model.unload()
+            raise
+        return model
 
     @classmethod
     def from_pretrained(
@@ -159,7 +168,9 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         identity = storage.BaseIdentity.of(loaded)
         if saved.base is not None:
             saved.base.require(identity, adapter_dir)
-            identity = saved.base
+            identity = dataclasses.replace(
+                identity, name=saved.base.name, revision=saved.base.revision
+            )
         if isinstance(saved.adapter, storage.Composition):
             from qadapter.composition import load
 
@@ -273,10 +284,12 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = nn.functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+                logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(logits.device)
             )
+        given = inputs_embeds if input_ids is None else input_ids
         result = CausalLMOutputWithPast(
-            loss=loss, logits=logits, hidden_states=outputs.get("hidden_states"),
+            # Where a device_map splits the base, too, logits return to where the ids came from.
+            loss=loss, logits=logits.to(given.device), hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"), **{CACHE: outputs.get(self._trunk_cache)},
         )
         return result.to_tuple() if return_dict is False else result
@@ -308,19 +321,21 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         """Logits of a weighted sum of streams [..., D]; weights are numbers or [B]."""
         if len(hidden) == 1 and not isinstance(weights[0], Tensor) and weights[0] == 1:
             return self.head(hidden[0])  # nothing is rounded on the way: the base, bit for bit
-        dtype = accumulation_dtype(self.head.weight.dtype)
+        weight = self.head.weight
+        dtype = accumulation_dtype(weight.dtype)
+        hidden = [h.to(weight.device) for h in hidden]
         per_row = (-1,) + (1,) * (hidden[0].dim() - 1)
         weights = [
-            w.to(hidden[0].device, dtype).view(per_row) if isinstance(w, Tensor) else w
+            w.to(weight.device, dtype).view(per_row) if isinstance(w, Tensor) else w
             for w in weights
         ]
         terms = list(zip(weights, hidden, strict=True))
         if self.head.softcap is not None:
             # The cap is not linear: the streams are combined as logits.
-            return sum(w * self.head(h).to(dtype) for w, h in terms).to(self.head.weight.dtype)
+            return sum(w * self.head(h).to(dtype) for w, h in terms).to(weight.dtype)
         mixed = sum(w * h.to(dtype) for w, h in terms)
-        products = nn.functional.linear(mixed.to(self.head.weight.dtype), self.head.weight)
-        return self.head.finish(products, sum(weights)).to(self.head.weight.dtype)
+        products = nn.functional.linear(mixed.to(weight.dtype), weight)
+        return self.head.finish(products, sum(weights)).to(weight.dtype)
 
     @torch.no_grad()
     def token_rewards(
@@ -334,7 +349,10 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         Returns:
             float32 [B, T], 0 elsewhere. By fact 8 an estimate of r₂: what the preferences reward.
         """
-        actions = find_actions(input_ids, completion_mask, self.objective.mask_alignment)
+        device = self.head.weight.device
+        actions = find_actions(
+            input_ids.to(device), completion_mask.to(device), self.objective.mask_alignment
+        )
         states = actions.sequence_N, actions.state_N
         streams = self.hidden_streams(input_ids, attention_mask)
         adapter_hidden, base_hidden = (hidden[states] for hidden in streams)
@@ -345,7 +363,7 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         rewards = sequence_loss(
             soft, offsets, self.objective, padded_length=input_ids.shape[1]
         ).token_rewards
-        return actions.scatter(rewards)
+        return actions.scatter(rewards).to(input_ids.device)
 
     def merge_adapter(self) -> None:
         """Add a LoRA to the trunk's weights, for a policy of one stream: it then costs what the
@@ -373,7 +391,7 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         run = functools.partial(self._trunk_hidden, BASE)
         if self.trunk_memo is None:
             return run(input_ids, attention_mask)
-        return self.trunk_memo(run, input_ids, attention_mask)
+        return self.trunk_memo(run, input_ids, attention_mask, dtype=self.base.dtype)
 
     def adapter_hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The adapted stream's last hidden states [B, T, D]; gradients reach the adapter."""
@@ -393,9 +411,10 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
     def _trunk_hidden(
         self, stream: int, input_ids: Tensor, attention_mask: Tensor | None
     ) -> Tensor:
-        return self._run(
+        hidden = self._run(
             (stream,), input_ids=input_ids, attention_mask=attention_mask, use_cache=False
         ).last_hidden_state
+        return hidden.to(self.head.weight.device)  # another one's, where a device_map splits them
 
     def soft_value(
         self, adapter_hidden: Tensor, base_hidden: Tensor, actions: Tensor,
@@ -408,10 +427,15 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
             coefficients: default: the trained objective's.
             kwargs: ``base_logsumexp``, ``return_statistics``, ``workspace_mb``, ``backend``.
         """
-        coef = coefficients or self.objective.coefficients
+        coef, weight = coefficients or self.objective.coefficients, self.head.weight
+        adapter_hidden, base_hidden, actions = (
+            x.to(weight.device) for x in (adapter_hidden, base_hidden, actions)
+        )
+        if kwargs.get("base_logsumexp") is not None:
+            kwargs["base_logsumexp"] = kwargs["base_logsumexp"].to(weight.device)
         if self.head.softcap is None:
             return linear_soft_value(
-                adapter_hidden, base_hidden, self.head.weight, actions, **coef._asdict(),
+                adapter_hidden, base_hidden, weight, actions, **coef._asdict(),
                 bias=self.head.bias, logit_scale=self.head.logit_scale, **kwargs,
             )
         kwargs.pop("workspace_mb", None)

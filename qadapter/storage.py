@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -19,15 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils import CHAT_TEMPLATE_FILE
 
 from qadapter.adapters import AdapterConfig, HeadAdapter
-from qadapter.base import LoadedBase
 from qadapter.errors import QAdapterError
+from qadapter.identity import BaseIdentity
 from qadapter.objective import ObjectiveConfig
 from qadapter.textfiles import read_text
 
@@ -39,48 +37,9 @@ if TYPE_CHECKING:
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "qadapter_config.json"
 PEFT_CONFIG_NAME = "adapter_config.json"
-FORMAT_VERSION = 1
-_VOLATILE = (
-    "_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache",
-    "_attn_implementation", "architectures", "quantization_config",
-)
-"""Fields of a model's config that may differ between two loads of the same weights."""
-
-
-@dataclasses.dataclass(frozen=True)
-class BaseIdentity:
-    """Which base an adapter belongs to. The hashes decide, the names are for people."""
-
-    name: str
-    revision: str | None
-    config_sha256: str
-    head_sha256: str
-
-    @classmethod
-    def of(cls, base: LoadedBase) -> BaseIdentity:
-        config = {k: v for k, v in base.model.config.to_dict().items() if k not in _VOLATILE}
-        text = json.dumps(config, sort_keys=True, default=str)
-        # Rounded to bfloat16, so that the same checkpoint has one hash in every dtype it loads in.
-        head = base.model.get_output_embeddings().weight.detach().to("cpu", torch.bfloat16)
-        return cls(
-            name=base.name,
-            revision=getattr(base.model.config, "_commit_hash", None),
-            config_sha256=hashlib.sha256(text.encode()).hexdigest(),
-            head_sha256=hashlib.sha256(head.contiguous().view(torch.uint8).numpy()).hexdigest(),
-        )
-
-    def require(self, found: BaseIdentity, adapter_dir: str | Path) -> None:
-        """Raises QAdapterError, with both names, unless ``found`` is the same model."""
-        differing = [
-            what
-            for what, field in (("head", "head_sha256"), ("config", "config_sha256"))
-            if getattr(self, field) != getattr(found, field)
-        ]
-        if differing:
-            raise QAdapterError(
-                f"{adapter_dir}: trained on {self.name}, but the base given is {found.name}: "
-                f"its {' and '.join(differing)} differ"
-            )
+FORMAT_VERSION = 2
+_READABLE = (1, FORMAT_VERSION)
+"""1 knew a base by its head and a hash of its whole configuration."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,9 +164,9 @@ def read(adapter_dir: str | Path, objective: ObjectiveConfig | None = None) -> S
     try:
         description = json.loads(read_text(path))
         version = description["format_version"]
-        if version != FORMAT_VERSION:
+        if version not in _READABLE:
             raise QAdapterError(f"{path}: format version {version}, this is {FORMAT_VERSION}")
-        base, adapter = BaseIdentity(**description["base"]), description["adapter"]
+        base, adapter = BaseIdentity.saved(description["base"]), description["adapter"]
         saved = SavedAdapter(
             adapter=_read_adapter(adapter_dir, adapter),
             objective=ObjectiveConfig(**description["objective"]),

@@ -15,6 +15,7 @@ class TrunkMemo:
     Set as ``QAdapterModel.trunk_memo`` on all models of one base. Rows are kept apart and without
     their padding, so batches may be cut and padded on either side as they like. The row of another
     batch was computed beside other rows: as always in floating point, it may differ in last bits.
+    A base that was moved to another device or dtype is read anew.
 
     Args:
         max_mb: of memory, in MiB; what was not asked for longest is dropped first.
@@ -24,10 +25,11 @@ class TrunkMemo:
         self.max_bytes = max_mb << 20
         self.num_bytes = 0
         self._rows: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
+        self._place: tuple[torch.device, torch.dtype | None] | None = None
 
     def __call__(
         self, trunk: Callable[[Tensor, Tensor], Tensor], input_ids: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None, *, dtype: torch.dtype | None = None,
     ) -> Tensor:
         """[B, T, D]; 0 at padding.
 
@@ -36,11 +38,17 @@ class TrunkMemo:
                 the rows that are not known, padded on the right.
             input_ids: [B, T].
             attention_mask: [B, T], 1 on one stretch of each row.
+            dtype: of the trunk, which its hidden states have.
         """
+        place = input_ids.device, dtype
+        if place != self._place:
+            self._rows.clear()
+            self.num_bytes, self._place = 0, place
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         mask_BT = attention_mask.bool()
-        texts = [tuple(ids[mask].tolist()) for ids, mask in zip(input_ids, mask_BT, strict=True)]
+        rows = zip(input_ids.cpu(), mask_BT.cpu(), strict=True)
+        texts = [tuple(ids[mask].tolist()) for ids, mask in rows]
         # Held here: a batch beyond the bound must not drop what it is about to use.
         known = {text: self._rows[text] for text in texts if text in self._rows}
         missing = [text for text in dict.fromkeys(texts) if text not in known]
@@ -56,13 +64,13 @@ class TrunkMemo:
     def _read(
         self, trunk: Callable[[Tensor, Tensor], Tensor], texts: list[tuple[int, ...]], like: Tensor
     ) -> dict[tuple[int, ...], Tensor]:
-        input_ids = like.new_zeros(len(texts), max(map(len, texts)))
+        input_ids = torch.zeros(len(texts), max(map(len, texts)), dtype=like.dtype)
         attention_mask = torch.zeros_like(input_ids)
         for row, text in enumerate(texts):
-            input_ids[row, : len(text)] = like.new_tensor(text)
+            input_ids[row, : len(text)] = torch.tensor(text)
             attention_mask[row, : len(text)] = 1
         with torch.no_grad():
-            hidden_BTD = trunk(input_ids, attention_mask)
+            hidden_BTD = trunk(input_ids.to(like.device), attention_mask.to(like.device))
         # A copy: a view would keep the whole batch alive.
         return {text: hidden_BTD[row, : len(text)].clone() for row, text in enumerate(texts)}
 

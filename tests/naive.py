@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qadapter import ObjectiveConfig
@@ -92,3 +94,31 @@ def left_padded(rows: list[list[int]], pad: int = 0) -> dict[str, Tensor]:
 def uncached(settings: dict) -> dict:
     """The same way of generating, without a cache."""
     return {k: v for k, v in settings.items() if k != "cache_implementation"} | {"use_cache": False}
+
+
+def stock(call):
+    """What plain models give; skips where the installed transformers can't do that with them."""
+    try:
+        result = call()
+    except Exception as error:
+        pytest.skip(f"transformers {transformers.__version__} can't do this itself: {error!r:.200}")
+    if not len(result):
+        pytest.skip(f"transformers {transformers.__version__} gives nothing here itself")
+    return result
+
+
+def batched_in_small_steps(model, rows, new_tokens):
+    """Answers by continuous batching with 8 tokens a step: prompts are cut, and prefilled beside
+    requests that are decoded."""
+    config = GenerationConfig(
+        max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
+    )
+    sizes, options = {"num_blocks": 8, "max_batch_tokens": 8}, {}
+    if hasattr(transformers, "ContinuousBatchingConfig"):
+        options["continuous_batching_config"] = transformers.ContinuousBatchingConfig(**sizes)
+    else:  # the oldest versions look for them here
+        vars(config).update(sizes)
+    outputs = model.generate_batch(
+        inputs=rows, generation_config=config, progress_bar=False, **options
+    )
+    return [output.generated_tokens for output in outputs.values()]

@@ -11,15 +11,18 @@ import copy
 import peft
 import pytest
 import torch
-from naive import LENGTH, MODES, ROWS, NaivePolicy, left_padded, uncached
-from tiny_models import tiny_base
-from transformers import (
-    ContinuousBatchingConfig,
-    DynamicCache,
-    GenerationConfig,
-    StaticCache,
-    TextStreamer,
+from naive import (
+    LENGTH,
+    MODES,
+    ROWS,
+    NaivePolicy,
+    batched_in_small_steps,
+    left_padded,
+    stock,
+    uncached,
 )
+from tiny_models import tiny_base
+from transformers import DynamicCache, StaticCache, TextStreamer
 
 from qadapter import ObjectiveConfig, QAdapterError, QAdapterModel
 from qadapter.batching import PagedStreams
@@ -189,6 +192,7 @@ def test_generate_with_a_strength_for_each_row(pair):
 def test_prompt_lookup_and_assistants(pair):
     model, naive = pair
     ids = torch.tensor([[5, 9, 11, 3, 5, 9, 11, 3, 5, 9]])
+    stock(lambda: naive.base.generate(ids, **LENGTH, prompt_lookup_num_tokens=3))
     for strength in (1.0, 0.4):
         settings = LENGTH | {"strength": strength}
         expected = naive.generate(ids, **settings)
@@ -209,6 +213,7 @@ def test_embeddings_as_input(pair):
 def test_chunked_prefill(pair):
     model, naive = pair
     ids = torch.tensor([ROWS[0] + ROWS[1]])
+    stock(lambda: naive.base.generate(ids, **LENGTH, prefill_chunk_size=4))
     for settings in ({}, {"cache_implementation": "static"}):
         ours = model.generate(ids, **LENGTH, strength=0.4, prefill_chunk_size=4, **settings)
         assert torch.equal(ours, naive.generate(ids, **LENGTH, strength=0.4))
@@ -235,21 +240,15 @@ def test_streamer(pair):
 @pytest.mark.parametrize("strength, streams", [(0.0, 1), (1.0, 1), (0.4, 2)])
 def test_continuous_batching(architecture, strength, streams):
     model, naive = lora_pair(POLICY, architecture=architecture)
-    config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    stock(lambda: batched_in_small_steps(naive.base, ROWS[:1], 1))
     model.set_policy(strength=strength)
     assert len(model._streams(None)) == streams
     rows = [*ROWS, ROWS[0] + ROWS[1] + ROWS[2]]
-    outputs = model.generate_batch(
-        inputs=rows, generation_config=config, progress_bar=False,
-        # Few tokens a step: prompts are cut, and prefilled beside requests that are decoded.
-        continuous_batching_config=ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=8),
-    )
-    assert len(outputs) == len(rows)
-    for row, output in zip(rows, outputs.values(), strict=True):
+    for row, answer in zip(rows, batched_in_small_steps(model, rows, 6), strict=True):
         expected = naive.generate(
             torch.tensor([row]), max_new_tokens=6, do_sample=False, strength=strength
         )
-        assert output.generated_tokens == expected[0, len(row):].tolist()
+        assert answer == expected[0, len(row):].tolist()
 
 
 def test_a_policy_stays_while_it_is_served():

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from data.tiny import chatml
-from naive import LENGTH, MODES, ROWS, NaivePolicy, left_padded, uncached, with_head
+from naive import LENGTH, MODES, ROWS, NaivePolicy, left_padded, stock, uncached, with_head
 from tiny_models import ARCHITECTURES, tiny_adapter, tiny_base, tiny_llama, tokenized
 from transformers import (
     CLIPVisionConfig,
@@ -201,6 +201,7 @@ def test_rows_of_a_left_padded_batch_are_answered_as_alone(pair):
 def test_prompt_lookup_and_assistants(pair):
     model, naive = pair
     ids = torch.tensor([[5, 9, 11, 3, 5, 9, 11, 3, 5, 9]])
+    stock(lambda: model.base.generate(ids, **LENGTH, prompt_lookup_num_tokens=3))
     expected = naive.generate(ids, **LENGTH)
     assert torch.equal(model.generate(ids, **LENGTH, prompt_lookup_num_tokens=3), expected)
     assistants = [copy.deepcopy(model.base), head_model(seed=1)]
@@ -301,7 +302,8 @@ def test_bad_arguments_of_from_base():
 
 
 @pytest.mark.parametrize("adapter", [
-    AdapterConfig(rank=4), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+    AdapterConfig(rank=4),
+    peft.LoraConfig(r=4, target_modules=r"model\.language_model\..*\b(q_proj|v_proj)"),
 ], ids=["head", "lora"])
 def test_the_text_of_a_vision_language_model(adapter):
     """Its language model is customised; images are refused by name."""
@@ -321,6 +323,60 @@ def test_the_text_of_a_vision_language_model(adapter):
     assert torch.equal(model.generate(ids, **settings), base.generate(ids, **LENGTH))
     with pytest.raises(ValueError, match="pixel_values"):
         model.generate(ids, **settings, pixel_values=torch.zeros(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"])
+def test_a_lora_that_reaches_a_vision_tower_is_refused_with_the_way_out(targets):
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        image_size=16, patch_size=8, projection_dim=32,
+    )
+    base = LlavaForConditionalGeneration(LlavaConfig(
+        vision_config=vision, text_config=tiny_base().config, image_token_index=95
+    )).eval()
+    config = peft.LoraConfig(r=2, target_modules=targets)
+    with pytest.raises(QAdapterError, match=r"no text runs .*model.vision_tower") as refused:
+        QAdapterModel.from_base(base, config)
+    assert not hasattr(base, "peft_config")
+    way = str(refused.value).partition("target_modules=r'")[2].partition("'")[0]
+    model = QAdapterModel.from_base(base, peft.LoraConfig(r=2, target_modules=way))
+    ids = torch.tensor([ROWS[0]])
+    model.hidden_streams(ids)[0].sum().backward()
+    assert all(p.grad is not None for p in model.adapter.parameters())
+
+
+STATES = {
+    "mamba": {"state_size": 8},
+    "mamba2": {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
+    "falcon_mamba": {"state_size": 8},
+    "rwkv": {"attention_hidden_size": 32},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "num_key_value_heads": 2},
+    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8,
+              "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8,
+              "num_key_value_heads": 2},
+}
+
+
+@pytest.mark.parametrize("architecture", STATES)
+@pytest.mark.parametrize("targets", [None, r".*(q_proj|in_proj|feed_forward\.w1|key)"])
+def test_models_with_a_state_generate_as_their_bases_or_are_refused(architecture, targets):
+    base = tiny_base(architecture, **STATES[architecture])
+    adapter = targets and peft.LoraConfig(r=2, target_modules=targets)
+    inputs = left_padded(ROWS)
+    wanted = base.generate(**inputs, **LENGTH)
+    try:
+        model = QAdapterModel.from_base(base, adapter, ALPHAS).eval()
+    except QAdapterError as error:
+        assert architecture not in ("lfm2", "bamba") or "can't" in str(error)
+        assert not hasattr(base, "peft_config")
+        return
+    torch.manual_seed(0)
+    for parameter in model.adapter.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    assert torch.equal(model.generate(**inputs, **LENGTH, strength=0.0), wanted)
+    both = LENGTH | {"strength": 0.4}
+    ours, uncached = (model.generate(**inputs, **both, use_cache=x) for x in (True, False))
+    assert torch.equal(ours, uncached)
 
 
 def test_models_without_a_language_model_head_are_refused():

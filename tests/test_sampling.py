@@ -204,10 +204,10 @@ def test_other_ways_of_generating_are_refused(model):
 def test_only_filters_in_the_kernels_order_are_taken_over():
     warm, k = generation.TemperatureLogitsWarper(0.5), generation.TopKLogitsWarper(4)
     p, m = generation.TopPLogitsWarper(0.9), generation.MinPLogitsWarper(0.1)
-    typical, two = TypicalLogitsWarper(0.5), generation.TopKLogitsWarper(4, min_tokens_to_keep=2)
+    typical, two = TypicalLogitsWarper(0.5), generation.TopPLogitsWarper(0.9, min_tokens_to_keep=2)
     for given, left in (
         ([warm, k, p, m], []), ([typical, k, m], [typical]), ([k, typical], [k, typical]),
-        ([p, k], [p]), ([k, k], [k]), ([m, warm], [m]), ([two, p], [two]), ([], []),
+        ([p, k], [p]), ([k, k], [k]), ([m, warm], [m]), ([two, m], [two]), ([], []),
     ):
         others, filters = sampling._split(LogitsProcessorList(given))
         assert (others, others + filters) == (left, given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -98,8 +99,49 @@ def test_another_configuration_is_refused(tmp_path):
     trained(ADAPTERS["linear"]).save_pretrained(tmp_path)
     other = tiny_base()
     other.config.rms_norm_eps = 1e-3
-    with pytest.raises(QAdapterError, match="config differ"):
+    with pytest.raises(QAdapterError, match=r"config \(rms_norm_eps: 1e-06 there, 0.001 here\)"):
         QAdapterModel.from_pretrained(tmp_path, other)
+
+
+@pytest.mark.parametrize("change", [
+    {"pad_token_id": 7, "eos_token_id": [2, 3], "bos_token_id": None}, {"use_cache": False},
+    {"some_tool_version": "2026.1"}, {"attention_dropout": 0.1}, {"max_position_embeddings": 512},
+    {"transformers_version": "5.0.0"}, {"architectures": ["Other"]}, {"initializer_range": 0.5},
+    {"id2label": {0: "yes"}},
+], ids=lambda change: next(iter(change)))
+def test_what_changes_no_number_is_accepted_both_ways(tmp_path, change):
+    plain, changed = tiny_base(), tiny_base()
+    for name, value in change.items():
+        setattr(changed.config, name, value)
+    for number, (first, second) in enumerate([(plain, changed), (changed, plain)]):
+        folder = tmp_path / str(number)
+        QAdapterModel.from_base(copy.deepcopy(first)).save_pretrained(folder)
+        QAdapterModel.from_pretrained(folder, copy.deepcopy(second))
+
+
+def test_another_trunk_is_refused(tmp_path):
+    """With the same head and configuration: a model that was trained further."""
+    QAdapterModel.from_base(tiny_base("phi")).save_pretrained(tmp_path)
+    other = tiny_base("phi")
+    other.model.layers[1].self_attn.q_proj.weight.data.mul_(1.05)
+    with pytest.raises(QAdapterError, match="its trunk's weights differ"):
+        QAdapterModel.from_pretrained(tmp_path, other)
+    QAdapterModel.from_pretrained(tmp_path, tiny_base("phi").to(torch.bfloat16))
+
+
+def test_adapters_saved_before_are_known_by_their_base_s_head(tmp_path):
+    trained(ADAPTERS["linear"]).save_pretrained(tmp_path)
+    path = tmp_path / "qadapter_config.json"
+    description = json.loads(path.read_text())
+    base = {k: description["base"][k] for k in ("name", "revision", "head_sha256")}
+    base["config_sha256"] = "of transformers 5.23"
+    path.write_text(json.dumps(description | {"format_version": 1, "base": base}))
+    model = QAdapterModel.from_pretrained(tmp_path, tiny_base())
+    model.save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again/qadapter_config.json").read_text())
+    assert again["format_version"] == 2 and again["base"]["weights_sha256"]
+    with pytest.raises(QAdapterError, match="its head differ"):
+        QAdapterModel.from_pretrained(tmp_path, tiny_base(seed=1))
 
 
 def test_same_base_in_another_dtype_is_accepted(tmp_path):
@@ -147,7 +189,7 @@ def test_damaged_weights(saved, damage):
 
 def test_weights_of_another_shape_or_name(saved):
     path = saved / "adapter_model.safetensors"
-    weights = load_file(path)
+    weights = {name: x.clone() for name, x in load_file(path).items()}  # not mapped: it is replaced
     name = next(iter(weights))
     for wrong in (weights | {name: weights[name][:, :1].contiguous()},
                   weights | {"extra": torch.zeros(1)},

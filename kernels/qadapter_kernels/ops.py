@@ -320,8 +320,10 @@ def _check_head(
         if bias.device != weight.device:
             raise ValueError(f"bias is on {bias.device}, weight on {weight.device}")
         _check_frozen("bias", bias)
-    if torch.is_autocast_enabled(weight.device.type) and weight.dtype != torch.float64:
-        weight = weight.to(torch.get_autocast_dtype(weight.device.type))
+    kind = weight.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if autocast and weight.dtype != torch.float64:
+        weight = weight.to(torch.get_autocast_dtype(kind))
     return weight, bias
 
 

@@ -74,9 +74,7 @@ class Scorer:
         self.model = model
         self.customised = isinstance(model, QAdapterModel)
         self.head = model.head if self.customised else LanguageModelHead.of(model)
-        self.dtype = accumulation_dtype(self.head.weight.dtype)
-        self.weight = self.head.weight.to(self.dtype)
-        self.bias = None if self.head.bias is None else self.head.bias.to(self.dtype)
+        self._cast: tuple[tuple, Tensor] | None = None
         self.workspace_bytes = workspace_mb << 20
         self._packed = False
         self.objective = model.objective if self.customised else None
@@ -89,7 +87,22 @@ class Scorer:
 
     @property
     def device(self) -> torch.device:
-        return self.weight.device
+        return self.head.weight.device
+
+    @property
+    def weight(self) -> Tensor:
+        """The head's [V, D] in ``dtype``; cast once, and again where the model was moved."""
+        weight = self.head.weight
+        if weight.dtype == self.dtype:
+            return weight
+        place = weight.data_ptr(), weight.device, weight.dtype
+        if self._cast is None or self._cast[0] != place:
+            self._cast = place, weight.to(self.dtype)
+        return self._cast[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return accumulation_dtype(self.head.weight.dtype)
 
     @contextlib.contextmanager
     def packing(self, longest: int) -> Iterator[None]:
@@ -183,17 +196,19 @@ class Scorer:
         )
 
     def _logits(self, h_a_RD: Tensor, h_b_RD: Tensor) -> tuple[Tensor, Tensor]:
-        h_b_RD = h_b_RD.to(self.dtype)
-        products_b = F.linear(h_b_RD, self.weight)
+        weight = self.weight
+        h_b_RD = h_b_RD.to(weight)
+        products_b = F.linear(h_b_RD, weight)
         if not self.customised:
             b_RV = self._finish(products_b)
             return b_RV, b_RV
-        delta_RD = h_a_RD.to(self.dtype) - h_b_RD
-        products_a = torch.addmm(products_b, delta_RD, self.weight.T)
+        delta_RD = h_a_RD.to(weight) - h_b_RD
+        products_a = torch.addmm(products_b, delta_RD, weight.T)
         return self._finish(products_a), self._finish(products_b)
 
     def _finish(self, products_RV: Tensor) -> Tensor:
-        logits_RV = products_RV if self.bias is None else products_RV + self.bias
+        bias = self.head.bias
+        logits_RV = products_RV if bias is None else products_RV + bias.to(self.dtype)
         if self.head.logit_scale != 1.0:
             logits_RV = logits_RV * self.head.logit_scale
         if self.head.softcap is not None:

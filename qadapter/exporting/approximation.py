@@ -15,7 +15,7 @@ from torch import Tensor
 from qadapter.adapters import HeadAdapter
 from qadapter.errors import QAdapterError
 from qadapter.exporting.head import LinearPolicy
-from qadapter.head import LanguageModelHead
+from qadapter.head import LanguageModelHead, input_device
 from qadapter.model import QAdapterModel
 
 _RIDGE = 1e-3
@@ -149,4 +149,4 @@ def _log_probs(
 def _states(model: QAdapterModel, texts: Sequence[Sequence[int]]) -> Iterator[Tensor]:
     """The base's last hidden states [N, D], a text at a time."""
     for ids in texts:
-        yield model.base_hidden(torch.tensor([list(ids)], device=model.head.weight.device))[0]
+        yield model.base_hidden(torch.tensor([list(ids)], device=input_device(model.base)))[0]

@@ -24,7 +24,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from qadapter.caches import name_of_cache
 from qadapter.errors import QAdapterError
-from qadapter.head import trunk
+from qadapter.head import input_device, trunk
 from qadapter.model import QAdapterModel
 
 PROMPTS = (
@@ -143,7 +143,7 @@ def check_states(
     Raises:
         QAdapterError: they differ by more than rounding.
     """
-    body, device = trunk(base), base.get_input_embeddings().weight.device
+    body, device = trunk(base), input_device(base)
     name, rows = name_of_cache(body), []
     for prompt, tokens in zip(prompts, decoded, strict=True):
         fed, cache, length = torch.tensor([prompt], device=device), None, 0
@@ -215,7 +215,7 @@ def _compare(
 
 
 def _greedy(model: QAdapterModel, prompt: list[int]) -> Tensor:
-    fed = torch.tensor([prompt], device=model.get_input_embeddings().weight.device)
+    fed = torch.tensor([prompt], device=input_device(model.base))
     before = model.generation_config
     # As in stock.py: the logits alone choose.
     model.generation_config = GenerationConfig(

@@ -10,7 +10,6 @@ and it alone.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import tempfile
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -29,6 +27,7 @@ from qadapter.base import cache_dir as default_cache_dir
 from qadapter.data import fingerprint
 from qadapter.errors import QAdapterError
 from qadapter.hashing import file_sha256
+from qadapter.identity import sampled
 from qadapter.locking import exclusive
 from qadapter.model import QAdapterModel
 from qadapter.progress import Progress
@@ -45,8 +44,6 @@ from qadapter.training.features import (
 FORMAT_VERSION = 1
 MIB = 1 << 20
 INDEX_NAME = "index.json"
-_SAMPLES = 256
-"""Elements of each of the base's tensors that enter its identity."""
 
 
 def load_or_compute(
@@ -131,16 +128,10 @@ def _cannot_cache(path: Path, error: Exception) -> QAdapterError:
 def cache_identity(model: QAdapterModel, pad_token_id: int) -> dict[str, Any]:
     """Everything of a model that its features depend on, as JSON."""
     base, alignment = model.base, model.objective.mask_alignment
-    weights = hashlib.sha256()
-    for name, tensor in sorted(base.state_dict().items()):
-        weights.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        step = max(1, tensor.numel() // _SAMPLES)
-        sample = tensor.detach().flatten()[::step].contiguous().cpu()
-        weights.update(sample.view(torch.uint8).numpy().tobytes())
     return {
         "format_version": FORMAT_VERSION,
         **dataclasses.asdict(model.base_identity),
-        "weights": weights.hexdigest(),
+        "weights": sampled(base.state_dict().items()),
         "dtype": str(base.dtype),
         "mask_alignment": alignment,
         "pad_token_id": pad_token_id if alignment == "state" else None,

@@ -21,6 +21,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from qadapter.errors import QAdapterError
+from qadapter.head import input_device
 from qadapter.model import QAdapterModel
 from qadapter.packing import Packing, hidden_states, packed_attention
 from qadapter.progress import Progress
@@ -236,7 +237,7 @@ def compute_shard(
     longest = max(len(sequence.ids) for sequence in sequences)
     with packed_attention(model.base, longest) as packed:
         for texts, members in _batches(sequences, batch_tokens):
-            packing = Packing.of(texts, head.weight.device)
+            packing = Packing.of(texts, input_device(model.base))
             rows_N = torch.cat(
                 [
                     line[sequences[number].states]
@@ -246,7 +247,8 @@ def compute_shard(
             )
             numbers = [number for numbers in members for number in numbers]
             targets_N = torch.cat([torch.arange(offsets[n], offsets[n + 1]) for n in numbers])
-            hidden_ND = hidden_states(model.base, packing, packed)[rows_N.to(head.weight.device)]
+            hidden_TD = hidden_states(model.base, packing, packed).to(head.weight.device)
+            hidden_ND = hidden_TD[rows_N.to(head.weight.device)]
             hidden[targets_N] = hidden_ND.to("cpu")
             base_logsumexp[targets_N] = _logsumexp(model, hidden_ND, tokens[targets_N]).to("cpu")
             done.add(sum(len(sequences[number].ids) for number in numbers))

@@ -57,11 +57,14 @@ def batch_loss(
     """
     if "hidden" in batch:
         hidden_ND, tokens_N, offsets = batch["hidden"], batch["tokens"], batch["offsets"]
+        device = hidden_ND.device
         padded_length, lse_N = batch["padded_length"], batch["base_logsumexp"]
         adapter_ND = model.adapter(hidden_ND)
     else:
+        device, head_device = batch["input_ids"].device, model.head.weight.device
         actions = find_actions(
-            batch["input_ids"], batch["completion_mask"], model.objective.mask_alignment
+            batch["input_ids"].to(head_device), batch["completion_mask"].to(head_device),
+            model.objective.mask_alignment,
         )
         streams = model.hidden_streams(batch["input_ids"], batch["attention_mask"])
         adapter_ND, hidden_ND = (h[actions.sequence_N, actions.state_N] for h in streams)
@@ -74,6 +77,7 @@ def batch_loss(
         return_statistics=need_statistics,
     )
     soft, statistics = outputs if need_statistics else (outputs, ())
+    offsets = offsets.to(soft.value.device)
     terms = sequence_loss(
         soft, offsets, model.objective, padded_length=padded_length,
         num_pairs=totals and totals.pairs, num_actions=totals and totals.actions,
@@ -101,7 +105,8 @@ def batch_loss(
                 summed[:, 1:].unflatten(0, (2, -1)).sum(0),
             ]
         ).float()
-    return BatchLoss(terms.loss, rewards_B2, columns)
+    # Where a device_map splits the base, to the batch's device, which is where trainers sum up.
+    return BatchLoss(terms.loss.to(device), rewards_B2.to(device), columns.to(device))
 
 
 def count(batch: Mapping[str, Any], mask_alignment: str) -> tuple[int, Tensor, Tensor | int]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from qadapter.base import cache_dir as default_cache_dir
 from qadapter.data import padding_id
 from qadapter.errors import QAdapterError
+from qadapter.head import input_device
 from qadapter.locking import exclusive
 from qadapter.model import QAdapterModel
 from qadapter.progress import Progress
@@ -120,7 +121,7 @@ def _sample(
 
 
 def _generate(model: QAdapterModel, prompts: list[list[int]], pad: int) -> list[list[int]]:
-    device, width = model.head.weight.device, max(map(len, prompts))
+    device, width = input_device(model.base), max(map(len, prompts))
     input_ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
     lengths = torch.tensor([[len(p)] for p in prompts], device=device)
     mask = torch.arange(width, device=device) >= width - lengths

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from qadapter.data import check_sequences
 from qadapter.data.rows import rows_of
 from qadapter.errors import QAdapterError
+from qadapter.head import input_device
 from qadapter.model import QAdapterModel
 from qadapter.progress import Progress
 from qadapter.room import available_memory, size
@@ -98,6 +99,14 @@ class RetentionStates:
     def __len__(self) -> int:
         return len(self.hidden_MD)
 
+    def _follow(self, model: QAdapterModel) -> None:
+        """What is kept goes where the model is now."""
+        device = model.head.weight.device
+        if self.hidden_MD.device == device:
+            return
+        for name in ("hidden_MD", "base_lse_M", "base_mean_M", "gradient_MD"):
+            setattr(self, name, getattr(self, name).to(device))
+
     @staticmethod
     def _constants(model: QAdapterModel, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """lse(b), E_π[b] and g."""
@@ -117,8 +126,10 @@ class RetentionStates:
 
         16-bit products leave an error of the size of their rounding (about 1e-3 on a CPU).
         """
+        self._follow(model)
+        places, states = states, states.to(self.hidden_MD.device)
         if model.adapts_trunk:
-            adapter_hidden = self._run_trunk(model, states)
+            adapter_hidden = self._run_trunk(model, places)
         else:
             adapter_hidden = model.adapter(self.hidden_MD[states])
         hidden, base_lse = self.hidden_MD[states], self.base_lse_M[states]
@@ -144,7 +155,7 @@ class RetentionStates:
             states = torch.cat(drawn)[:num_states]
         else:
             states = torch.randint(len(self), (num_states,), generator=generator)
-        return self.divergence(model, states.to(self.hidden_MD.device)).mean()
+        return self.divergence(model, states).mean()
 
     def _run_trunk(self, model: QAdapterModel, states: Tensor) -> Tensor:
         """The adapted stream's hidden states [n, D]; runs each text once, up to its last state."""
@@ -158,7 +169,7 @@ class RetentionStates:
         # Padding on the right comes after everything that is used: no mask is needed.
         ids = nn.utils.rnn.pad_sequence(
             [self.texts[text][:end] for text, end in needed.items()], batch_first=True
-        )
+        ).to(input_device(model.base))
         hidden_BTD = model.adapter_hidden(ids)
         position = [
             self.first[text] + place - self.offsets[text]

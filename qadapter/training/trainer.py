@@ -259,7 +259,7 @@ class QAdapterTrainer(BaseReading, AdapterCheckpoints):
         # Gradients and logged losses are averaged over processes, shares must be summed.
         loss = output.loss * self.accelerator.num_processes
         if self.args.retention_coef > 0 and self.accelerator.sync_gradients:
-            loss = loss + self.args.retention_coef * self._retention_loss()
+            loss = loss + self.args.retention_coef * self._retention_loss().to(loss.device)
         return (loss, output) if return_outputs else loss
 
     def _retention_loss(self) -> Tensor:
@@ -309,7 +309,8 @@ class QAdapterTrainer(BaseReading, AdapterCheckpoints):
         finite_P = columns.isfinite().all(1)
         healthy = finite_P.all()
         if self.accelerator.scaler is None:  # a gradient scaler skips overflowing steps by itself
-            healthy = healthy & torch.stack([p.grad.isfinite().all() for p in parameters]).all()
+            finite = [p.grad.isfinite().all().to(healthy.device) for p in parameters]
+            healthy = healthy & torch.stack(finite).all()
         unhealthy = self.accelerator.reduce((~healthy).long(), "sum")
         if unhealthy.item():
             step = self.state.global_step + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -100,7 +101,7 @@ def test_a_batch_holds_what_the_padded_batch_scores(tokenized, alignment, multip
 def test_a_softcapped_head_is_cached_too(tokenized):
     model = build_model()
     plain = compute_features(model, tokenized)
-    model.head = type(model.head)(model.head.weight, softcap=3.0)
+    model.head = dataclasses.replace(model.head, softcap=3.0)
     capped = compute_features(model, tokenized)
     assert torch.equal(plain[2].hidden, capped[2].hidden)
     logits = torch.tanh(plain[2].hidden @ model.head.weight.T / 3.0) * 3.0

@@ -1,0 +1,129 @@
+"""Which base an adapter belongs to: what changes a model's numbers, and nothing else.
+
+Weights by samples of every tensor, rounded to bfloat16, so that one checkpoint has one identity in
+every dtype it is loaded in. Configurations by the fields that both have: versions of transformers
+and other tools add some, and those of token ids, dropout, caches or names change no number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qadapter.base import LoadedBase
+from qadapter.errors import QAdapterError
+from qadapter.head import head_weight
+
+_SAMPLES = 64
+"""Elements of each of the base's tensors that enter its identity."""
+_WITHOUT_NUMBERS = (
+    "_token_id", "_token_index", "_dropout", "dropout", "pdrop", "initializer_range",
+    "transformers_version", "dtype", "use_cache", "_implementation", "architectures",
+    "quantization_config", "id2label", "label2id", "max_position_embeddings", "vocab_size",
+    "tie_word_embeddings", "pretraining_tp", "return_dict", "auto_map", "output_attentions",
+    "output_hidden_states", "problem_type", "is_decoder", "output_router_logits",
+)
+"""Ends of names of configuration fields that say nothing about the logits of a text, or nothing
+that the weights don't say."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseIdentity:
+    """Which base an adapter belongs to. Weights and configuration decide, names are for people."""
+
+    name: str
+    revision: str | None
+    head_sha256: str
+    layout_sha256: str | None = None
+    """Of the names and shapes of all tensors; None: not known (an adapter saved before)."""
+    weights_sha256: str | None = None
+    """Of samples of them. None: not known, or packed by a quantization, or not in memory."""
+    config: dict[str, Any] | None = None
+    """The text model's configuration, without what changes no number."""
+
+    @classmethod
+    def of(cls, base: LoadedBase) -> BaseIdentity:
+        """Raises QAdapterError where the head can't be read."""
+        model = base.model
+        head = head_weight(model).detach().to("cpu", torch.bfloat16)
+        state, packed = model.state_dict(), getattr(model, "is_quantized", False)
+        unreadable = packed or any(x.is_meta for x in state.values())
+        return cls(
+            name=base.name,
+            revision=getattr(model.config, "_commit_hash", None),
+            head_sha256=hashlib.sha256(head.contiguous().view(torch.uint8).numpy()).hexdigest(),
+            layout_sha256=None if packed else _layout(state),
+            weights_sha256=None if unreadable else sampled(state.items(), torch.bfloat16),
+            config=_numbers(model.config.get_text_config().to_dict()),
+        )
+
+    @classmethod
+    def saved(cls, fields: dict[str, Any]) -> BaseIdentity:
+        """From JSON; of adapters saved before only the head is held against a base (their hash of
+        the whole configuration changes with transformers' version)."""
+        return cls(**{name: x for name, x in fields.items() if name != "config_sha256"})
+
+    def require(self, found: BaseIdentity, adapter_dir: str | Path) -> None:
+        """Raises QAdapterError, with both names and what differs, unless ``found`` is the same
+        model."""
+        differing = ["head"] if self.head_sha256 != found.head_sha256 else []
+        if self.config is not None and found.config is not None:
+            changed = list(_differences(self.config, found.config))
+            differing += [f"config ({', '.join(changed)})"] if changed else []
+        # Versions of transformers name or fuse tensors otherwise: then config and head decide.
+        known = None not in (self.weights_sha256, found.weights_sha256)
+        alike = known and self.layout_sha256 == found.layout_sha256
+        if alike and not differing and self.weights_sha256 != found.weights_sha256:
+            differing.append("trunk's weights")
+        if differing:
+            raise QAdapterError(
+                f"{adapter_dir}: trained on {self.name}, but the base given is {found.name}: "
+                f"its {' and '.join(differing)} differ"
+            )
+
+
+def sampled(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None) -> str:
+    """SHA-256 of samples of tensors, in the order of their names.
+
+    Args:
+        dtype: floating-point tensors are rounded to it; default: each as it is.
+    """
+    digest = hashlib.sha256()
+    for _, tensor in sorted(tensors):
+        step = max(1, tensor.numel() // _SAMPLES)
+        sample = tensor.detach().reshape(-1)[::step].contiguous().cpu()
+        if dtype is not None and sample.is_floating_point():
+            sample = sample.to(dtype)
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _layout(state: dict[str, Tensor]) -> str:
+    text = "".join(f"{name}{tuple(x.shape)}" for name, x in sorted(state.items()))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _numbers(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _numbers(x) if isinstance(x, dict) else x
+        for name, x in config.items()
+        if x is not None and not name.startswith("_")
+        and not name.removesuffix("s").endswith(_WITHOUT_NUMBERS)
+        and not name.endswith(_WITHOUT_NUMBERS)
+        and isinstance(x, (bool, int, float, str, list, dict))
+    }
+
+
+def _differences(saved: dict[str, Any], found: dict[str, Any]) -> Iterable[str]:
+    for name in saved.keys() & found.keys():
+        ours, theirs = saved[name], found[name]
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            yield from _differences(ours, theirs)
+        elif ours != theirs:
+            yield f"{name}: {ours} there, {theirs} here"
