@@ -48,8 +48,6 @@ class SecondDevice(TorchDispatchMode):
         there = bool(wrappers)
         # A number in a tensor is taken from the CPU by every device.
         here = any(not isinstance(x, _There) and x.dim() for x in tensors)
-        # Indices, too, may come from the CPU.
-        here = here and not (func == torch.ops.aten.index.Tensor and isinstance(args[0], _There))
         if there and here and func not in _MOVES:
             raise RuntimeError(f"{func}: tensors on two devices")
         if func == torch.ops.aten.copy_.default:

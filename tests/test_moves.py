@@ -209,6 +209,8 @@ def test_scorers_made_before_the_move(kind):
     with SecondDevice():
         model.to(SECOND)
         for ours, theirs in zip(scores("meta"), before, strict=True):
+            if theirs is None:
+                continue
             # bfloat16 products of another device: 2⁻⁸ of logits of a few nats.
             torch.testing.assert_close(ours.cpu(), theirs, atol=0.05, rtol=0.05)
         model.to("cpu")

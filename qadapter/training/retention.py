@@ -175,7 +175,8 @@ class RetentionStates:
             self.first[text] + place - self.offsets[text]
             for place, text in zip(places, owner, strict=True)
         ]
-        return hidden_BTD[[line[text] for text in owner], position]
+        index = torch.tensor([[line[text] for text in owner], position]).to(hidden_BTD.device)
+        return hidden_BTD[index[0], index[1]]
 
 
 def _check_room(model: QAdapterModel, num_states: int) -> None:
