@@ -67,7 +67,7 @@ SHOWN = 3
 class Size:
     """How much of everything; ``fast`` exercises the same code in a fraction of the time."""
 
-    train_pairs: int | None = 300
+    train_pairs: int | None = 270
     test_pairs: int | None = 54
     rejected_tokens: int = 48
     """Of the base's samples, in training and held out: a manner shows at once. On whole samples,
@@ -231,7 +231,7 @@ def run_demo(
 
 def _arguments(folder: Path, size: Size, seed: int) -> QAdapterConfig:
     return QAdapterConfig(
-        output_dir=str(folder), seed=seed, learning_rate=3e-4, num_train_epochs=size.epochs,
+        output_dir=str(folder), seed=seed, learning_rate=4e-4, num_train_epochs=size.epochs,
         per_device_train_batch_size=4, max_length=512, retention_coef=10.0, retention_states=128,
         logging_steps=2, save_strategy="epoch", save_total_limit=1,
         **dataclasses.asdict(OBJECTIVE),
