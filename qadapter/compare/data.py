@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qadapter.compare.config import DataConfig, RetentionTexts
 from qadapter.data import (
+    NOTES,
     Prompt,
     load_preferences,
     prompt_of,
@@ -78,6 +79,9 @@ def prepare(
     tokens, report = tokenize_preferences(pairs, tokenizer, max_length=config.max_length)
     tokens = tokens.add_column("pair", report.indices)
     summary, all_pairs = report.summary(), len(tokens)
+    for note, count in report.notes.items():
+        if note.endswith("left_out"):
+            summary += f"; {count} × {NOTES[note]}"
     tokens = without_prompts(tokens, without)
     if len(tokens) < all_pairs:
         summary += f"; left out: {all_pairs - len(tokens)} whose prompt the new preference has"

@@ -57,6 +57,8 @@ class _Form(NamedTuple):
     """Of tool calls: as objects, or as JSON text."""
     empty: bool = False
     """Whether a turn of tool calls alone needs an empty content."""
+    developer: str = "developer"
+    """What the role is called: OpenAI's name, or the system's for templates that know no other."""
 
 
 class _Plan(NamedTuple):
@@ -319,7 +321,8 @@ def _forms(messages: Sequence[Message]) -> list[_Form]:
     calls = [m for m in messages if "tool_calls" in m]
     arguments = [dict, _as_json] if calls else [dict]
     empty = [False, True] if any(m.get("content") is None for m in calls) else [False]
-    return [_Form(p, a, e) for p, a, e in product(parts, arguments, empty)]
+    developer = ["developer", "system"] if "developer" in roles else ["developer"]
+    return [_Form(*form) for form in product(parts, arguments, empty, developer)]
 
 
 def _as_json(arguments: dict) -> str:
@@ -328,9 +331,11 @@ def _as_json(arguments: dict) -> str:
 
 def _in_form(message: Message, form: _Form) -> Message:
     found = dict(message)
+    if found["role"] == "developer":
+        found["role"] = form.developer
     if form.empty and found.get("content") is None:
         found["content"] = ""
-    if found["role"] in form.parts and found.get("content") is not None:
+    if message["role"] in form.parts and found.get("content") is not None:
         found["content"] = [{"type": "text", "text": found["content"]}]
     if form.arguments is not dict and "tool_calls" in found:
         found["tool_calls"] = [

@@ -125,9 +125,9 @@ def _stop(whole: _Rendering, index: int) -> tuple[int, bool]:
     tail = last.text[last.own(index).stop :]
     ends = list(chat.special.finditer(tail))
     usual = [end for end in ends if chat.token_id(end.group()) == chat.end.token_id]
-    # The usual one may stand before others (an end of text behind every rendering). Turns of tool
+    # Others may stand behind the usual one (an end of text behind every rendering). Turns of tool
     # calls may have another, behind the call's own special tokens.
-    end = usual[-1] if usual else ends[-1] if ends else None
+    end = usual[0] if usual else ends[-1] if ends else None
     if end is None or not (usual or not tail[end.end() :].strip()):
         return whole.own(index).stop + common_prefix(behind, tail), False
     # A turn may end with another token in the middle of a conversation, at the same place.

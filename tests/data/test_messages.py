@@ -153,10 +153,19 @@ def test_reasoning_that_a_template_does_not_know_is_noted(name):
 
 
 def test_a_role_that_a_template_passes_over_is_told_of():
-    template = LLAMA3.replace("in messages", "in messages if message.role != 'developer'")
-    asked = [{"role": "developer", "content": "Be brief."}, *ASKED]
+    template = LLAMA3.replace("in messages", "in messages if message.role != 'critic'")
+    asked = [{"role": "critic", "content": "Be brief."}, *ASKED]
     assert prepare({"prompt": asked}, template).report.notes == {"prompt_left_out": 1}
     assert not prepare({"prompt": asked}, LLAMA3).report.notes
+
+
+@pytest.mark.parametrize("passed_over", ["in messages if message.role != 'developer'",
+                                         "in messages | rejectattr('role', 'eq', 'developer')"])
+def test_a_developer_is_the_system_where_a_template_knows_no_other(passed_over):
+    asked = [{"role": "developer", "content": "Be brief."}, *ASKED]
+    template = LLAMA3.replace("in messages", passed_over)
+    assert tokens({"prompt": asked}, template) == tokens({"prompt": [SYSTEM, *ASKED]}, LLAMA3)
+    assert "developer" in llama3().decode(tokens({"prompt": asked}, LLAMA3)["prompt"])
 
 
 @pytest.mark.parametrize("template", [templates.PARTS, templates.MIXED_PARTS])

@@ -1,6 +1,8 @@
 """Where the assistant's turns stand, whatever the template does to earlier ones."""
 
+import importlib.util
 import itertools
+from pathlib import Path
 
 import chat_templates as templates
 import pytest
@@ -168,3 +170,20 @@ def test_common_prefix(kind):
         left = kind("ab" * 500)
         for right in (left[:length], left[:length] + kind("x") * 300):
             assert common_prefix(left, right) == common_prefix(right, left) == length
+
+
+def families():
+    """Chat templates of many models, as TRL ships them; none where it is not installed."""
+    spec = importlib.util.find_spec("trl")
+    folder = Path(spec.origin).parent / "chat_templates" if spec else Path("nowhere")
+    return sorted(folder.glob("*.jinja"))
+
+
+@pytest.mark.parametrize("file", families(), ids=lambda file: file.stem)
+def test_every_familys_template(file):
+    template = file.read_text(encoding="utf-8")
+    row = {"prompt": ASKED, "chosen": turns("Blue.", "Sure?", "Very.", first="assistant")}
+    found = scored(prepare(row, template, max_length=None))
+    assert len(found) == 2
+    assert "Blue." in found[0] and "Very." in found[1] and "Sure?" not in "".join(found)
+    assert "sky" not in "".join(found)
