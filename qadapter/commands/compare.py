@@ -15,6 +15,7 @@ from qadapter.compare.config import SPLITS
 from qadapter.compare.page import columns
 from qadapter.console.environment import devices, quiet_libraries, versions
 from qadapter.console.folders import telling_full_disk
+from qadapter.console.progress import Heartbeat, Pace
 from qadapter.errors import QAdapterError
 
 _SHOWN = ("accuracy_reward", "new_win_rate", "old_win_rate", "new_gain")
@@ -69,11 +70,21 @@ def run(arguments: CompareArguments, given: set[str]) -> None:
     quiet_libraries()
     config = read_config(arguments.comparison)
     start = time.monotonic()
+    step = Pace("reading", "")
 
-    def say(line: str) -> None:
+    def show(line: str) -> None:
         console.print(f"{time.monotonic() - start:6.0f} s  {line}", highlight=False, markup=False)
 
-    with telling_full_disk(arguments.output_dir):
+    # A step may take long: it is named again.
+    heartbeat = Heartbeat(lambda: step.line(), show)
+
+    def say(line: str) -> None:
+        nonlocal step
+        step = Pace(line, "")
+        heartbeat.said()
+        show(line)
+
+    with telling_full_disk(arguments.output_dir), heartbeat:
         if not arguments.report_only:
             run_comparison(
                 config, arguments.output_dir, split=arguments.split, only=only, say=say,
