@@ -4,16 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 STAMP := $(VENV)/.installed
+# Always pinned: left to the resolver it would bring gigabytes of CUDA packages.
+TORCH := torch==2.13.0
 NATIVE := $(shell find kernels/csrc -type f 2>/dev/null)
 
-.PHONY: install demo test lint sanitize bench clean
+.PHONY: install demo test test-avx2 test-oldest test-newest test-tritons lint sanitize bench clean
 
 install: $(STAMP)
 
-# torch first and pinned: left to the resolver it would bring gigabytes of CUDA packages.
 $(STAMP): pyproject.toml setup.py constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet -e '.[dev]' -c constraints.txt
 	$(BIN)/python -m qadapter_kernels.native
 	touch $@
@@ -23,6 +24,38 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -n 2 tests
+
+# What multiplies on a processor with AVX-512 once more as on one without: torch's products by the
+# slower instructions. (The compiled kernels' own tests take every instruction set in turn.)
+test-avx2: install
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -n 2 tests/test_base.py \
+		tests/test_objective.py tests/test_demo.py tests/training/test_trainer.py \
+		tests/kernels/test_linear.py tests/kernels/test_library.py tests/kernels/test_cpu_backend.py
+
+# The quick tests with the oldest versions that pyproject.toml allows, and with the newest there are,
+# each in an environment of its own. Only torch is the same in both: for x86 the oldest one comes
+# with CUDA's gigabytes, and so does what is newer.
+OLDEST := .venv-oldest/.installed
+$(OLDEST): pyproject.toml setup.py .ci/lower_bounds.py $(NATIVE)
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	$(PYTHON) .ci/lower_bounds.py > .venv-oldest/lower_bounds.txt
+	.venv-oldest/bin/python -m pip install --quiet $(TORCH)
+	.venv-oldest/bin/python -m pip install --quiet -e '.[dev]' -c .venv-oldest/lower_bounds.txt
+	touch $@
+
+test-oldest: $(OLDEST)
+	.venv-oldest/bin/python -m pytest -n 2 -m 'not slow' tests
+
+test-newest:
+	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet $(TORCH)
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager \
+		$(TORCH) -e '.[dev]'
+	.venv-newest/bin/python -m pytest -n 2 -m 'not slow' tests
+
+# Every Triton kernel, compiled for every target under every minor version of Triton: 20 minutes.
+test-tritons: $(OLDEST)
+	tests/kernels/triton_versions.sh .venv-oldest/bin/python
 
 lint: install
 	$(BIN)/ruff check .
@@ -35,4 +68,4 @@ bench: install
 	$(BIN)/qadapter bench
 
 clean:
-	rm -rf $(VENV) build dist runs *.egg-info kernels/qadapter_kernels/lib
+	rm -rf $(VENV) .venv-oldest .venv-newest build dist runs *.egg-info kernels/qadapter_kernels/lib

@@ -20,6 +20,7 @@ import platform
 import shutil
 import subprocess
 import time
+from importlib import metadata
 from pathlib import Path
 
 from setuptools import Command, Distribution, setup
@@ -63,11 +64,15 @@ def find_nvcc() -> str | None:
 
 def find_ninja() -> str:
     try:  # the build requirement, whose executable need not be on PATH
-        import ninja
-
-        return os.path.join(ninja.BIN_DIR, "ninja")
-    except ImportError:
-        pass
+        files = metadata.files("ninja") or []
+    except metadata.PackageNotFoundError:
+        files = []
+    # Of the package's own files: by PATH and by the package's constant, a build in an environment
+    # of its own finds the script of another release, which calls the package, which calls the
+    # script, without end.
+    for path in (file.locate() for file in files if file.name == "ninja"):
+        if path.is_file() and path.read_bytes()[:2] != b"#!":
+            return str(path)
     found = shutil.which("ninja")
     if found is None:
         raise NotBuilt("ninja was not found")

@@ -7,6 +7,7 @@ import itertools
 import logging
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -121,6 +122,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     code 2, an interrupt in 130."""
     # PEFT imports bitsandbytes wherever it is installed, and that warns of a kernel on a hub.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # What a library will rename one day concerns who writes code, not who runs a command.
+    warnings.simplefilter("ignore", FutureWarning)
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in itertools.takewhile(lambda a: a.startswith("-"), arguments)
     sys.exit(_run(arguments, debug))

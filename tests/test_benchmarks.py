@@ -42,6 +42,7 @@ def run(main, folder: Path, *arguments: str) -> list[dict]:
     return [json.loads(line) for line in lines.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_linear_loss(tmp_path, capsys):
     rows = run(linear_loss.main, tmp_path, "--no-memory", "--dtype", "bfloat16", "--rows", "34",
                "--providers", "ours", *PEERS, "cut-cross-entropy")
@@ -150,6 +151,7 @@ def test_cases_take_turns_and_failures_are_results():
     assert all(prepared == "ready" for _, prepared in seen)
 
 
+@pytest.mark.slow
 def test_training_step(tmp_path, capsys):
     rows = run(training_step.main, tmp_path, "--no-memory", "--rounds", "1")
     assert [r["status"] for r in rows] == ["ok"] * 2 * len(training_step.PROVIDERS)
@@ -197,6 +199,7 @@ def allocating(mebibytes: int, rows: int) -> Case:
     return Case(work if rows > harness.WARM_ROWS else lambda _: None)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
 def test_peak_memory_is_what_is_held_at_once():
     found = harness.peak_extra_memory(allocating, (64,), 1000, "cpu", warm_in_full=False)
@@ -229,6 +232,7 @@ def gpu_script(folder: Path, python: str, parts: str) -> tuple[int, list[str]]:
     return found.returncode, [x for x in found.stdout.splitlines() if x.startswith("== ")]
 
 
+@pytest.mark.slow
 def test_gpu_script_brings_results_back(tmp_path):
     code, lines = gpu_script(tmp_path, sys.executable, "decoding")
     assert code == 0 and lines[0].startswith("== decoding")

@@ -25,6 +25,7 @@ def inputs(tmp_path):
     return save_tiny(tmp_path / "model"), write_jsonl(tmp_path / "pairs.jsonl", preference_rows(8))
 
 
+@pytest.mark.slow
 def test_own_training_loop(inputs, tmp_path):
     printed = run("own_training_loop.py", *inputs, "--steps", 12, "--output_dir", tmp_path / "out")
     losses = [float(x) for x in re.findall(r"loss (\S+)", printed)]
@@ -34,6 +35,7 @@ def test_own_training_loop(inputs, tmp_path):
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_in_trl(inputs, tmp_path):
     pytest.importorskip("trl")
     printed = run("in_trl.py", *inputs, "--max_steps", 12, "--output_dir", tmp_path / "out")

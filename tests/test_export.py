@@ -467,6 +467,7 @@ def test_an_export_has_the_checkpoints_type_whatever_this_cpu_multiplies_faster(
     assert found.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_the_command_exports_and_checks_in_another_process(saved, tmp_path, capsys):
     assert cli("export", saved / "adapter", "--output_dir", tmp_path / "out",
                "--strength", 0.5) == 0

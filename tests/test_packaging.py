@@ -125,6 +125,7 @@ def test_cuda_targets_can_be_narrowed(source, tmp_path):
             assert (f"code=sm_{arch} " in compiles[0]) == (arch in expected)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
 def test_one_build_serves_wheel_and_editable_installs(tmp_path):
     """The library of a real build, from the checkout's own objects, can be loaded."""

@@ -46,6 +46,7 @@ def lines(tmp_path, step):
     return [row for row in map(json.loads, text.splitlines()) if row["step"] == step]
 
 
+@pytest.mark.slow
 def test_the_three_steps_write_their_table_and_the_test_split_is_scored_once(
     bench, folders, tmp_path, capsys
 ):

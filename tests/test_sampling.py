@@ -97,6 +97,7 @@ def assert_drawn_from(exact: torch.Tensor, tokens: torch.Tensor) -> None:
     assert (surprise[tokens].mean() - entropy).abs() <= 5 * spread / math.sqrt(count) + 1e-5
 
 
+@pytest.mark.slow
 @needs_kernel
 @pytest.mark.parametrize("name", FILTERS)
 def test_the_kernel_follows_transformers_own_distribution(model, draws, name):

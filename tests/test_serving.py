@@ -17,7 +17,6 @@ import pytest
 import torch
 from tiny_models import save_tiny
 from transformers import pipeline
-from transformers.utils.import_utils import is_serve_available
 
 from qadapter import AdapterConfig, ObjectiveConfig, QAdapterModel
 from qadapter.base import load_tokenizer
@@ -100,8 +99,8 @@ def test_peft_with_the_trunks_lora(exports):
 @pytest.fixture(scope="module")
 def server(exports, tmp_path_factory):
     """``transformers serve`` on loopback with the merged model; its URL."""
-    if not is_serve_available():
-        pytest.skip("transformers serve needs transformers[serving] (fastapi, uvicorn, openai)")
+    for package in ("fastapi", "uvicorn", "openai"):
+        pytest.importorskip(package, reason="transformers serve needs transformers[serving]")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -144,6 +144,7 @@ def test_preferred_answers_are_scored_behind_their_prompts(place):
     assert words <= texts["num_tokens"] < words + prompts
 
 
+@pytest.mark.slow
 def test_the_base_may_learn_the_old_preference_first(place, capsys):
     """By DPO, merged into a checkpoint that everything else is put on; kept between runs."""
     folder, _ = place
@@ -306,6 +307,7 @@ def test_a_damaged_result_is_named(place, tmp_path, file, text):
     assert str(raised.value).startswith(str(tmp_path / "out" / file))
 
 
+@pytest.mark.slow
 def test_the_test_split_is_measured_on_request_and_recorded(place, capsys):
     folder, _ = place
     out = folder / "out"

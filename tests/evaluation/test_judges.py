@@ -96,6 +96,7 @@ def test_a_trained_judge_ranks_pairs_it_has_not_seen(which):
     assert np.array_equal(judge.compare(test.prompts, test.rejected, test.chosen), 1 - verdicts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", [0, 1])
 def test_on_shuffled_labels_a_judge_is_a_coin(which):
     """Over 160 pairs and five shuffles the standard error is about 0.02; folds of one model are

@@ -59,6 +59,7 @@ def trained(tmp_path, train, held_out):
     return evaluate_preferences(model, dataset, num_resamples=20)
 
 
+@pytest.mark.slow
 def test_training_on_shuffled_labels_learns_a_coin(tmp_path):
     """And on true labels it learns them, or this test could not fail."""
     rows = preference_rows(440)

@@ -17,6 +17,7 @@ from torch.testing import assert_close
 SCRIPT = Path(__file__).with_name("data_parallel_run.py")
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_evaluate_like_one(tmp_path):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))

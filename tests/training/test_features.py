@@ -232,6 +232,7 @@ def test_what_is_damaged_is_computed_again_and_alone(open_cache, tmp_path, damag
     assert open_cache()[1] == []
 
 
+@pytest.mark.slow
 def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(tmp_path, open_cache):
     """SIGKILL while the second shard is being written, by a process of its own."""
     script = (
