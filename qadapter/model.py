@@ -80,7 +80,6 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         self._trunk_cache = name_of_cache(trunk(base))
         self.generation_config = copy.deepcopy(base.generation_config)
         self.all_tied_weights_keys = {}
-        self._tp_plan = {}  # continuous batching looks something up in it (transformers 5.17)
         self.supports_gradient_checkpointing = self.adapts_trunk
         if hasattr(base, "hf_device_map"):  # trainers then leave it where it is
             self.hf_device_map = base.hf_device_map
