@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -26,6 +28,9 @@ from qadapter.policy import BASE
 
 if TYPE_CHECKING:
     from transformers.generation.continuous_batching import PagedAttentionCache
+
+CONTINUOUS_BATCHING = "5.19"
+"""The first transformers whose continuous batching runs this model right."""
 
 _KEYS_AND_VALUES = {"full_attention", "sliding_attention", "chunked_attention", "sparse_attention"}
 """Types of layers, in a configuration, that keep nothing else."""
@@ -261,7 +266,16 @@ class StreamedGeneration(GenerationMixin):
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers. A policy of several streams has to stay as it is until the manager
-        stops: its cache is made for them."""
+        stops: its cache is made for them.
+
+        Raises:
+            QAdapterError: the installed transformers is too old for it.
+        """
+        if Version(transformers.__version__) < Version(CONTINUOUS_BATCHING):
+            raise QAdapterError(
+                f"continuous batching needs transformers {CONTINUOUS_BATCHING} or newer, and "
+                f"{transformers.__version__} is installed: use generate, or upgrade it"
+            )
         streams = self._streams(None)
         if len(streams) == 1:
             return super().init_continuous_batching(*args, **kwargs)

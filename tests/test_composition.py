@@ -16,7 +16,7 @@ from naive import (
     stock,
     uncached,
 )
-from tiny_models import tiny_base
+from tiny_models import batches_continuously, tiny_base
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qadapter import AdapterConfig, ObjectiveConfig, QAdapterError, QAdapterModel
@@ -269,6 +269,7 @@ def test_only_streams_with_a_weight_run():
         assert rows == runs
 
 
+@batches_continuously
 def test_composed_loras_batch_continuously():
     models, theirs, base = loras(POLICY, POLICY)
     composed, weights = compose(models, (0.4, 0.9)), (0.4, 0.9)

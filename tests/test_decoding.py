@@ -11,6 +11,7 @@ import copy
 import peft
 import pytest
 import torch
+import transformers
 from naive import (
     LENGTH,
     MODES,
@@ -21,7 +22,7 @@ from naive import (
     stock,
     uncached,
 )
-from tiny_models import tiny_base
+from tiny_models import batches_continuously, tiny_base
 from transformers import DynamicCache, StaticCache, TextStreamer
 
 from qadapter import ObjectiveConfig, QAdapterError, QAdapterModel
@@ -236,6 +237,7 @@ def test_streamer(pair):
     assert streamer.tokens == naive.generate(ids, **LENGTH, strength=0.4)[0].tolist()
 
 
+@batches_continuously
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen3_moe"])
 @pytest.mark.parametrize("strength, streams", [(0.0, 1), (1.0, 1), (0.4, 2)])
 def test_continuous_batching(architecture, strength, streams):
@@ -249,6 +251,13 @@ def test_continuous_batching(architecture, strength, streams):
             torch.tensor([row]), max_new_tokens=6, do_sample=False, strength=strength
         )
         assert answer == expected[0, len(row):].tolist()
+
+
+def test_continuous_batching_of_an_older_transformers_is_refused(monkeypatch):
+    model, _ = lora_pair(POLICY)
+    monkeypatch.setattr(transformers, "__version__", "5.17.0")
+    with pytest.raises(QAdapterError, match=r"5\.17\.0 is installed: use generate"):
+        model.generate_batch(inputs=ROWS)
 
 
 def test_a_policy_stays_while_it_is_served():

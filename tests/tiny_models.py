@@ -7,13 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from data.tiny import chatml
+from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from qadapter import AdapterConfig, QAdapterModel
 from qadapter.cli import main
 from qadapter.data import as_preferences, tokenize_preferences
+from qadapter.decoding import CONTINUOUS_BATCHING
 
+batches_continuously = pytest.mark.skipif(
+    Version(transformers.__version__) < Version(CONTINUOUS_BATCHING),
+    reason=f"continuous batching needs transformers {CONTINUOUS_BATCHING}",
+)
 WORDS = ("blue", "green", "red", "hot", "short", "always", "never", "maybe")
 
 
