@@ -67,7 +67,8 @@ MIXED_PARTS = PARTS.replace(
 # As Gemma 4: a tool's reply is written into the turn that asked for it.
 REPLY_WITHIN = (
     "{% for m in messages %}{% if m.role != 'tool' %}" + _TURN + "{% if m.tool_calls %}"
-    "{{ m.tool_calls[0].function | tojson }}{{ messages[loop.index0 + 1].content }}"
+    "{{ m.tool_calls[0].function | tojson }}"
+    "{{ messages[loop.index0 + 1].content if not loop.last else '' }}"
     "{% endif %}{{ m.content + '<|eot|>' }}{% endif %}{% endfor %}" + _ASK
 )
 # What the assistant generates is marked, for transformers' own mask.
