@@ -43,6 +43,10 @@ class BradleyTerry(NamedTuple):
     """r of each action, [N]."""
 
 
+# Asked once: torch 2.8 can't trace the question in torch.compile.
+_AUTOCAST = {k for k in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(k)}
+
+
 def soft_value(
     adapter_logits: Tensor, base_logits: Tensor, actions: Tensor, *,
     alpha_0: float, alpha_tilde: float = 1.0, adapter_coef: float = 1.0, base_coef: float = 0.0,
@@ -321,7 +325,7 @@ def _check_head(
             raise ValueError(f"bias is on {bias.device}, weight on {weight.device}")
         _check_frozen("bias", bias)
     kind = weight.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    autocast = kind in _AUTOCAST and torch.is_autocast_enabled(kind)
     if autocast and weight.dtype != torch.float64:
         weight = weight.to(torch.get_autocast_dtype(kind))
     return weight, bias
