@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import time
 from pathlib import Path
@@ -140,9 +141,8 @@ def run_demo(
     folder = _demo_folder(output_dir)
     quiet_libraries()
 
-    loaded = load_base(
-        model_name_or_path, say=lambda line: console.print(line, highlight=False)
-    )
+    say = functools.partial(console.print, highlight=False, markup=False)
+    loaded = load_base(model_name_or_path, say=say)
     console.print(f"base: {loaded.name} — {loaded.reason}", highlight=False)
     started = time.monotonic()  # downloads and conversions are not the demo's own time
     tokenizer = load_tokenizer(loaded.name)
@@ -162,7 +162,8 @@ def run_demo(
     )
     trainer = QAdapterTrainer(
         model, arguments, train_dataset=train, processing_class=tokenizer,
-        retention_dataset=retention_texts,
+        retention_dataset=retention_texts, say=say,
+        reporter=functools.partial(progress_bar, console),
     )
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
