@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import os
@@ -23,6 +22,7 @@ from qadapter.export import export
 from qadapter.exporting import stock, verification
 from qadapter.exporting.approximation import fit_linear
 from qadapter.exporting.head import LinearPolicy
+from qadapter.head import LanguageModelHead
 
 Q = ObjectiveConfig(alpha_0=0.3, alpha_tilde=0.7, parametrization="q")
 IDS = torch.tensor([[5, 9, 11, 3, 20, 7, 33, 2, 90]])
@@ -162,10 +162,9 @@ def test_the_tolerance_is_that_of_rounding(tmp_path):
 
 def linear_policy(seed):
     torch.manual_seed(seed)
-    head = dataclasses.replace(
-        head_model().head, weight=torch.randn(200, 48).bfloat16(), bias=None, logit_scale=1.0
-    )
-    return LinearPolicy(head, torch.randn(4, 48), torch.randn(48, 4), 1.3, -0.2)
+    base = tiny_base(vocab_size=200, hidden_size=48).bfloat16()
+    torch.nn.init.normal_(base.get_output_embeddings().weight)
+    return LinearPolicy(LanguageModelHead(base), torch.randn(4, 48), torch.randn(48, 4), 1.3, -0.2)
 
 
 def test_sharded_like_the_base(here, tmp_path):

@@ -103,9 +103,8 @@ def test_whatever_reads_tokens_says_so(model, tokenizer):
 
 def test_retention_texts_of_a_trainer(model, tokenizer, tmp_path, monkeypatch):
     held = trainer(model, tokenizer, tmp_path, retention_dataset=["What color?", "So <act>"])
-    held._retention_states = None
     with pytest.raises(QAdapterError, match=r"retention text 1 holds the token '<act>'"):
-        held._retention_loss()
+        held.train()
 
 
 def test_padding_that_was_added_is_no_obstacle(tmp_path):

@@ -27,7 +27,7 @@ from qadapter.training.config import QAdapterConfig
 from qadapter.training.features import FeatureSet, compute_features, feature_bytes
 from qadapter.training.own_samples import load_or_sample
 from qadapter.training.placement import DiskRoom, place
-from qadapter.training.retention import RetentionStates
+from qadapter.training.retention import RetentionStates, token_sequences
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,10 @@ class BaseReading(Trainer):
         Raises:
             QAdapterError: it does not fit where it is to be kept; nothing was run then.
         """
+        if self._retention_texts is not None:  # what is wrong with them is told first
+            token_sequences(
+                self.model, self.processing_class, self._retention_texts, self.args.max_length
+            )
         if self.caches_features:
             held_out: dict[str, Any] = {}
             if self.args.eval_strategy != "no" and self.eval_dataset is not None:

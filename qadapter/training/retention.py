@@ -37,6 +37,25 @@ _BASE = Coefficients(alpha_0=0.0)
 _CHUNK_ROWS = 1024
 
 
+def token_sequences(
+    model: QAdapterModel, tokenizer: PreTrainedTokenizerBase | None,
+    texts: Iterable[str] | Iterable[tuple[list[int], list[int]]], max_length: int | None,
+) -> list[tuple[int, list[int]]]:
+    """Of each text its first state that counts and its token ids; arguments as RetentionStates'.
+
+    Raises:
+        QAdapterError: a token that the model does not know.
+    """
+    read = [
+        ([], tokenizer(text)["input_ids"]) if isinstance(text, str) else text for text in texts
+    ]
+    sequences = [[*prompt, *answer][:max_length] for prompt, answer in read]
+    check_sequences(sequences, model, tokenizer, "retention text")
+    return [
+        (max(len(prompt) - 1, 0), ids) for (prompt, _), ids in zip(read, sequences, strict=True)
+    ]
+
+
 class RetentionStates:
     """States of unrelated text and what the frozen base says there.
 
@@ -68,13 +87,7 @@ class RetentionStates:
         """The first state of each text that counts: the one its first scored token is predicted
         from."""
         device = model.head.weight.device
-        read = [
-            ([], tokenizer(text)["input_ids"]) if isinstance(text, str) else text for text in texts
-        ]
-        sequences = [[*prompt, *answer][:max_length] for prompt, answer in read]
-        check_sequences(sequences, model, tokenizer, "retention text")
-        for (prompt, _), ids in zip(read, sequences, strict=True):
-            first = max(len(prompt) - 1, 0)
+        for first, ids in token_sequences(model, tokenizer, texts, max_length):
             if len(ids) > first + 1:
                 self.texts.append(torch.tensor(ids, device=device))
                 self.first.append(first)
