@@ -234,7 +234,7 @@ def _arguments(folder: Path, size: Size, seed: int) -> QAdapterConfig:
     return QAdapterConfig(
         output_dir=str(folder), seed=seed, learning_rate=4e-4, num_train_epochs=size.epochs,
         per_device_train_batch_size=4, max_length=512, retention_coef=10.0, retention_states=128,
-        logging_steps=2, save_strategy="epoch", save_total_limit=1,
+        logging_steps=2, save_strategy="epoch", save_total_limit=1, feature_batch_tokens=2048,
         **dataclasses.asdict(OBJECTIVE),
     )
 
