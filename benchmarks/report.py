@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,8 @@ def _save(figure: Any, records: Sequence[Record], title: str, folder: Path) -> N
     import matplotlib.pyplot as plt
 
     where = records[0]["environment"]
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+    letters = int(9 * figure.get_figwidth())  # of this size in a line
+    figure.suptitle(textwrap.fill(title, letters), x=0.01, ha="left", fontsize=12)
     told = (
         where["machine"], where.get("instructions"), f"{where['threads']} threads",
         f"torch {where['torch']}", where["date"][:10], f"commit {where['commit']}",
