@@ -166,10 +166,14 @@ def base_without_weights(
     except Exception as error:
         raise QAdapterError(_load_failure(str(name_or_path), error)) from error
     _require_causal(config, name_or_path)
+    return _on_meta(config, trust_remote_code)
+
+
+def _on_meta(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel | None:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception:  # a model's own code; loading will say what is wrong with it
+    except Exception:  # a model's own code, or another task's; loading will say what is wrong
         return None
 
 
@@ -197,12 +201,8 @@ def auto_dtype(
 
 def _num_parameters(config: PretrainedConfig) -> int:
     """Of a causal LM, from its configuration alone; 0 where that doesn't tell."""
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    except Exception:  # code of its own, or another task's: loading it may still go well
-        return 0
-    return sum(parameter.numel() for parameter in model.parameters())
+    model = _on_meta(copy.deepcopy(config))
+    return 0 if model is None else sum(parameter.numel() for parameter in model.parameters())
 
 
 def as_loaded(

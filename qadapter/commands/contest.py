@@ -11,8 +11,8 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qadapter.commands import arguments as args
-from qadapter.commands.loading import load_model, say_left_out, saying
-from qadapter.console.progress import progress_bar
+from qadapter.commands.loading import load_model, say_left_out
+from qadapter.console.progress import progress_bar, saying
 from qadapter.data import (
     Prompt,
     load_preferences,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from qadapter import storage
 from qadapter.adapters import AdapterConfig
 from qadapter.base import base_without_weights, load_base, load_tokenizer, resolve_base
 from qadapter.commands.arguments import AdapterArguments, ModelArguments
-from qadapter.console.progress import progress_bar
+from qadapter.console.progress import progress_bar, saying
 from qadapter.data import (
     Prompt,
     PromptEncoder,
@@ -35,11 +34,6 @@ def say_base(name: str, console: Console) -> str:
     found = resolve_base(name, console.print)
     console.print(f"base: {found.name} ({found.reason})", highlight=False, markup=False)
     return found.name
-
-
-def saying(console: Console) -> Callable[[str], None]:
-    """Prints the lines that loading has to tell."""
-    return functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
 
 
 def loading_options(

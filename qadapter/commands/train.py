@@ -22,14 +22,13 @@ from qadapter.commands.loading import (
     check_without_weights,
     loading_options,
     say_base,
-    saying,
     settle_template,
 )
 from qadapter.commands.measuring import Measurements, check_texts, measure, read_measures
 from qadapter.commands.options import Group, command
 from qadapter.console.environment import devices, peak_rss_bytes, quiet_libraries, versions
 from qadapter.console.folders import RUN_FILES, check_output_dir, remove_files, telling_full_disk
-from qadapter.console.progress import TrainingProgress, progress_bar
+from qadapter.console.progress import TrainingProgress, progress_bar, saying
 from qadapter.data import (
     TokenizedPreferences,
     load_preferences,

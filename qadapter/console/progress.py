@@ -153,10 +153,10 @@ def progress_bar(
     """
     pace = Pace(description, unit)
     if not console.is_terminal:
-        with Heartbeat(pace.line, _sayer(console)):
+        with Heartbeat(pace.line, saying(console)):
             yield pace
         if closing:
-            _sayer(console)(f"{description}: {time.monotonic() - pace.start:.1f} s")
+            saying(console)(f"{description}: {time.monotonic() - pace.start:.1f} s")
         return
     with progress_bars(console) as bars:
         task = bars.add_task(description, total=None, rate="", note="")
@@ -170,7 +170,8 @@ def progress_bar(
         yield advance
 
 
-def _sayer(console: Console) -> Callable[[str], None]:
+def saying(console: Console) -> Callable[[str], None]:
+    """Prints the lines that long work, and loading, have to tell."""
     # Not wrapped at the width of no terminal: a line is a line.
     return lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)
 
@@ -199,7 +200,7 @@ class TrainingProgress(TrainerCallback):
             )
         else:
             self.heartbeat = Heartbeat(
-                lambda: (self.evaluation or self.pace).line(), _sayer(self.console)
+                lambda: (self.evaluation or self.pace).line(), saying(self.console)
             )
             self.heartbeat.__enter__()
 

@@ -22,7 +22,7 @@ from qadapter.base import load_base, load_tokenizer
 from qadapter.base_dtype import dtype_of
 from qadapter.console.environment import devices, peak_rss_bytes, quiet_libraries, versions
 from qadapter.console.folders import RUN_FILES, check_output_dir, remove_files, telling_full_disk
-from qadapter.console.progress import TrainingProgress, progress_bar
+from qadapter.console.progress import TrainingProgress, progress_bar, saying
 from qadapter.data import tokenize_preferences
 from qadapter.demo.manner import DESCRIPTION, keeps_manner
 from qadapter.evaluation import (
@@ -141,7 +141,7 @@ def run_demo(
     folder = _demo_folder(output_dir)
     quiet_libraries()
 
-    say = functools.partial(console.print, highlight=False, markup=False)
+    say = saying(console)
     loaded = load_base(model_name_or_path, say=say)
     console.print(f"base: {loaded.name} — {loaded.reason}", highlight=False)
     started = time.monotonic()  # downloads and conversions are not the demo's own time
