@@ -28,7 +28,7 @@ test: install
 # What multiplies on a processor with AVX-512 once more as on one without: torch's products by the
 # slower instructions. (The compiled kernels' own tests take every instruction set in turn.)
 test-avx2: install
-	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -n 2 tests/test_base.py \
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -n 2 tests/trunk/test_loading.py \
 		tests/test_objective.py tests/test_demo.py tests/training/test_trainer.py \
 		tests/kernels/test_linear.py tests/kernels/test_library.py tests/kernels/test_cpu_backend.py
 

@@ -17,7 +17,7 @@ import torch
 from harness import HEADS, Case, Timing, interleave, parser, start
 from torch import Tensor
 
-from qadapter.sampling import draw_by_lookup
+from qadapter.policy.sampling import draw_by_lookup
 from qadapter_kernels import dispatch
 from qadapter_kernels.reference import Coefficients
 

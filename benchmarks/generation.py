@@ -24,9 +24,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Cache, LlamaConfig, PreTrainedModel
 
 from qadapter import AdapterConfig, ObjectiveConfig, QAdapterModel
-from qadapter.base import load_base
-from qadapter.caches import CACHE
 from qadapter.exporting.trunk import merged_trunk
+from qadapter.trunk.caches import CACHE
+from qadapter.trunk.loading import load_base
 
 STRENGTH = 0.5
 SHAPES = {

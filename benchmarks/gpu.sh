@@ -85,7 +85,7 @@ print(f"{major}{minor}" + ("a" if (major, minor) in ((9, 0), (10, 0)) else ""))'
   workers=()  # Triton's compiler keeps a core busy while the GPU waits
   if "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n 4); fi
   run tests 110 "$PYTHON" "${test[@]}" "${workers[@]}" tests/kernels
-  run sampling 40 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_sampling.py
+  run sampling 40 "$PYTHON" -m pytest -q -p no:cacheprovider tests/policy/test_sampling.py
   if command -v compute-sanitizer >/dev/null; then
     run sanitizer 50 compute-sanitizer --error-exitcode 9 "$PYTHON" "${test[@]}" \
       tests/kernels/test_cuda_gpu.py -k "edge_of_support or rows_of_many_clusters"

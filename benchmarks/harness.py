@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qadapter.base_dtype import choose_for, dtype_name
+from qadapter.trunk.base_dtype import choose_for, dtype_name
 from qadapter_kernels import cpu_backend
 
 ROOT = Path(__file__).resolve().parents[1]

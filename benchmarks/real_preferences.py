@@ -48,14 +48,14 @@ from real_preferences_scores import (
 from torch import Tensor
 
 from qadapter import AdapterConfig, ObjectiveConfig, QAdapterModel
-from qadapter.base import cache_dir, load_tokenizer
 from qadapter.data import load_preferences, split_by_prompt, tokenize_preferences
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.bootstrap import ClusterBootstrap
 from qadapter.evaluation.preference import wins
-from qadapter.progress import silent, tqdm_bar
+from qadapter.system.progress import silent, tqdm_bar
 from qadapter.training import FeatureSet, QAdapterConfig, QAdapterTrainer
 from qadapter.training.feature_store import load_or_compute
+from qadapter.trunk.loading import cache_dir, load_tokenizer
 
 DATA = ROOT.parent / "shared" / "data"
 UNRELATED = ROOT / "qadapter" / "demo" / "data" / "unrelated.jsonl"

@@ -52,10 +52,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qadapter import AdapterConfig, ObjectiveConfig, QAdapterModel
 from qadapter.data.collation import PreferenceCollator
-from qadapter.head import trunk
 from qadapter.objective import find_actions, sequence_loss
-from qadapter.packing import Packing, hidden_states, packed_attention
 from qadapter.training.losses import batch_loss
+from qadapter.trunk.lm_head import trunk
+from qadapter.trunk.packing import Packing, hidden_states, packed_attention
 from qadapter_kernels import linear_logsumexp
 
 MODELS = SHAPES | {

@@ -12,26 +12,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qadapter.adapters import AdapterConfig
+    from qadapter.adapters.head_adapter import AdapterConfig
     from qadapter.errors import QAdapterError
-    from qadapter.model import QAdapterModel
     from qadapter.objective import (
         ObjectiveConfig,
         QAdapterLossOutput,
         linear_q_adapter_loss,
         q_adapter_loss,
     )
+    from qadapter.policy.model import QAdapterModel
     from qadapter.training import QAdapterConfig, QAdapterTrainer
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AdapterConfig": "qadapter.adapters",
+    "AdapterConfig": "qadapter.adapters.head_adapter",
     "ObjectiveConfig": "qadapter.objective",
     "QAdapterConfig": "qadapter.training",
     "QAdapterError": "qadapter.errors",
     "QAdapterLossOutput": "qadapter.objective",
-    "QAdapterModel": "qadapter.model",
+    "QAdapterModel": "qadapter.policy.model",
     "QAdapterTrainer": "qadapter.training",
     "linear_q_adapter_loss": "qadapter.objective",
     "q_adapter_loss": "qadapter.objective",

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from tiny_models import cli, preference_rows, save_tiny, write_jsonl
 
-from qadapter.base import base_without_weights
+from qadapter.trunk.loading import base_without_weights
 
 
 @pytest.fixture(scope="module")

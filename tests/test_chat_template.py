@@ -13,8 +13,8 @@ from tiny_models import cli, save_tiny, tiny_llama, write_jsonl
 from transformers import AutoTokenizer, GenerationConfig
 
 from qadapter import QAdapterConfig, QAdapterError, QAdapterModel, QAdapterTrainer
-from qadapter.composition import compose
 from qadapter.data import PromptEncoder, learn_end_of_turn, use_chat_template
+from qadapter.policy.composition import compose
 
 WORDS = "<|begin|>\n\nHuman: {}\n\nAssistant:"
 

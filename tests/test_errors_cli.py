@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from tiny_models import preference_rows, save_tiny, write_jsonl
 
-from qadapter import room
 from qadapter.cli import main
 from qadapter.evaluation import report
+from qadapter.system import room
 from qadapter.training import QAdapterTrainer
 
 
@@ -353,7 +353,7 @@ def no_space(*args, **kwargs):
 
 
 def test_no_space_for_a_checkpoint_keeps_the_earlier_ones(place, tmp_path, fails, monkeypatch):
-    from qadapter import storage
+    from qadapter.policy import storage
 
     saved, save_file = [], storage.save_file
 
@@ -373,7 +373,7 @@ def test_no_space_for_a_checkpoint_keeps_the_earlier_ones(place, tmp_path, fails
 def test_no_space_for_the_summary_keeps_the_adapter(place, tmp_path, fails, monkeypatch):
     monkeypatch.setattr(report.os, "replace", no_space)
     # The adapter's own files are replaced into place by the same call: only the report's fails.
-    from qadapter import storage
+    from qadapter.policy import storage
     monkeypatch.setattr(storage, "os", type("os", (), {"replace": staticmethod(shutil.move)}))
     line = fails(*train(place, "--output_dir", tmp_path))
     assert line.startswith(f"error: {tmp_path}: no space left on the device; what was written")

@@ -16,12 +16,12 @@ from second_device import SECOND, SecondDevice
 from tiny_models import tiny_base
 
 from qadapter import AdapterConfig, ObjectiveConfig, QAdapterError, QAdapterModel
-from qadapter.composition import compose
 from qadapter.evaluation.scoring import Scorer, evaluating
-from qadapter.sampling import fused_sample
+from qadapter.policy.composition import compose
+from qadapter.policy.sampling import fused_sample
 from qadapter.training.losses import batch_loss
 from qadapter.training.retention import RetentionStates
-from qadapter.trunk_memo import TrunkMemo
+from qadapter.trunk.memo import TrunkMemo
 
 POLICY = ObjectiveConfig(alpha_0=0.5, alpha_tilde=2.0)
 EQUAL = ObjectiveConfig(alpha_0=0.5, alpha_tilde=0.5)

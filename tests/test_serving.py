@@ -19,10 +19,10 @@ from tiny_models import save_tiny
 from transformers import pipeline
 
 from qadapter import AdapterConfig, ObjectiveConfig, QAdapterModel
-from qadapter.base import load_tokenizer
 from qadapter.evaluation import generate_answers
-from qadapter.export import export
 from qadapter.exporting import stock, verification
+from qadapter.exporting.export import export
+from qadapter.trunk.loading import load_tokenizer
 
 QUESTION = [{"role": "user", "content": "What color is the sky?"}]
 TOKENS = 12

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from qadapter import AdapterConfig, QAdapterModel
 from qadapter.cli import main
 from qadapter.data import as_preferences, tokenize_preferences
-from qadapter.decoding import CONTINUOUS_BATCHING
+from qadapter.policy.decoding import CONTINUOUS_BATCHING
 
 batches_continuously = pytest.mark.skipif(
     Version(transformers.__version__) < Version(CONTINUOUS_BATCHING),

@@ -36,7 +36,7 @@ from qadapter.evaluation.judges.contest import AnswerStore, Draws, Verdict, hold
 from qadapter.evaluation.judges.endpoint import PROMPT_FILE, EndpointJudge, JudgePrompt
 from qadapter.evaluation.judges.reward_model import SequenceClassificationJudge
 from qadapter.evaluation.report import Value
-from qadapter.model import QAdapterModel
+from qadapter.policy.model import QAdapterModel
 
 ANSWERS, JUDGEMENTS = "answers.jsonl", "judgements.jsonl"
 NUM_RESAMPLES = 2000

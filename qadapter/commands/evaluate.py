@@ -9,7 +9,6 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from qadapter.base_dtype import dtype_of
 from qadapter.commands import arguments as args
 from qadapter.commands.knowledge import Knowledge, check_knowledge, measure_knowledge
 from qadapter.commands.loading import load_model
@@ -27,6 +26,7 @@ from qadapter.data import PreparationReport, check_pairs, load_preferences, toke
 from qadapter.errors import QAdapterError
 from qadapter.evaluation import PreferenceResult, comparison_table, write_report
 from qadapter.evaluation.report import Section, comparison_markdown, write_json, write_text
+from qadapter.trunk.base_dtype import dtype_of
 
 NOTE = "Brackets: 95% intervals; change: customised − base on the same examples."
 GROUPS = (

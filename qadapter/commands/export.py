@@ -16,8 +16,8 @@ from qadapter.console.environment import quiet_libraries
 from qadapter.console.folders import telling_full_disk
 from qadapter.data import read_texts
 from qadapter.errors import QAdapterError
-from qadapter.export import FORMS, ExportReport, export
-from qadapter.model import QAdapterModel
+from qadapter.exporting.export import FORMS, ExportReport, export
+from qadapter.policy.model import QAdapterModel
 
 
 @dataclass

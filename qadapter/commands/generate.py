@@ -22,7 +22,7 @@ from qadapter.errors import QAdapterError
 from qadapter.evaluation.answers import generate_answers, with_system
 from qadapter.evaluation.report import write_text
 from qadapter.evaluation.token_rewards import best_of_n
-from qadapter.model import QAdapterModel
+from qadapter.policy.model import QAdapterModel
 
 GROUPS = (
     Group(args.AdapterArguments, "Model", (

@@ -7,8 +7,8 @@ import os
 from rich.console import Console
 from rich.table import Table
 
-from qadapter.base import cache_dir
 from qadapter.console.environment import devices, versions
+from qadapter.trunk.loading import cache_dir
 from qadapter_kernels import backends
 from qadapter_kernels.dispatch import ENVIRONMENT_VARIABLE
 

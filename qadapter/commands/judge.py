@@ -13,7 +13,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from qadapter.base_dtype import dtype_of
 from qadapter.commands import arguments as args
 from qadapter.commands.contest import (
     ANSWERS,
@@ -46,7 +45,8 @@ from qadapter.evaluation.judges.contest import COLUMNS, Verdict, verdict_cells
 from qadapter.evaluation.judges.endpoint import EndpointJudge, check_url
 from qadapter.evaluation.judges.trained import TrainedJudge
 from qadapter.evaluation.report import Section, Value, format_value, write_json, write_report
-from qadapter.hashing import file_sha256
+from qadapter.trunk.base_dtype import dtype_of
+from qadapter.trunk.hashing import file_sha256
 
 GROUPS = (
     Group(args.AdapterArguments, "Model", (

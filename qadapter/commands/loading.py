@@ -12,9 +12,7 @@ from peft import PeftConfig, inject_adapter_in_model
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qadapter import storage
-from qadapter.adapters import AdapterConfig
-from qadapter.base import base_without_weights, load_base, load_tokenizer, resolve_base
+from qadapter.adapters.head_adapter import AdapterConfig
 from qadapter.commands.arguments import AdapterArguments, ModelArguments
 from qadapter.console.progress import progress_bar, saying
 from qadapter.data import (
@@ -26,7 +24,9 @@ from qadapter.data import (
 )
 from qadapter.data.templates import default_of
 from qadapter.errors import QAdapterError
-from qadapter.model import QAdapterModel
+from qadapter.policy import storage
+from qadapter.policy.model import QAdapterModel
+from qadapter.trunk.loading import base_without_weights, load_base, load_tokenizer, resolve_base
 
 
 def say_base(name: str, console: Console) -> str:

@@ -34,7 +34,7 @@ from qadapter.evaluation.report import (
     preference_rows,
     retention_rows,
 )
-from qadapter.model import QAdapterModel
+from qadapter.policy.model import QAdapterModel
 
 OWN_ANSWERS = "the base's own answers"
 SHOWN_ANSWERS = 3

@@ -20,7 +20,7 @@ import yaml
 from rich.markup import escape
 from typer.core import TyperCommand
 
-from qadapter import strict_yaml
+from qadapter.console import strict_yaml
 from qadapter.errors import QAdapterError, nearest
 
 _METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT", None: "YAML"}

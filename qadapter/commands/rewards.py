@@ -24,7 +24,7 @@ from qadapter.evaluation.token_rewards import (
     reward_pairs,
     summarize,
 )
-from qadapter.model import QAdapterModel
+from qadapter.policy.model import QAdapterModel
 
 
 @dataclass

@@ -14,9 +14,6 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from qadapter import storage
-from qadapter.base import load_tokenizer
-from qadapter.base_dtype import dtype_of
 from qadapter.commands import arguments as args
 from qadapter.commands.loading import (
     check_without_weights,
@@ -45,8 +42,11 @@ from qadapter.evaluation import (
     write_report,
 )
 from qadapter.evaluation.report import Section, pictures_markdown, write_json
+from qadapter.policy import storage
 from qadapter.training import QAdapterConfig, QAdapterTrainer, checks
 from qadapter.training.checkpoints import find_checkpoint
+from qadapter.trunk.base_dtype import dtype_of
+from qadapter.trunk.loading import load_tokenizer
 
 _DATA = (
     "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from qadapter.adapters import AdapterConfig
+from qadapter.adapters.head_adapter import AdapterConfig
 from qadapter.objective import ObjectiveConfig
 
 BASE = "base"

@@ -12,16 +12,16 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from qadapter.adapters import AdapterConfig
-from qadapter.base import LoadedBase
+from qadapter.adapters.head_adapter import AdapterConfig
 from qadapter.compare.config import FIRST_NAME, FirstSpec
 from qadapter.compare.data import PreferenceData
 from qadapter.evaluation import evaluate_preferences
 from qadapter.evaluation.report import write_json
-from qadapter.export import export
-from qadapter.model import QAdapterModel
+from qadapter.exporting.export import export
 from qadapter.objective import ObjectiveConfig
+from qadapter.policy.model import QAdapterModel
 from qadapter.training import QAdapterConfig, QAdapterTrainer
+from qadapter.trunk.loading import LoadedBase
 
 
 def teach_first(

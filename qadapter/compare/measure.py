@@ -25,7 +25,7 @@ from qadapter.evaluation import (
 from qadapter.evaluation.answers import with_system
 from qadapter.evaluation.judges import judged_gain, score_draws
 from qadapter.evaluation.judges.contest import texts as texts_of
-from qadapter.model import QAdapterModel
+from qadapter.policy.model import QAdapterModel
 
 _PLAIN = ("reliability_bins",)
 """Of ``PreferenceResult.as_dict``, what is too much for a table of many runs."""

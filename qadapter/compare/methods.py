@@ -23,8 +23,8 @@ from qadapter.compare.config import DPO, RLOO, SFT, CompareConfig, Method, QAdap
 from qadapter.compare.workbench import Workbench
 from qadapter.data import PlainText, Prompt, messages_of
 from qadapter.errors import QAdapterError
-from qadapter.model import QAdapterModel
 from qadapter.objective import ObjectiveConfig
+from qadapter.policy.model import QAdapterModel
 from qadapter.training import QAdapterConfig, QAdapterTrainer
 
 Probe = Callable[[QAdapterModel], dict[str, Any]]

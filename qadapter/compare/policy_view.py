@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from trl.trainer.utils import FusedCausalLMOutput
 
 from qadapter.errors import QAdapterError
-from qadapter.model import QAdapterModel
+from qadapter.policy.model import QAdapterModel
 from qadapter_kernels import Coefficients
 
 _STREAM = Coefficients(alpha_0=0.0)

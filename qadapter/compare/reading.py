@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from transformers import SchedulerType
 
-from qadapter import strict_yaml
 from qadapter.compare.config import (
     BASE,
     METHODS,
@@ -29,8 +28,9 @@ from qadapter.compare.config import (
     folder_name,
     swept,
 )
+from qadapter.console import strict_yaml
 from qadapter.errors import QAdapterError, nearest
-from qadapter.hashing import file_sha256
+from qadapter.trunk.hashing import file_sha256
 
 
 def read_config(path: str | Path) -> CompareConfig:

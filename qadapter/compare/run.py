@@ -19,8 +19,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qadapter import storage
-from qadapter.base_dtype import dtype_of
 from qadapter.compare.config import (
     BASE,
     CONFIG_NAME,
@@ -40,7 +38,9 @@ from qadapter.compare.workbench import Workbench
 from qadapter.errors import QAdapterError, nearest
 from qadapter.evaluation.judges import pair_accuracy, preference_texts
 from qadapter.evaluation.report import write_json
-from qadapter.model import QAdapterModel
+from qadapter.policy import storage
+from qadapter.policy.model import QAdapterModel
+from qadapter.trunk.base_dtype import dtype_of
 
 TRAINING_NAME = "training.json"
 

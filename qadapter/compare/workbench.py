@@ -11,8 +11,7 @@ import torch
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
 
-from qadapter.adapters import AdapterConfig
-from qadapter.base import LoadedBase, load_base, load_tokenizer, resolve_base
+from qadapter.adapters.head_adapter import AdapterConfig
 from qadapter.compare.config import (
     ANSWERS_NAME,
     FIRST_NAME,
@@ -37,9 +36,10 @@ from qadapter.evaluation.judges import (
     score_draws,
 )
 from qadapter.evaluation.judges.contest import AnswerStore, Draws, texts
-from qadapter.model import QAdapterModel
 from qadapter.objective import ObjectiveConfig
-from qadapter.trunk_memo import TrunkMemo
+from qadapter.policy.model import QAdapterModel
+from qadapter.trunk.loading import LoadedBase, load_base, load_tokenizer, resolve_base
+from qadapter.trunk.memo import TrunkMemo
 
 
 class Workbench:

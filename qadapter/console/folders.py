@@ -8,9 +8,9 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from qadapter import storage
 from qadapter.errors import QAdapterError
-from qadapter.room import require_writable
+from qadapter.policy import storage
+from qadapter.system.room import require_writable
 
 RUN_FILES = (
     storage.WEIGHTS_NAME, storage.CONFIG_NAME, "summary.json", "metrics.jsonl", "report.md",

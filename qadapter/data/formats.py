@@ -16,7 +16,7 @@ from qadapter.data.messages import Message, normal_messages
 from qadapter.data.report import BadRow
 from qadapter.data.rows import Row
 from qadapter.errors import QAdapterError
-from qadapter.textfiles import is_unicode
+from qadapter.system.textfiles import is_unicode
 
 Kind = Literal["text", "messages", "tokenized"]
 

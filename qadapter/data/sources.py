@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, constants
 from qadapter.data.rows import ArrowRows, ListRows, ParquetRows, Row, Rows
 from qadapter.data.split_files import choose_files, files_of_readme
 from qadapter.errors import QAdapterError
-from qadapter.textfiles import decode, read_bytes, split_lines
+from qadapter.system.textfiles import decode, read_bytes, split_lines
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 # Files that `datasets` and the hub keep beside the data.

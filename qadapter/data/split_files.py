@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from qadapter.errors import QAdapterError, nearest
-from qadapter.textfiles import read_text
+from qadapter.system.textfiles import read_text
 
 # The words by which `datasets` tells splits apart.
 _KINDS = {

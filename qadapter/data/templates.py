@@ -11,7 +11,7 @@ from transformers.utils import CHAT_TEMPLATE_FILE
 from qadapter.data.chat import ChatTemplate
 from qadapter.data.encoding import special_prefix
 from qadapter.errors import QAdapterError
-from qadapter.textfiles import read_text
+from qadapter.system.textfiles import read_text
 
 PLAIN = "plain"
 """Names the template that comes with us: roles as words, as HH-RLHF's transcripts have them."""

@@ -11,7 +11,7 @@ from qadapter.data.formats import extras_of
 from qadapter.data.messages import normal_messages
 from qadapter.data.report import BadRow
 from qadapter.errors import QAdapterError
-from qadapter.textfiles import is_unicode, read_text, split_lines
+from qadapter.system.textfiles import is_unicode, read_text, split_lines
 
 _SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 

@@ -10,7 +10,7 @@ import re
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from qadapter.errors import QAdapterError
-from qadapter.textfiles import is_unicode
+from qadapter.system.textfiles import is_unicode
 
 _LONG = 20_000
 """Characters from which on the shortcuts are worth their checks."""

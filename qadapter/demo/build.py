@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from qadapter.base import load_base, load_tokenizer
+from qadapter.trunk.loading import load_base, load_tokenizer
 
 DATA = Path(__file__).parent / "data"
 ANSWERS = DATA / "answers.jsonl"

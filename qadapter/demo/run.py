@@ -17,9 +17,7 @@ from rich.text import Text
 from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from qadapter.adapters import AdapterConfig
-from qadapter.base import load_base, load_tokenizer
-from qadapter.base_dtype import dtype_of
+from qadapter.adapters.head_adapter import AdapterConfig
 from qadapter.console.environment import devices, peak_rss_bytes, quiet_libraries, versions
 from qadapter.console.folders import RUN_FILES, check_output_dir, remove_files, telling_full_disk
 from qadapter.console.progress import TrainingProgress, progress_bar, saying
@@ -49,9 +47,11 @@ from qadapter.evaluation.report import (
     retention_rows,
     write_json,
 )
-from qadapter.model import QAdapterModel
 from qadapter.objective import ObjectiveConfig
+from qadapter.policy.model import QAdapterModel
 from qadapter.training import QAdapterConfig, QAdapterTrainer
+from qadapter.trunk.base_dtype import dtype_of
+from qadapter.trunk.loading import load_base, load_tokenizer
 
 DATA = Path(__file__).parent / "data"
 OBJECTIVE = ObjectiveConfig(alpha_0=0.1, alpha_tilde=0.1)

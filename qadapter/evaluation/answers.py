@@ -21,8 +21,8 @@ from qadapter.data import (
 )
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.scoring import evaluating
-from qadapter.model import QAdapterModel
-from qadapter.sampling import fused_sample
+from qadapter.policy.model import QAdapterModel
+from qadapter.policy.sampling import fused_sample
 
 
 @dataclass(frozen=True)

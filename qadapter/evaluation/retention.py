@@ -16,8 +16,8 @@ from qadapter.data import check_sequences
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.bootstrap import ClusterBootstrap, Estimate
 from qadapter.evaluation.scoring import Scorer, evaluating
-from qadapter.model import QAdapterModel
-from qadapter.textfiles import check_unicode
+from qadapter.policy.model import QAdapterModel
+from qadapter.system.textfiles import check_unicode
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qadapter.head import LanguageModelHead, trunk
-from qadapter.model import QAdapterModel
-from qadapter.packing import hidden_rows, packed_attention
-from qadapter.policy import Policy
+from qadapter.policy.dial import Policy
+from qadapter.policy.model import QAdapterModel
+from qadapter.trunk.lm_head import LanguageModelHead, trunk
+from qadapter.trunk.packing import hidden_rows, packed_attention
 from qadapter_kernels import Coefficients, SoftValue, soft_value
 from qadapter_kernels.reference import accumulation_dtype, weighted_sum
 

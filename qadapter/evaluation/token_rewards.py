@@ -18,7 +18,7 @@ from qadapter.data import Prompt, check_sequences
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.answers import Answer, encode_prompt, generate_answers
 from qadapter.evaluation.scoring import evaluating
-from qadapter.model import QAdapterModel
+from qadapter.policy.model import QAdapterModel
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""What ``qadapter.export`` is made of: weights, files, and the check in a process without us."""
+"""A policy as files for engines that don't know us, and their check in a process without us."""

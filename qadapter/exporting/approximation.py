@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qadapter.adapters import HeadAdapter
+from qadapter.adapters.head_adapter import HeadAdapter
 from qadapter.errors import QAdapterError
 from qadapter.exporting.head import LinearPolicy
-from qadapter.head import LanguageModelHead, input_device
-from qadapter.model import QAdapterModel
+from qadapter.trunk.lm_head import LanguageModelHead, input_device
+
+if TYPE_CHECKING:
+    from qadapter.policy.model import QAdapterModel
 
 _RIDGE = 1e-3
 """Of the mean squared feature: directions that the texts hardly show are left alone."""

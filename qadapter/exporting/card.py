@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from qadapter.exporting.approximation import Approximation
 from qadapter.exporting.verification import Check
-from qadapter.model import QAdapterModel
+
+if TYPE_CHECKING:
+    from qadapter.policy.model import QAdapterModel
 
 _SERVING = {
     "merged": (

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qadapter.head import LanguageModelHead
+from qadapter.trunk.lm_head import LanguageModelHead
 
 _ROWS = 8192
 """Rows of the vocabulary held in float64 at a time."""

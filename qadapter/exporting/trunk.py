@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftConfig
@@ -12,10 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qadapter.base import shell_of
 from qadapter.exporting.checkpoints import output_layer, replace_head
-from qadapter.model import QAdapterModel
-from qadapter.storage import WEIGHTS_NAME
+from qadapter.policy.storage import WEIGHTS_NAME
+from qadapter.trunk.loading import shell_of
+
+if TYPE_CHECKING:
+    from qadapter.policy.model import QAdapterModel
 
 _MARGIN = 4.0
 """Merging rounds the adapted weights once, as every product of the trunk rounds its result; that

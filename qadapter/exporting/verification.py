@@ -15,17 +15,19 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from qadapter.caches import name_of_cache
 from qadapter.errors import QAdapterError
-from qadapter.head import input_device, trunk
-from qadapter.model import QAdapterModel
+from qadapter.trunk.caches import name_of_cache
+from qadapter.trunk.lm_head import input_device, trunk
+
+if TYPE_CHECKING:
+    from qadapter.policy.model import QAdapterModel
 
 PROMPTS = (
     "The capital of France is",

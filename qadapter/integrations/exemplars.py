@@ -24,7 +24,7 @@ from qadapter.errors import QAdapterError
 from qadapter.evaluation.bootstrap import ClusterBootstrap
 from qadapter.evaluation.scoring import Scorer, evaluating
 from qadapter.integrations.lm_eval import TaskComparison, import_harness
-from qadapter.model import QAdapterModel
+from qadapter.policy.model import QAdapterModel
 
 NAME = "exemplar probe"
 # Source → (files under the harness's tasks, key of the question).

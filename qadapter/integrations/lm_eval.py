@@ -21,7 +21,7 @@ from qadapter.evaluation.answers import at_strength
 from qadapter.evaluation.bootstrap import ClusterBootstrap, Estimate
 from qadapter.evaluation.report import Row
 from qadapter.evaluation.scoring import evaluating
-from qadapter.model import QAdapterModel
+from qadapter.policy.model import QAdapterModel
 
 _Z95 = 1.959963984540054
 

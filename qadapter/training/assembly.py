@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, set_seed
 
 from qadapter.errors import QAdapterError
-from qadapter.model import QAdapterModel
+from qadapter.policy.model import QAdapterModel
 from qadapter.training.config import QAdapterConfig
 from qadapter.training.features import FeatureCollator, PairFeatures
 

@@ -16,12 +16,12 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from qadapter.adapters import HeadAdapter
+from qadapter.adapters.head_adapter import HeadAdapter
 from qadapter.data import padding_id
 from qadapter.errors import QAdapterError
-from qadapter.model import QAdapterModel
-from qadapter.progress import Progress, Reporter, silent, tqdm_bar
-from qadapter.room import available_memory, free_disk
+from qadapter.policy.model import QAdapterModel
+from qadapter.system.progress import Progress, Reporter, silent, tqdm_bar
+from qadapter.system.room import available_memory, free_disk
 from qadapter.training import feature_store
 from qadapter.training.config import QAdapterConfig
 from qadapter.training.features import FeatureSet, compute_features, feature_bytes

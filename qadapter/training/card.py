@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from qadapter import storage
+from qadapter.policy import storage
 
 if TYPE_CHECKING:
     from qadapter.training.trainer import QAdapterTrainer

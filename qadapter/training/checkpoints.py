@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Trainer, TrainerState
 
-from qadapter import storage
 from qadapter.errors import QAdapterError
+from qadapter.policy import storage
 from qadapter.training import card
 
 CHECKPOINT_STATE = "trainer_state.json"

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 from transformers import TrainingArguments
 
-from qadapter.adapters import AdapterConfig
+from qadapter.adapters.head_adapter import AdapterConfig
 from qadapter.errors import QAdapterError
 from qadapter.objective import ObjectiveConfig
 from qadapter.training import checks

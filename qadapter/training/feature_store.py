@@ -24,15 +24,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-from qadapter.base import cache_dir as default_cache_dir
 from qadapter.data import fingerprint
 from qadapter.errors import QAdapterError
-from qadapter.hashing import file_sha256
-from qadapter.identity import sampled
-from qadapter.locking import exclusive
-from qadapter.model import QAdapterModel
-from qadapter.progress import Progress
-from qadapter.room import require_writable
+from qadapter.policy.model import QAdapterModel
+from qadapter.system.locking import exclusive
+from qadapter.system.progress import Progress
+from qadapter.system.room import require_writable
 from qadapter.training.features import (
     FeatureSet,
     Shard,
@@ -41,6 +38,9 @@ from qadapter.training.features import (
     feature_bytes,
     token_counts,
 )
+from qadapter.trunk.hashing import file_sha256
+from qadapter.trunk.identity import sampled
+from qadapter.trunk.loading import cache_dir as default_cache_dir
 
 FORMAT_VERSION = 1
 MIB = 1 << 20

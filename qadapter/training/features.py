@@ -21,10 +21,10 @@ from datasets import Dataset
 from torch import Tensor
 
 from qadapter.errors import QAdapterError
-from qadapter.head import input_device
-from qadapter.model import QAdapterModel
-from qadapter.packing import Packing, hidden_states, packed_attention
-from qadapter.progress import Progress
+from qadapter.policy.model import QAdapterModel
+from qadapter.system.progress import Progress
+from qadapter.trunk.lm_head import input_device
+from qadapter.trunk.packing import Packing, hidden_states, packed_attention
 from qadapter_kernels import linear_logsumexp
 
 _SIDES = ("chosen", "rejected")

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qadapter.model import QAdapterModel
 from qadapter.objective import find_actions, policy_logprob, sequence_loss
+from qadapter.policy.model import QAdapterModel
 
 PER_PAIR = (
     "preference_loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies",

@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from qadapter.base import cache_dir as default_cache_dir
 from qadapter.data import padding_id
 from qadapter.errors import QAdapterError
-from qadapter.head import input_device
-from qadapter.locking import exclusive
-from qadapter.model import QAdapterModel
-from qadapter.progress import Progress
-from qadapter.sampling import fused_sample
+from qadapter.policy.model import QAdapterModel
+from qadapter.policy.sampling import fused_sample
+from qadapter.system.locking import exclusive
+from qadapter.system.progress import Progress
+from qadapter.trunk.lm_head import input_device
+from qadapter.trunk.loading import cache_dir as default_cache_dir
 
 COUNT, MAX_NEW_TOKENS, BATCH_SIZE, SEED = 96, 64, 16, 0
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from qadapter.errors import QAdapterError
-from qadapter.room import size
+from qadapter.system.room import size
 
 _SHARE = 0.5
 """Of the available memory that features take unasked: training needs some too."""

@@ -25,11 +25,11 @@ from transformers import PreTrainedTokenizerBase
 from qadapter.data import check_sequences
 from qadapter.data.rows import rows_of
 from qadapter.errors import QAdapterError
-from qadapter.head import input_device
-from qadapter.model import QAdapterModel
-from qadapter.progress import Progress
-from qadapter.room import available_memory, size
-from qadapter.textfiles import check_unicode
+from qadapter.policy.model import QAdapterModel
+from qadapter.system.progress import Progress
+from qadapter.system.room import available_memory, size
+from qadapter.system.textfiles import check_unicode
+from qadapter.trunk.lm_head import input_device
 from qadapter_kernels import Coefficients
 
 _BASE = Coefficients(alpha_0=0.0)

@@ -18,7 +18,6 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
 
-from qadapter.base import load_tokenizer
 from qadapter.data import (
     PreferenceCollator,
     PreparationReport,
@@ -30,9 +29,9 @@ from qadapter.data import (
 from qadapter.data.templates import default_of
 from qadapter.data.tokenization import TokenizedPreferences
 from qadapter.errors import QAdapterError
-from qadapter.model import QAdapterModel
-from qadapter.progress import Reporter
-from qadapter.room import require_writable
+from qadapter.policy.model import QAdapterModel
+from qadapter.system.progress import Reporter
+from qadapter.system.room import require_writable
 from qadapter.training import card, checks
 from qadapter.training.assembly import EitherCollator, as_qadapter_model
 from qadapter.training.base_reading import BaseReading
@@ -41,6 +40,7 @@ from qadapter.training.config import RETENTION_COEF, QAdapterConfig
 from qadapter.training.features import FeatureCollator, FeatureSet
 from qadapter.training.losses import Totals, averages, batch_loss, count
 from qadapter.training.retention import as_texts
+from qadapter.trunk.loading import load_tokenizer
 
 
 class QAdapterTrainer(BaseReading, AdapterCheckpoints):

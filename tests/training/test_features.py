@@ -18,10 +18,10 @@ from training_tiny import build_model, build_pairs, build_tokenizer
 from qadapter import ObjectiveConfig, QAdapterError
 from qadapter.data import PreferenceCollator, tokenize_preferences
 from qadapter.objective import find_actions
-from qadapter.packing import Packing, packed_attention
 from qadapter.training import feature_store, features
 from qadapter.training.feature_store import load_or_compute
 from qadapter.training.features import FeatureCollator, compute_features
+from qadapter.trunk.packing import Packing, packed_attention
 
 LIMIT = 64
 

@@ -26,7 +26,7 @@ from qadapter.data import Prompt
 from qadapter.errors import QAdapterError, nearest
 from qadapter.evaluation.judges.interface import Judge, Progress, check_lengths
 from qadapter.evaluation.judges.texts import prompt_text
-from qadapter.textfiles import read_text
+from qadapter.system.textfiles import read_text
 
 PROMPT_FILE = Path(__file__).with_name("endpoint_prompt.yaml")
 ATTEMPTS = 3

@@ -14,7 +14,6 @@ from transformers import (
     BatchEncoding,
 )
 
-from qadapter.base import auto_dtype
 from qadapter.data import Prompt
 from qadapter.data.chat import ChatTemplate
 from qadapter.data.messages import answered
@@ -23,6 +22,7 @@ from qadapter.errors import QAdapterError
 from qadapter.evaluation.judges.interface import Progress, RewardJudge, check_lengths
 from qadapter.evaluation.judges.texts import judged_messages, prompt_text
 from qadapter.evaluation.scoring import evaluating
+from qadapter.trunk.loading import auto_dtype
 
 
 class SequenceClassificationJudge(RewardJudge):

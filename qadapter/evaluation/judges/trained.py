@@ -26,8 +26,8 @@ from qadapter.errors import QAdapterError
 from qadapter.evaluation.judges.interface import Progress, RewardJudge, check_lengths, wins
 from qadapter.evaluation.judges.texts import PreferenceTexts
 from qadapter.evaluation.scoring import evaluating
-from qadapter.head import trunk
-from qadapter.model import QAdapterModel
+from qadapter.policy.model import QAdapterModel
+from qadapter.trunk.lm_head import trunk
 
 Encoded = tuple[tuple[int, ...], int]
 """Token ids of prompt and answer, and where the answer begins."""

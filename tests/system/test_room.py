@@ -4,7 +4,7 @@ import resource
 
 import pytest
 
-from qadapter import room
+from qadapter.system import room
 
 GIB = 1 << 30
 

@@ -20,7 +20,7 @@ from tiny_models import batches_continuously, tiny_base
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qadapter import AdapterConfig, ObjectiveConfig, QAdapterError, QAdapterModel
-from qadapter.composition import compose
+from qadapter.policy.composition import compose
 
 EQUAL = ObjectiveConfig(alpha_0=0.7, alpha_tilde=0.7)
 POLICY = ObjectiveConfig(alpha_0=0.5, alpha_tilde=2.0)

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qadapter.base import LoadedBase
 from qadapter.errors import QAdapterError
-from qadapter.head import head_weight
+from qadapter.trunk.lm_head import head_weight
+from qadapter.trunk.loading import LoadedBase
 
 _SAMPLES = 64
 """Elements of each of the base's tensors that enter its identity."""

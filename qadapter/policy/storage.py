@@ -23,16 +23,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils import CHAT_TEMPLATE_FILE
 
-from qadapter.adapters import AdapterConfig, HeadAdapter
+from qadapter.adapters.head_adapter import AdapterConfig, HeadAdapter
 from qadapter.errors import QAdapterError
-from qadapter.identity import BaseIdentity
 from qadapter.objective import ObjectiveConfig
-from qadapter.textfiles import read_text
+from qadapter.system.textfiles import read_text
+from qadapter.trunk.identity import BaseIdentity
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-    from qadapter.lora import LoraAdapter
+    from qadapter.adapters.lora import LoraAdapter
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "qadapter_config.json"

@@ -24,11 +24,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qadapter.base import shell_of
+from qadapter.adapters.gating import (
+    GatedDropout,
+    PutStreams,
+    RowsOfStreams,
+    frozen_module,
+    sums_adapters,
+)
+from qadapter.adapters.streams import BASE
 from qadapter.errors import QAdapterError
-from qadapter.gating import GatedDropout, PutStreams, RowsOfStreams, frozen_module, sums_adapters
-from qadapter.head import input_device, trunk
-from qadapter.policy import BASE
+from qadapter.trunk.lm_head import input_device, trunk
+from qadapter.trunk.loading import shell_of
 
 PRESETS = {
     "paper": {

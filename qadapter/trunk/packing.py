@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qadapter.head import trunk
+from qadapter.trunk.lm_head import trunk
 
 _NAME = "qadapter_packed"
 _PROBE_TOKENS = 48

@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from qadapter import strict_yaml
+from qadapter.console import strict_yaml
 from qadapter.data import load_preferences, read_prompts, read_texts
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.judges.endpoint import PROMPT_FILE, JudgePrompt
-from qadapter.textfiles import read_text, split_lines
+from qadapter.system.textfiles import read_text, split_lines
 
 # Separators that are no line end, and letters outside of ASCII.
 TEXTS = ["naïve\x85still the first\u2028and on", "\x0bzweite\x1c Zeile\u2029", "第三行 🙂"]

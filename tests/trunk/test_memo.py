@@ -7,7 +7,7 @@ import torch
 from tiny_models import tiny_adapter, tokenized
 
 from qadapter.evaluation import evaluate_preferences
-from qadapter.trunk_memo import TrunkMemo
+from qadapter.trunk.memo import TrunkMemo
 
 TEXTS = [[5, 6, 7, 8], [9, 3], [4, 4, 4]]
 

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_base
 
-from qadapter import AdapterConfig, ObjectiveConfig, QAdapterError, QAdapterModel, storage
+from qadapter import AdapterConfig, ObjectiveConfig, QAdapterError, QAdapterModel
+from qadapter.policy import storage
 
 IDS = torch.tensor([[5, 9, 11, 3, 20, 7]])
 OBJECTIVE = ObjectiveConfig(alpha_0=0.5, alpha_tilde=2.0, gamma=0.9, bootstrap="current")

@@ -14,7 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -22,8 +22,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qadapter.adapters import HeadAdapter, LinearHeadAdapter
-from qadapter.base import shell_of
+from qadapter.adapters.head_adapter import HeadAdapter, LinearHeadAdapter
 from qadapter.data.templates import default_of
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.answers import end_of_turn_ids
@@ -33,7 +32,10 @@ from qadapter.exporting.card import write_card
 from qadapter.exporting.head import LinearPolicy
 from qadapter.exporting.trunk import merged_trunk, reference_logits, write_adapter
 from qadapter.exporting.verification import Check, Reference, check_export, check_states
-from qadapter.model import QAdapterModel
+from qadapter.trunk.loading import shell_of
+
+if TYPE_CHECKING:
+    from qadapter.policy.model import QAdapterModel
 
 Form = Literal["merged", "lm_head_lora", "peft"]
 FORMS = ("merged", "lm_head_lora", "peft")

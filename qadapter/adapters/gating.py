@@ -13,8 +13,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from qadapter.adapters.streams import BASE
 from qadapter.errors import QAdapterError
-from qadapter.policy import BASE
 
 
 class RowsOfStreams:

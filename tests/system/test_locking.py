@@ -8,7 +8,7 @@ import threading
 import filelock
 import pytest
 
-from qadapter.locking import exclusive
+from qadapter.system.locking import exclusive
 
 
 def test_one_at_a_time(tmp_path):
@@ -34,7 +34,7 @@ def test_one_at_a_time(tmp_path):
 
 def test_a_killed_holder_lets_go(tmp_path):
     script = (
-        "import sys\nfrom qadapter.locking import exclusive\n"
+        "import sys\nfrom qadapter.system.locking import exclusive\n"
         "with exclusive(sys.argv[1]):\n    print('held', flush=True)\n    sys.stdin.read()\n"
     )
     holder = subprocess.Popen(

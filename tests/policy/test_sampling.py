@@ -11,9 +11,10 @@ from naive import ROWS, left_padded
 from tiny_models import tiny_base
 from transformers import GenerationConfig, LogitsProcessorList, TypicalLogitsWarper, generation
 
-from qadapter import AdapterConfig, QAdapterModel, sampling
+from qadapter import AdapterConfig, QAdapterModel
 from qadapter.errors import QAdapterError
-from qadapter.sampling import draw_by_lookup, fused_sample
+from qadapter.policy import sampling
+from qadapter.policy.sampling import draw_by_lookup, fused_sample
 from qadapter_kernels.triton import launch
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")

@@ -1,0 +1,1 @@
+"""The customised policy as a Hugging Face model: which one, its streams and caches, its files."""
