@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import time
@@ -29,7 +30,8 @@ from setuptools.command.build import build
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "qadapter_kernels"
-CUDA_ARCHS = ("80", "90a", "100a", "120")
+CUDA_ARCHS = ("80", "90a", "100f", "120")
+"""100f is the family of 10.0 and 10.3 (B200, B300): code for 100a would not run on 10.3."""
 
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden",
              "-fno-strict-aliasing", "-Wall", "-Wextra"]
@@ -84,6 +86,17 @@ def version_of(compiler: str) -> str:
     done = subprocess.run([compiler, "--version"], capture_output=True, text=True)
     lines = done.stdout.strip().splitlines()
     return next((line for line in lines if "release" in line), lines[0] if lines else "unknown")
+
+
+def default_archs(nvcc: str) -> list[str]:
+    """Of ``CUDA_ARCHS`` what this nvcc can compile for: 10.0 and 12.0 came with 12.8, families with
+    12.9."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    known = set(re.findall(r"compute_(\d+)", listed))
+    release = re.search(r"release (\d+)\.(\d+)", version_of(nvcc))
+    families = release is None or tuple(map(int, release.groups())) >= (12, 9)
+    archs = [arch for arch in CUDA_ARCHS if not known or arch.rstrip("af") in known]
+    return archs if families else [arch.replace("f", "a") for arch in archs]
 
 
 def escape(path: object) -> str:
@@ -156,7 +169,8 @@ def build_cuda(folder: Path, lib: Path) -> dict:
     if compiler is None:
         raise NotBuilt("nvcc was not found (PATH or CUDA_HOME)")
     named = os.environ.get("QADAPTER_CUDA_ARCHS", "").replace(",", ";").replace(" ", ";")
-    archs = [arch.removeprefix("sm_") for arch in named.split(";") if arch] or list(CUDA_ARCHS)
+    archs = [arch.removeprefix("sm_") for arch in named.split(";") if arch]
+    archs = archs or default_archs(compiler)
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     if plain := [arch for arch in archs if arch.isdigit()]:
         # PTX of the oldest target, so that devices between and after the listed ones are served.

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 SOURCES = Path(__file__).resolve().parents[1] / "kernels/csrc/cuda"
 TABLE = SOURCES / "RESOURCES.md"
-TARGETS = ("sm_80", "sm_90a", "sm_100a", "sm_120")
+TARGETS = ("sm_80", "sm_90a", "sm_100f", "sm_120")
 
 
 class Usage(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -112,7 +113,7 @@ def test_cuda_targets_can_be_narrowed(source, tmp_path):
     log = tmp_path / "log"
     nvcc = _script(tmp_path / "bin/nvcc", f"echo \"$@\" >> {log}\ntest \"$1\" = --version")
     for archs, expected in {
-        "": ["80", "90a", "100a", "120"], "90a": ["90a"], "sm_80, 120": ["80", "120"],
+        "": ["80", "90a", "100f", "120"], "90a": ["90a"], "sm_80, 120": ["80", "120"],
     }.items():
         log.write_text("")
         _python(
@@ -121,8 +122,30 @@ def test_cuda_targets_can_be_narrowed(source, tmp_path):
         )
         compiles = [line for line in log.read_text().splitlines() if " -c " in line]
         assert compiles
-        for arch in ("80", "90a", "100a", "120"):
+        for arch in ("80", "90a", "100f", "120"):
             assert (f"code=sm_{arch} " in compiles[0]) == (arch in expected)
+
+
+@pytest.mark.parametrize("release, listed, expected", [
+    ("13.0", (80, 90, 100, 103, 120), ["80", "90a", "100f", "120"]),
+    ("12.8", (80, 90, 100, 120), ["80", "90a", "100a", "120"]),  # knows no families yet
+    ("12.4", (80, 90), ["80", "90a"]),
+])
+def test_an_older_nvcc_is_asked_for_what_it_knows(source, tmp_path, release, listed, expected):
+    log = tmp_path / "log"
+    known = " ".join(f"compute_{number}" for number in listed)
+    nvcc = _script(tmp_path / "bin/nvcc", f'''
+case "$1" in
+  --version) echo "Cuda compilation tools, release {release}, V{release}.1" ;;
+  --list-gpu-arch) echo {known} ;;
+  *) echo "$@" >> {log}; exit 1 ;;
+esac''')
+    _python(
+        "setup.py", "build_native", "--only=cuda", "--build-lib", str(tmp_path), cwd=source,
+        CUDA_HOME=str(nvcc.parents[1]),
+    )
+    compiled = next(line for line in log.read_text().splitlines() if " -c " in line)
+    assert re.findall(r"code=sm_(\w+)", compiled) == expected
 
 
 @pytest.mark.slow
