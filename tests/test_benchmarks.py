@@ -27,10 +27,12 @@ import hidden_level
 import linear_loss
 import logits_loss
 import scaling
+import served_by
 import training_step
 from harness import Case, Timing, Unavailable
 
 from qadapter.commands import bench
+from qadapter_kernels import dispatch
 
 PEERS = ("eager, authors", "eager, one product", "TRL chunked log-prob")
 
@@ -125,6 +127,26 @@ def test_decoding(tmp_path):
     torch.testing.assert_close(
         decoding.combine_fused(a, b), decoding.combine_eager(a, b), atol=1e-4, rtol=1e-5
     )
+
+
+def test_who_serves_is_seen_and_not_only_said(monkeypatch, capsys):
+    first = dispatch.default("cpu").NAME
+    rows = {said.operator: (seen, problem)
+            for said, seen, problem in served_by.observe("cpu", torch.float32)}
+    assert rows.pop("sample") == ("torch", None)
+    assert tuple(rows) == dispatch.OPERATORS[:-1] and {seen for seen, _ in rows.values()} == {first}
+
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "torch")
+    assert served_by.main(["--device", "cpu"]) == 1
+    assert "WRONG: soft_value: a fallback serves: QADAPTER_BACKEND" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(dispatch.default("cpu").NAME != "cpu", reason="the CPU library was not built")
+def test_another_backend_than_said_is_a_failure(monkeypatch):
+    """Dispatch that says one thing and does another."""
+    monkeypatch.setattr(dispatch, "select", lambda *_: dispatch.load("torch"))
+    problems = [problem for *_, problem in served_by.observe("cpu", torch.float32)]
+    assert problems[:-1] == ["said to be served by cpu, seen served by torch"] * 5
 
 
 def test_cases_take_turns_and_failures_are_results():

@@ -12,6 +12,7 @@ from PIL import Image
 from tiny_models import cli, preference_rows, save_tiny, write_jsonl
 
 from qadapter import QAdapterModel
+from qadapter_kernels import dispatch
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,8 @@ def test_info_says_which_kernels_and_why(capsys):
     text = capsys.readouterr().out
     for part in ("torch", "transformers", "devices", "kernels", "taken for", "base models"):
         assert part in text
+    for operator in dispatch.OPERATORS:
+        assert operator in text
 
 
 # --- train --------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 Needs PyTorch alone; Triton, a GPU and compiled libraries are used where they are there.
 """
 
-from .dispatch import BackendStatus, backends
+from .dispatch import BackendStatus, Serving, backends, serving
 from .ops import (
     BradleyTerry,
     SoftValue,
@@ -19,10 +19,12 @@ __all__ = [
     "BradleyTerry",
     "Coefficients",
     "PolicyStatistics",
+    "Serving",
     "SoftValue",
     "backends",
     "bradley_terry",
     "linear_logsumexp",
     "linear_soft_value",
+    "serving",
     "soft_value",
 ]

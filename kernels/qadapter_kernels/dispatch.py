@@ -18,6 +18,13 @@ _MODULES = {
     "cuda": "cuda_backend",
 }
 ENVIRONMENT_VARIABLE = "QADAPTER_BACKEND"
+OPERATORS = (
+    "soft_value", "linear_soft_value", "linear_logsumexp", "bradley_terry", "combine_logits",
+    "sample",
+)
+"""What is served; the last two are decoding's."""
+_ONLY_IN = {"sample": ("triton",)}
+"""Operators that not every backend has; elsewhere they are PyTorch's own operations."""
 
 
 class BackendStatus(NamedTuple):
@@ -34,6 +41,19 @@ class BackendStatus(NamedTuple):
     @property
     def available(self) -> bool:
         return bool(self.devices)
+
+
+class Serving(NamedTuple):
+    """One row of ``serving()``."""
+
+    operator: str
+    device: str
+    """Device type."""
+    backend: str | None
+    """None: no backend has the operator for this device, and PyTorch's own operations do it."""
+    is_fallback: bool
+    """Something slower than the device's first choice serves."""
+    reason: str
 
 
 def load(name: str) -> ModuleType:
@@ -57,6 +77,31 @@ def backends() -> tuple[BackendStatus, ...]:
             devices = tuple(d for d in devices if d != "cuda")
             taken_for = tuple(d for d in taken_for if d != "cuda")
         rows.append(BackendStatus(name, devices, taken_for, reason))
+    return tuple(rows)
+
+
+def serving(device_type: str) -> tuple[Serving, ...]:
+    """Which backend serves each operator for 16-bit and float32 tensors of a device type where the
+    call names none, and why. Needs no such device."""
+    forced = os.environ.get(ENVIRONMENT_VARIABLE)
+    rows = []
+    for operator in OPERATORS:
+        choices = PREFERENCE.get(device_type, ("torch",))
+        if operator in _ONLY_IN:
+            choices = tuple(name for name in choices if name in _ONLY_IN[operator])
+        elif forced:
+            reason = load(forced).unavailable_reason(device_type)
+            why = f"{ENVIRONMENT_VARIABLE} forces it"
+            why += f", and it can't: {reason}" if reason else ""
+            rows.append(Serving(operator, device_type, forced, forced != choices[0], why))
+            continue
+        reasons = {name: load(name).unavailable_reason(device_type) for name in choices}
+        backend = next((name for name in choices if reasons[name] is None), None)
+        better = choices if backend is None else choices[: choices.index(backend)]
+        why = "; ".join(f"not {name}: {reasons[name]}" for name in better) or (
+            "the first choice" if backend else f"no kernel for {device_type} tensors: PyTorch's own"
+        )
+        rows.append(Serving(operator, device_type, backend, bool(better), why))
     return tuple(rows)
 
 

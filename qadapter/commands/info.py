@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from qadapter.console.environment import devices, versions
 from qadapter.trunk.loading import cache_dir
-from qadapter_kernels import backends
+from qadapter_kernels import backends, serving
 from qadapter_kernels.dispatch import ENVIRONMENT_VARIABLE
 
 
@@ -24,6 +25,10 @@ def run() -> None:
         (b.name, ", ".join(b.devices) or "—", ", ".join(b.default_for) or "—", b.reason)
         for b in backends()
     ]))
+    console.print(_table("operators", ("operator", "on", "served by", "why"), [
+        (s.operator, s.device, s.backend or "PyTorch", s.reason)
+        for device in _device_types() for s in serving(device)
+    ]))
     if forced := os.environ.get(ENVIRONMENT_VARIABLE):
         console.print(f"{ENVIRONMENT_VARIABLE}={forced} forces this backend", highlight=False)
     folder = cache_dir() / "models"
@@ -32,6 +37,12 @@ def run() -> None:
         (path.name, f"{sum(f.stat().st_size for f in path.rglob('*')) / 2**20:,.0f} MiB")
         for path in models
     ] or [("none yet", "—")]))
+
+
+def _device_types() -> list[str]:
+    """Of this machine, the CPU last."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return [*([accelerator.type] if accelerator else []), "cpu"]
 
 
 def _table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:

@@ -8,11 +8,13 @@ from cases import CPU_BACKENDS, linear_case, logits_case, same_bits
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from qadapter_kernels import (
+    backends,
     bradley_terry,
     dispatch,
     library,
     linear_logsumexp,
     linear_soft_value,
+    serving,
     soft_value,
 )
 
@@ -332,14 +334,48 @@ def test_an_id_outside_the_vocabulary_may_stand_in_a_masked_row():
 
 
 def test_backends_says_what_is_there_and_why():
-    from qadapter_kernels import backends
-
     rows = {row.name: row for row in backends()}
     assert set(rows) == {"torch", "triton", "cpu", "cuda"}
     assert rows["torch"].available and all(row.reason for row in rows.values())
     assert sum("cpu" in row.default_for for row in rows.values()) == 1
     for name in CPU_BACKENDS:
         assert "cpu" in rows[name].devices
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_serving_says_what_select_takes(device):
+    rows = {row.operator: row for row in serving(device)}
+    assert tuple(rows) == dispatch.OPERATORS and rows.pop("sample").device == device
+    taken = dispatch.default(device).NAME
+    assert {row.backend for row in rows.values()} == {taken}
+    for row in rows.values():
+        assert row.is_fallback == (taken != dispatch.PREFERENCE.get(device, ("torch",))[0])
+        assert ("not " in row.reason) == row.is_fallback
+
+
+def test_serving_says_what_was_passed_over_and_why(monkeypatch):
+    reasons = {"triton": "too old", "cuda": None}
+    for name, reason in reasons.items():
+        monkeypatch.setattr(
+            dispatch.load(name), "unavailable_reason", lambda device, reason=reason: reason
+        )
+    *rows, sample = serving("cuda")
+    assert {row[2:] for row in rows} == {("cuda", True, "not triton: too old")}
+    assert sample[2:] == (None, True, "not triton: too old")  # only Triton has a sampler
+    reasons["triton"] = None
+    monkeypatch.setattr(dispatch.load("triton"), "unavailable_reason", lambda device: None)
+    assert {row[2:] for row in serving("cuda")} == {("triton", False, "the first choice")}
+    assert serving("cpu")[-1][2:] == (None, False, "no kernel for cpu tensors: PyTorch's own")
+
+
+def test_serving_under_a_forced_backend(monkeypatch):
+    variable = dispatch.ENVIRONMENT_VARIABLE
+    monkeypatch.setenv(variable, "torch")
+    *rows, sample = serving("cpu")
+    assert {row[2:] for row in rows} == {("torch", True, f"{variable} forces it")}
+    assert sample.backend is None and not sample.is_fallback  # it is not chosen by the variable
+    monkeypatch.setenv(variable, "cuda")
+    assert "QADAPTER_BACKEND forces it, and it can't: " in serving("cpu")[0].reason
 
 
 def test_a_forced_backend_that_cannot_serve_says_why(monkeypatch):
