@@ -180,19 +180,22 @@ def find_actions(
 
 
 def q_adapter_loss(
-    adapter_logits: Tensor, base_logits: Tensor, input_ids: Tensor, completion_mask: Tensor,
+    adapter_logits: Tensor, base_logits: Tensor | None, input_ids: Tensor, completion_mask: Tensor,
     config: ObjectiveConfig, *, num_pairs: float | None = None, num_actions: float | None = None,
-    base_logsumexp: Tensor | None = None, return_statistics: bool = False,
-    backend: str | None = None,
+    base_action_logit: Tensor | None = None, base_logsumexp: Tensor | None = None,
+    return_statistics: bool = False, backend: str | None = None,
 ) -> QAdapterLossOutput:
     """Q-Adapter's loss from two streams of logits (any model, softcapped ones too).
 
     Args:
         adapter_logits: a, [2B, T, V], row i (chosen) and row B + i (rejected) form pair i.
-        base_logits: b of the frozen base, same shape; must not require grad.
+        base_logits: b of the frozen base, same shape; must not require grad. None where the next
+            two stand for it: in the policy parametrization.
         input_ids: [2B, T]. completion_mask: [2B, T], true at the tokens that are actions.
         num_pairs, num_actions: denominators of the larger batch this one is a part of, so that
             gradient accumulation and data parallelism change nothing. Default: this batch's own.
+        base_action_logit: b[action] [2B, T], standing at the action's state (t for the token at
+            t + 1).
         base_logsumexp: lse(b) [2B, T], if known.
         return_statistics: also return entropy and KL per state.
         backend: as in ``qadapter_kernels.soft_value``.
@@ -203,11 +206,11 @@ def q_adapter_loss(
         ValueError, TypeError: shapes, dtypes, devices; the message names the argument.
     """
     _check_stream("adapter_logits", adapter_logits, input_ids)
-    _check_stream("base_logits", base_logits, input_ids)
+    if base_logits is not None:
+        _check_stream("base_logits", base_logits, input_ids)
+        base_logits = base_logits.flatten(0, 1)
     actions = find_actions(input_ids, completion_mask, config.mask_alignment)
-    if base_logsumexp is not None:
-        _check_per_token("base_logsumexp", base_logsumexp, input_ids)
-        base_logsumexp = base_logsumexp.flatten()
+    cached = _cached_base(base_action_logit, base_logsumexp, input_ids)
     # The rows that score no action are skipped where they stand: gathering the others would copy
     # both [2B, T, V] tensors.
     rows_N = actions.sequence_N * input_ids.shape[1] + actions.state_N
@@ -215,8 +218,8 @@ def q_adapter_loss(
     scored[rows_N] = True
     tokens = input_ids.roll(-1, dims=1).flatten()
     outputs = soft_value(
-        adapter_logits.flatten(0, 1), base_logits.flatten(0, 1), tokens,
-        **config.coefficients._asdict(), base_logsumexp=base_logsumexp, row_mask=scored,
+        adapter_logits.flatten(0, 1), base_logits, tokens, **config.coefficients._asdict(),
+        **{name: x.flatten() for name, x in cached.items()}, row_mask=scored,
         return_statistics=return_statistics, backend=backend,
     )
     soft, statistics = outputs if return_statistics else (outputs, None)
@@ -227,31 +230,32 @@ def q_adapter_loss(
 
 
 def linear_q_adapter_loss(
-    adapter_hidden: Tensor, base_hidden: Tensor, lm_head_weight: Tensor, input_ids: Tensor,
+    adapter_hidden: Tensor, base_hidden: Tensor | None, lm_head_weight: Tensor, input_ids: Tensor,
     completion_mask: Tensor, config: ObjectiveConfig, *, bias: Tensor | None = None,
     logit_scale: float = 1.0, num_pairs: float | None = None, num_actions: float | None = None,
-    base_logsumexp: Tensor | None = None, workspace_mb: int = 512,
-    return_statistics: bool = False, backend: str | None = None,
+    base_action_logit: Tensor | None = None, base_logsumexp: Tensor | None = None,
+    workspace_mb: int = 512, return_statistics: bool = False, backend: str | None = None,
 ) -> QAdapterLossOutput:
     """The same loss from hidden states through a frozen head: no [2B, T, V] tensor is ever held.
 
     Args:
-        adapter_hidden, base_hidden: h_a and h_b after the final norm, [2B, T, D].
+        adapter_hidden, base_hidden: h_a and h_b after the final norm, [2B, T, D]; h_b None where
+            ``base_action_logit`` and ``base_logsumexp`` stand for it.
         lm_head_weight: [V, D], frozen. bias, logit_scale: logits = logit_scale·(h·Wᵀ + bias).
         workspace_mb: upper bound in MiB on the memory for logits.
 
     The rest, and what is raised, as in ``q_adapter_loss``.
     """
     _check_stream("adapter_hidden", adapter_hidden, input_ids)
-    _check_stream("base_hidden", base_hidden, input_ids)
     actions = find_actions(input_ids, completion_mask, config.mask_alignment)
-    if base_logsumexp is not None:
-        _check_per_token("base_logsumexp", base_logsumexp, input_ids)
-        base_logsumexp = _rows(base_logsumexp, actions)
+    if base_hidden is not None:
+        _check_stream("base_hidden", base_hidden, input_ids)
+        base_hidden = _rows(base_hidden, actions)
+    cached = _cached_base(base_action_logit, base_logsumexp, input_ids)
     outputs = linear_soft_value(
-        _rows(adapter_hidden, actions), _rows(base_hidden, actions), lm_head_weight,
-        actions.token_N, **config.coefficients._asdict(), bias=bias, logit_scale=logit_scale,
-        base_logsumexp=base_logsumexp, workspace_mb=workspace_mb,
+        _rows(adapter_hidden, actions), base_hidden, lm_head_weight, actions.token_N,
+        **config.coefficients._asdict(), bias=bias, logit_scale=logit_scale,
+        **{name: _rows(x, actions) for name, x in cached.items()}, workspace_mb=workspace_mb,
         return_statistics=return_statistics, backend=backend,
     )
     soft, statistics = outputs if return_statistics else (outputs, None)
@@ -304,6 +308,17 @@ def _rows(x: Tensor, actions: Actions) -> Tensor:
     """The rows of a [2B, T, ...] tensor that score an action, [N, ...]. Prompt and padding rows
     cost nothing from here on."""
     return x[actions.sequence_N, actions.state_N]
+
+
+def _cached_base(
+    base_action_logit: Tensor | None, base_logsumexp: Tensor | None, input_ids: Tensor
+) -> dict[str, Tensor]:
+    """What is known of the base, [2B, T] each."""
+    given = {"base_action_logit": base_action_logit, "base_logsumexp": base_logsumexp}
+    known = {name: x for name, x in given.items() if x is not None}
+    for name, x in known.items():
+        _check_per_token(name, x, input_ids)
+    return known
 
 
 def _check_per_token(name: str, x: Tensor, input_ids: Tensor) -> None:

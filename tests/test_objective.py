@@ -154,6 +154,23 @@ def test_cached_base_logsumexp():
     check(linear_q_adapter_loss(h, hb, weight, ids, mask, config, base_logsumexp=lse), expected)
 
 
+def test_a_base_of_two_numbers_a_state():
+    config = ObjectiveConfig(alpha_0=0.5, alpha_tilde=0.8)
+    h, hb, weight, ids, mask = batch()
+    a, b = h @ weight.T, hb @ weight.T
+    expected = objective(a, b, ids, mask, **dataclasses.asdict(config))
+    known = {"base_logsumexp": b.logsumexp(-1),
+             "base_action_logit": b.gather(-1, ids.roll(-1, dims=1)[..., None])[..., 0]}
+    for x in known.values():
+        x[~mask.roll(-1, dims=1)] = torch.nan
+    check(q_adapter_loss(a, None, ids, mask, config, **known), expected)
+    check(linear_q_adapter_loss(h, None, weight, ids, mask, config, **known), expected)
+    with pytest.raises(ValueError, match="have a weight in the policy"):
+        q_adapter_loss(a, None, ids, mask, ObjectiveConfig(parametrization="q"), **known)
+    with pytest.raises(ValueError, match=r"base_action_logit must have shape"):
+        q_adapter_loss(a, None, ids, mask, config, **{**known, "base_action_logit": ids[0] * 1.0})
+
+
 def test_statistics_of_each_action():
     config = ObjectiveConfig(alpha_0=0.5)
     h, hb, weight, ids, mask = batch()

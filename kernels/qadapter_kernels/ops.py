@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import library
+from . import library, linear
 from .reference import MASKED_ROW, NO_ACTION, Coefficients, PolicyStatistics, accumulation_dtype
 
 
@@ -48,10 +48,11 @@ _AUTOCAST = {k for k in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_a
 
 
 def soft_value(
-    adapter_logits: Tensor, base_logits: Tensor, actions: Tensor, *,
+    adapter_logits: Tensor, base_logits: Tensor | None, actions: Tensor, *,
     alpha_0: float, alpha_tilde: float = 1.0, adapter_coef: float = 1.0, base_coef: float = 0.0,
-    base_logsumexp: Tensor | None = None, row_mask: Tensor | None = None,
-    return_statistics: bool = False, inplace_backward: bool = False, backend: str | None = None,
+    base_action_logit: Tensor | None = None, base_logsumexp: Tensor | None = None,
+    row_mask: Tensor | None = None, return_statistics: bool = False,
+    inplace_backward: bool = False, backend: str | None = None,
 ) -> SoftValue | tuple[SoftValue, PolicyStatistics]:
     """Residual Q-value and soft value from two streams of logits, in one pass over them.
 
@@ -65,11 +66,16 @@ def soft_value(
     Args:
         adapter_logits: a, [N, V], any float dtype, any row stride.
         base_logits: b of the frozen base, same shape, dtype and device. Must not require grad.
+            None where ``base_action_logit`` and ``base_logsumexp`` stand for it.
         actions: token ids [N], integer; -1 where a state has no action.
         alpha_0: weight of the base policy (λ·α₁).
         alpha_tilde: entropy weight of the customised policy, > 0.
         adapter_coef, base_coef: q as a linear combination of the streams. (1, 0): the adapted
             stream is q. (alpha_tilde, −alpha_0): the adapted stream is the policy's logits.
+        base_action_logit: b[action] [N], float32. With ``base_logsumexp`` it is all of the base
+            that is needed where its logits have no weight in the policy: base_coef = −alpha_0, the
+            policy parametrization at the α's it was trained with. What stands where there is no
+            action does not matter.
         base_logsumexp: lse(b) [N], if known: the base is then read only where its weight is not 0.
         row_mask: bool [N]; rows that are False are skipped: outputs and gradient are 0.
         return_statistics: also return ``PolicyStatistics`` from the same pass.
@@ -83,6 +89,15 @@ def soft_value(
     """
     coef = _coefficients(alpha_0, alpha_tilde, adapter_coef, base_coef)
     _check_matrix("adapter_logits", adapter_logits)
+    if base_logits is None or base_action_logit is not None:
+        _check_cached_base("base_logits", base_logits, base_action_logit, base_logsumexp,
+                           return_statistics, coef, adapter_logits)
+        alone = soft_value(
+            adapter_logits, adapter_logits.detach(), actions, **_without_base(coef),
+            base_logsumexp=base_logsumexp, row_mask=row_mask, inplace_backward=inplace_backward,
+            backend=backend,
+        )
+        return _with_cached_base(alone, actions, row_mask, base_action_logit, base_logsumexp, coef)
     _check_like("base_logits", base_logits, "adapter_logits", adapter_logits)
     _check_frozen("base_logits", base_logits)
     num_rows, vocab_size = adapter_logits.shape
@@ -101,11 +116,11 @@ def soft_value(
 
 
 def linear_soft_value(
-    adapter_hidden: Tensor, base_hidden: Tensor, weight: Tensor, actions: Tensor, *,
+    adapter_hidden: Tensor, base_hidden: Tensor | None, weight: Tensor, actions: Tensor, *,
     alpha_0: float, alpha_tilde: float = 1.0, adapter_coef: float = 1.0, base_coef: float = 0.0,
-    bias: Tensor | None = None, logit_scale: float = 1.0, base_logsumexp: Tensor | None = None,
-    row_mask: Tensor | None = None, workspace_mb: int = 512, return_statistics: bool = False,
-    backend: str | None = None,
+    bias: Tensor | None = None, logit_scale: float = 1.0, base_action_logit: Tensor | None = None,
+    base_logsumexp: Tensor | None = None, row_mask: Tensor | None = None, workspace_mb: int = 512,
+    return_statistics: bool = False, backend: str | None = None,
 ) -> SoftValue | tuple[SoftValue, PolicyStatistics]:
     """``soft_value`` straight from hidden states through one frozen head; no [N, V] tensor is held.
 
@@ -115,10 +130,11 @@ def linear_soft_value(
 
     Args:
         adapter_hidden: h_a [N, D], after the final norm. Gets the gradient.
-        base_hidden: h_b [N, D] of the frozen base. Must not require grad.
+        base_hidden: h_b [N, D] of the frozen base. Must not require grad. None where
+            ``base_action_logit`` and ``base_logsumexp`` stand for it: 8 bytes a state.
         weight: [V, D], the frozen lm_head. Must not require grad.
-        actions, alpha_0, alpha_tilde, adapter_coef, base_coef, base_logsumexp, backend: as in
-            ``soft_value``. ``adapter_coef`` must not be 0.
+        actions, alpha_0, alpha_tilde, adapter_coef, base_coef, base_action_logit, base_logsumexp,
+            backend: as in ``soft_value``. ``adapter_coef`` must not be 0.
         bias: [V] or None.
         logit_scale: factor on the logits (Cohere; 1/logits_scaling for Granite).
         row_mask: bool [N]; rows that are False give 0 and get no gradient. They still take part
@@ -136,6 +152,15 @@ def linear_soft_value(
     if coef.adapter_coef == 0:
         raise ValueError("adapter_coef is 0: the adapted stream would have no part in q")
     _check_matrix("adapter_hidden", adapter_hidden)
+    if base_hidden is None or base_action_logit is not None:
+        _check_cached_base("base_hidden", base_hidden, base_action_logit, base_logsumexp,
+                           return_statistics, coef, adapter_hidden)
+        alone = linear_soft_value(
+            adapter_hidden, adapter_hidden.detach(), weight, actions, **_without_base(coef),
+            bias=bias, logit_scale=logit_scale, base_logsumexp=base_logsumexp, row_mask=row_mask,
+            workspace_mb=workspace_mb, backend=backend,
+        )
+        return _with_cached_base(alone, actions, row_mask, base_action_logit, base_logsumexp, coef)
     _check_like("base_hidden", base_hidden, "adapter_hidden", adapter_hidden, same_dtype=False)
     _check_frozen("base_hidden", base_hidden)
     weight, bias = _check_head(weight, bias, adapter_hidden)
@@ -177,6 +202,24 @@ def linear_logsumexp(
         hidden.detach(), weight, actions, bias, _finite("logit_scale", logit_scale),
         _workspace_bytes(workspace_mb), backend or "",
     )
+
+
+def linear_action_logit(
+    hidden: Tensor, weight: Tensor, actions: Tensor, *, bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """Logit of each row's action, float32 [N]: a gather and a dot, not rounded to the product's
+    dtype. Of the base's hidden states it is what ``base_action_logit`` takes. No gradient.
+
+    Args: as ``linear_logsumexp``'s.
+    """
+    _check_matrix("hidden", hidden)
+    weight, bias = _check_head(weight, bias, hidden)
+    actions = _check_actions(actions, hidden.shape[0], weight.shape[0], weight.device, None)
+    with torch.no_grad():
+        return linear.Head(weight, bias, _finite("logit_scale", logit_scale)).action_logits(
+            actions, hidden.detach()
+        )[0]
 
 
 def bradley_terry(
@@ -244,6 +287,58 @@ def bradley_terry(
         _finite("chi2_coef", chi2_coef), bootstrap == "next", num_pairs, num_actions, backend or "",
     )
     return BradleyTerry(*losses.unbind(), sequence_rewards, token_rewards)
+
+
+# --- a base that is cached ------------------------------------------------------------------
+
+
+def _without_base(coef: Coefficients) -> dict[str, float]:
+    """The adapted stream's own part of q and V: c_a·a[action] and α̃·lse(u)."""
+    return coef._replace(alpha_0=0.0, base_coef=0.0)._asdict()
+
+
+def _with_cached_base(
+    alone: SoftValue, actions: Tensor, row_mask: Tensor | None, base_action_logit: Tensor,
+    base_logsumexp: Tensor, coef: Coefficients,
+) -> SoftValue:
+    """What the base adds to q and V where u does not depend on it: two numbers a row."""
+    dtype = alone.value.dtype
+    b_N, lse_N = base_action_logit.to(dtype), base_logsumexp.to(dtype)
+    acts_N, excluded_N = actions >= 0, b_N == -torch.inf
+    kept_N = torch.ones_like(acts_N) if row_mask is None else row_mask
+    acts_N = acts_N & kept_N
+    q_N = alone.q_action
+    if coef.base_coef != 0:
+        q_N = torch.where(excluded_N, -torch.inf, q_N + coef.base_coef * b_N)
+    value_N = alone.value
+    if coef.alpha_0 != 0:
+        value_N = torch.where(value_N == -torch.inf, value_N, value_N - coef.alpha_0 * lse_N)
+    return SoftValue(
+        q_action=torch.where(acts_N, q_N, 0.0),
+        value=torch.where(kept_N, value_N, 0.0),
+        base_logprob=torch.where(acts_N, torch.where(excluded_N, -torch.inf, b_N - lse_N), 0.0),
+        base_logsumexp=torch.where(kept_N, lse_N, 0.0),
+    )
+
+
+def _check_cached_base(
+    name: str, base: Tensor | None, base_action_logit: Tensor | None,
+    base_logsumexp: Tensor | None, statistics: bool, coef: Coefficients, like: Tensor,
+) -> None:
+    if base is not None:
+        raise ValueError(f"give either {name} or base_action_logit and base_logsumexp, not both")
+    if base_action_logit is None or base_logsumexp is None:
+        raise ValueError(f"without {name}, base_action_logit and base_logsumexp are needed")
+    if coef.base_weight != 0:
+        raise ValueError(
+            f"the base's logits have a weight in the policy (base_coef + alpha_0 = "
+            f"{coef.base_weight:g}): base_action_logit is not enough, pass {name}"
+        )
+    if statistics:
+        raise ValueError(f"return_statistics needs the base's logits: pass {name}")
+    for number, x in (("base_action_logit", base_action_logit), ("base_logsumexp", base_logsumexp)):
+        _check_rows(number, x, like.shape[0], like.device)
+        _check_frozen(number, x)
 
 
 # --- checks ---------------------------------------------------------------------------------
