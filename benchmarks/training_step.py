@@ -55,7 +55,7 @@ from qadapter.data.collation import PreferenceCollator
 from qadapter.objective import find_actions, sequence_loss
 from qadapter.training.losses import batch_loss
 from qadapter.trunk.lm_head import trunk
-from qadapter.trunk.packing import Packing, hidden_states, packed_attention
+from qadapter.trunk.packing import Packing, can_pack, hidden_states
 from qadapter_kernels import linear_logsumexp
 
 MODELS = SHAPES | {
@@ -198,10 +198,10 @@ class Bench:
 
     @contextlib.contextmanager
     def packed_attention(self) -> Iterator[None]:
-        with packed_attention(self.model.base, self.batch["input_ids"].shape[1]) as works:
-            if not works:
-                raise Unavailable("the packed trunk does not agree with the padded one here")
-            yield
+        longest = self.batch["input_ids"].shape[1]
+        if (reason := can_pack(self.model.base, longest, gradients=True)) is not None:
+            raise Unavailable(reason)
+        yield
 
     # --- losses -------------------------------------------------------------------------------
 

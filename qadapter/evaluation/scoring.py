@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from qadapter.policy.dial import Policy
 from qadapter.policy.model import QAdapterModel
 from qadapter.trunk.lm_head import LanguageModelHead, trunk
-from qadapter.trunk.packing import hidden_rows, packed_attention
+from qadapter.trunk.packing import can_pack, hidden_rows
 from qadapter_kernels import Coefficients, SoftValue, soft_value
 from qadapter_kernels.reference import accumulation_dtype, weighted_sum
 
@@ -115,9 +115,11 @@ class Scorer:
         if self.customised and (self.model.adapts_trunk or self.model.trunk_memo is not None):
             yield
             return
-        with packed_attention(self._base, longest) as self._packed:
+        self._packed = can_pack(self._base, longest) is None
+        try:
             yield
-        self._packed = False
+        finally:
+            self._packed = False
 
     @property
     def _base(self) -> PreTrainedModel:

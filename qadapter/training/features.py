@@ -24,7 +24,7 @@ from qadapter.errors import QAdapterError
 from qadapter.policy.model import QAdapterModel
 from qadapter.system.progress import Progress
 from qadapter.trunk.lm_head import input_device
-from qadapter.trunk.packing import Packing, hidden_states, packed_attention
+from qadapter.trunk.packing import Packing, can_pack, hidden_states
 from qadapter_kernels import linear_logsumexp
 
 _SIDES = ("chosen", "rejected")
@@ -235,23 +235,23 @@ def compute_shard(
     tokens = torch.from_numpy(np.concatenate([sequence.tokens for sequence in sequences]))
     states = torch.from_numpy(np.concatenate([sequence.states for sequence in sequences]))
     longest = max(len(sequence.ids) for sequence in sequences)
-    with packed_attention(model.base, longest) as packed:
-        for texts, members in _batches(sequences, batch_tokens):
-            packing = Packing.of(texts, input_device(model.base))
-            rows_N = torch.cat(
-                [
-                    line[sequences[number].states]
-                    for line, numbers in zip(packing.lines, members, strict=True)
-                    for number in numbers
-                ]
-            )
-            numbers = [number for numbers in members for number in numbers]
-            targets_N = torch.cat([torch.arange(offsets[n], offsets[n + 1]) for n in numbers])
-            hidden_TD = hidden_states(model.base, packing, packed).to(head.weight.device)
-            hidden_ND = hidden_TD[rows_N.to(head.weight.device)]
-            hidden[targets_N] = hidden_ND.to("cpu")
-            base_logsumexp[targets_N] = _logsumexp(model, hidden_ND, tokens[targets_N]).to("cpu")
-            done.add(sum(len(sequences[number].ids) for number in numbers))
+    packed = can_pack(model.base, longest) is None
+    for texts, members in _batches(sequences, batch_tokens):
+        packing = Packing.of(texts, input_device(model.base))
+        rows_N = torch.cat(
+            [
+                line[sequences[number].states]
+                for line, numbers in zip(packing.lines, members, strict=True)
+                for number in numbers
+            ]
+        )
+        numbers = [number for numbers in members for number in numbers]
+        targets_N = torch.cat([torch.arange(offsets[n], offsets[n + 1]) for n in numbers])
+        hidden_TD = hidden_states(model.base, packing, packed=packed).to(head.weight.device)
+        hidden_ND = hidden_TD[rows_N.to(head.weight.device)]
+        hidden[targets_N] = hidden_ND.to("cpu")
+        base_logsumexp[targets_N] = _logsumexp(model, hidden_ND, tokens[targets_N]).to("cpu")
+        done.add(sum(len(sequences[number].ids) for number in numbers))
     return Shard(
         hidden, base_logsumexp, tokens, states, offsets,
         torch.tensor([len(sequence.ids) for sequence in sequences], dtype=torch.int32),

@@ -1,0 +1,290 @@
+"""Packed sequences: the states and the adapters' gradients of padded ones, to the last digits."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import peft
+import pytest
+import torch
+from tiny_models import tiny_base
+from torch.testing import assert_close
+
+from qadapter import QAdapterError
+from qadapter.trunk import packing as packing_module
+from qadapter.trunk.lm_head import trunk
+from qadapter.trunk.packing import Packing, can_pack, hidden_rows, hidden_states
+
+TOLERANCES = {"mixtral": 1e-6}
+"""Where other than 1e-10: a router works in float32."""
+WINDOWED = {"sliding_window": 5}
+BASES = {
+    "llama": ("llama", {}),
+    "qwen3": ("qwen3", {}),
+    "gemma3": ("gemma3_text", {"head_dim": 8, "num_hidden_layers": 4, **WINDOWED,
+                               "sliding_window_pattern": 2}),
+    "mistral": ("mistral", WINDOWED),
+    "phi": ("phi", {}),
+    "mixtral": ("mixtral", WINDOWED),
+}
+TEXTS = {
+    "pairs": ["abcdefgh_ijkl", "abcdefgh_mn", "xyz_abcdefg", "xyz_b"],
+    "system message": ["sysone_abc", "sysone_abd", "systwo_abcdefghi", "systwo_x", "other"],
+    "alike": ["abcdefgh", "abcdefgh", "abcdefgh", "xyz"],
+    "one in another": ["abc", "abcdefghijkl", "a", "abcdefgh"],
+    "single tokens": ["a", "b", "a", "c"],
+    "one": ["abcdefghijk"],
+    "long and short": ["abcdefghijklmnopqrstuvwxyz", "abc", "z", "zyxwvutsrqponmlkjihgfedcba"],
+}
+
+
+def ids_of(texts) -> list[torch.Tensor]:
+    return [torch.tensor([ord(c) - ord("_") + 1 for c in text]) for text in texts]
+
+
+def trained(name: str, **changes) -> torch.nn.Module:
+    """A tiny base in float64 with a LoRA that does something."""
+    architecture, settings = BASES[name]
+    base = tiny_base(architecture, **settings | changes).requires_grad_(False)
+    peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    torch.manual_seed(1)
+    for parameter in adapters(base):
+        torch.nn.init.normal_(parameter, std=0.2)
+    base.double().eval()
+    if architecture == "mixtral":
+        base.set_experts_implementation("eager")  # the grouped product has no float64
+    for path, module in list(base.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            scale = module.weight + 1.0 if architecture.startswith("gemma") else module.weight
+            eps = getattr(module, "variance_epsilon", None) or module.eps
+            base.set_submodule(path, WideNorm(scale.detach(), eps))
+    return base
+
+
+class WideNorm(torch.nn.Module):
+    """transformers' norms round to float32; this one does not."""
+
+    def __init__(self, scale, eps):
+        super().__init__()
+        self.register_buffer("scale", scale)
+        self.eps = eps
+
+    def forward(self, x):
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], self.scale, self.eps)
+
+
+def adapters(base) -> list[torch.nn.Parameter]:
+    return [p for p in base.parameters() if p.requires_grad]
+
+
+def padded(base, texts) -> list[torch.Tensor]:
+    """Each text's states, [T, D], from one batch padded on the right."""
+    ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+    lengths = torch.tensor([len(text) for text in texts])
+    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    states = trunk(base)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    return [x[:length] for x, length in zip(states, lengths, strict=True)]
+
+
+def in_a_row(base, texts, **options) -> list[torch.Tensor]:
+    packing = Packing.of(texts, **options)
+    states = hidden_states(base, packing, packed=True)
+    return [states[line] for line in packing.lines]
+
+
+def loss_of(states: list[torch.Tensor]) -> torch.Tensor:
+    """Another weight for every state of every text, so that no sum hides a gradient."""
+    torch.manual_seed(3)
+    return sum((x * torch.randn_like(x)).sum() for x in states)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("name", BASES)
+def test_states_and_gradients_are_the_padded_ones(name, checkpointed):
+    base = trained(name)
+    assert can_pack(base, 40, gradients=True) is None
+    assert all(p.grad is None for p in base.parameters())
+    if checkpointed:
+        base.gradient_checkpointing_enable()
+        base.train()
+    tolerance, attended = TOLERANCES.get(name, 1e-10), []
+    trunk(base).layers[0].self_attn.register_forward_hook(lambda *args: attended.append(1))
+    for texts in map(ids_of, TEXTS.values()):
+        expected = padded(base, texts)
+        gradients = torch.autograd.grad(loss_of(expected), adapters(base))
+        assert any(g.abs().max() > 0.1 for g in gradients)
+        for share in (True, False):
+            states = in_a_row(base, texts, share=share)
+            for ours, theirs in zip(states, expected, strict=True):
+                assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+            loss, before = loss_of(states), len(attended)
+            for ours, theirs in zip(
+                torch.autograd.grad(loss, adapters(base)), gradients, strict=True
+            ):
+                scale = theirs.abs().max().item()
+                assert_close(ours, theirs, rtol=tolerance, atol=tolerance * scale)
+            assert len(attended) - before == checkpointed
+
+
+def test_unpacked_blocks_are_the_padded_batch_too():
+    base, texts = trained("mistral"), ids_of(TEXTS["pairs"])
+    packing = Packing.of(texts)
+    states = hidden_states(base, packing, packed=False)
+    gradients = torch.autograd.grad(loss_of([states[x] for x in packing.lines]), adapters(base))
+    expected = padded(base, texts)
+    theirs = torch.autograd.grad(loss_of(expected), adapters(base))
+    for line, other in zip(packing.lines, expected, strict=True):
+        assert_close(states[line], other, rtol=1e-10, atol=1e-10)
+    for one, other in zip(gradients, theirs, strict=True):
+        assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_states_may_enter_instead_of_tokens(packed):
+    base = trained("gemma3")
+    packing = Packing.of(ids_of(TEXTS["pairs"]))
+    entering_ND = base.get_input_embeddings()(packing.ids_N)
+    assert_close(
+        hidden_states(base, packing, packed=packed, trunk=trunk(base), entering_ND=entering_ND),
+        hidden_states(base, packing, packed=packed), rtol=1e-10, atol=1e-10,
+    )
+
+
+def test_rows_of_a_padded_batch_come_back_in_place():
+    base, texts = trained("llama"), ids_of(TEXTS["pairs"])
+    longest = max(map(len, texts))
+    ids, mask = torch.zeros(2, len(texts), longest, dtype=torch.int64)
+    for row, text in enumerate(texts):  # on the left, in turn with the right
+        place = slice(0, len(text)) if row % 2 else slice(longest - len(text), longest)
+        ids[row, place], mask[row, place] = text, 1
+    rows = hidden_rows(base, ids, mask, packed=True)
+    for row, states in enumerate(padded(base, texts)):
+        assert_close(rows[row][mask[row].bool()], states, rtol=1e-10, atol=1e-10)
+        assert not rows[row][~mask[row].bool()].any()
+
+
+# --- the layout -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_beginning_runs_once(name):
+    texts = ids_of(TEXTS[name])
+    packing = Packing.of(texts)
+    beginnings = {tuple(ids[:end].tolist()) for ids in texts for end in range(1, len(ids) + 1)}
+    assert len(packing.ids_N) == len(beginnings)
+    check_layout(packing, texts)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_nothing_is_shared_where_it_should_not_be(name):
+    texts = ids_of(TEXTS[name])
+    packing = Packing.of(texts, share=False)
+    assert len(packing.ids_N) == sum(map(len, texts))
+    assert torch.equal(packing.ids_N, torch.cat(texts))
+    check_layout(packing, texts)
+
+
+def check_layout(packing, texts):
+    assert packing.longest == max(map(len, texts))
+    for text, line in zip(texts, packing.lines, strict=True):
+        assert torch.equal(packing.ids_N[line], text)
+        assert torch.equal(packing.positions_N[line], torch.arange(len(text)))
+    blocks = [packing.ids_N[block] for block in packing.blocks]
+    assert torch.equal(packing.gather(blocks), packing.ids_N)
+    for places in (packing.block_places, packing.key_places):
+        assert torch.equal(places.rows_M[places.first_N], torch.arange(len(packing.ids_N)))
+
+
+def test_a_layout_moves_whole():
+    packing = Packing.of(ids_of(TEXTS["pairs"]))
+    assert packing.to("cpu") is packing
+    moved = packing.to("meta")
+    tensors = [moved.ids_N, moved.positions_N, moved.ends_N, *moved.blocks, moved.query_offsets,
+               moved.key_offsets, moved.block_places.rows_M, moved.key_places.folds[0][0]]
+    assert all(x.is_meta for x in tensors)
+    assert not any(line.is_meta for line in moved.lines)
+
+
+# --- what can't be packed -------------------------------------------------------------------
+
+
+def test_what_mixes_tokens_outside_attention_is_refused():
+    base = trained("llama")
+    handle = trunk(base).layers[0].register_forward_hook(
+        lambda module, args, output: output + 0.1 * output.roll(1, dims=1)
+    )
+    assert "packed states are not its padded ones" in can_pack(base, 8)
+    with torch.no_grad(), pytest.raises(QAdapterError, match="can't run packed: its packed states"):
+        hidden_states(base, Packing.of(ids_of(["ab"])), packed=True)
+    handle.remove()
+
+
+HYBRIDS = {
+    "mamba": {"state_size": 4, "expand": 2},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8,
+                  "head_dim": 8},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+}
+
+
+@pytest.mark.parametrize("architecture", HYBRIDS)
+def test_state_space_and_convolution_models_are_refused(architecture):
+    base = tiny_base(architecture, **HYBRIDS[architecture])
+    reason = can_pack(base, 8)
+    assert reason is not None and "\n" not in reason
+    assert can_pack(base, 8) == reason
+
+
+def test_capped_attention_is_refused_by_name():
+    base = tiny_base("gemma2")  # an older transformers loads it with sdpa, newer ones don't
+    assert "caps its logits, which sdpa can't" in can_pack(base, 8)
+    base.set_attn_implementation("eager")
+    assert "(eager) caps its logits, which sdpa can't" in can_pack(base, 8)
+
+
+def test_eager_attention_is_refused_with_the_way_out():
+    base = tiny_base("llama")
+    base.set_attn_implementation("eager")
+    assert can_pack(base, 8) == (
+        "its attention is 'eager': load it with attn_implementation=\"sdpa\""
+    )
+    base.set_attn_implementation("sdpa")
+    assert can_pack(base, 8) is None
+
+
+def test_a_window_that_attention_is_not_told_of_is_refused():
+    base = tiny_base("llama")
+    base.config.sliding_window = 8
+    assert can_pack(base, 8) is None
+    assert "of their window (8 tokens)" in can_pack(base, 9)
+
+
+def test_a_gradient_that_is_not_the_padded_one_is_refused(monkeypatch):
+    base = trained("llama")
+    monkeypatch.setattr(
+        packing_module, "_outcome", _halved_in_a_row(packing_module._outcome)
+    )
+    assert can_pack(base, 8) is None
+    assert "packed gradients are not its padded ones" in can_pack(base, 8, gradients=True)
+
+
+def _halved_in_a_row(outcome):
+    calls = itertools.count()
+
+    def changed(hidden, parameters):
+        states, gradients = outcome(hidden, parameters)
+        return states, gradients * (0.5 if next(calls) % 2 == 0 else 1.0)
+
+    return changed
+
+
+def test_copies_are_checked_on_their_own_and_nothing_holds_a_base():
+    base = trained("llama")
+    assert can_pack(base, 8) is None
+    held = len(packing_module._verdicts)
+    other = copy.deepcopy(base)
+    assert can_pack(other, 8) is None
+    assert len(packing_module._verdicts) == held + 1
+    del other
+    assert len(packing_module._verdicts) == held
