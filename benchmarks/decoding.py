@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 import report
 import torch
-from harness import HEADS, Case, Timing, interleave, parser, start
+from harness import HEADS, Case, Timing, add_seconds, in_time, interleave, parser, start
 from torch import Tensor
 
 from qadapter.policy.sampling import draw_by_lookup
@@ -111,11 +111,15 @@ def cases(setting: str, a: Tensor, b: Tensor) -> dict[str, Callable[[], Case]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser(__doc__.splitlines()[0]).parse_args(arguments)
+    options = parser(__doc__.splitlines()[0])
+    add_seconds(options)
+    options = options.parse_args(arguments)
     recorder = start(options, "decoding")
     head, counts = ("tiny", (1, 2)) if options.dry_run else SHAPES[options.device]
     vocab = HEADS[head].vocab
     for rows in counts:
+        if not in_time(options, f"N = {rows}"):
+            continue
         a, b = make_logits(vocab, rows, options.dtype, options.device)
         table = []
         for setting in SETTINGS:
@@ -127,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 shape = {"head": head, "N": rows, "V": vocab}
                 if not isinstance(outcome, Timing):
                     recorder.add(provider=name, mode=setting, shape=shape, status=outcome)
-                    print(f"  not run: {name}, {setting}: {outcome}")
+                    print(report.refusal(f"{name}, {setting}", outcome))
                     continue
                 ratio = outcome.ms / first.ms if isinstance(first, Timing) else None
                 record = recorder.add(
@@ -140,7 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"two streams to one token, V = {vocab:,}, N = {rows}",
             ("provider", "draw", "ms", "quartiles", "/ ours"), table,
         )
-    report.draw_decoding(recorder.rows, options.output)
+    if recorder.rows:
+        report.draw_decoding(recorder.rows, options.output)
 
 
 if __name__ == "__main__":

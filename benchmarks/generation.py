@@ -19,7 +19,17 @@ from collections.abc import Callable, Sequence
 
 import report
 import torch
-from harness import Case, Recorder, Timing, chosen, interleave, parser, start
+from harness import (
+    Case,
+    Recorder,
+    Timing,
+    add_seconds,
+    chosen,
+    in_time,
+    interleave,
+    parser,
+    start,
+)
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Cache, LlamaConfig, PreTrainedModel
 
@@ -189,11 +199,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--batches", nargs="*", type=int, default=[1, 8])
     options.add_argument("--new_tokens", type=int, default=NEW_TOKENS)
     options.add_argument("--providers", nargs="*", metavar="NAME")
+    add_seconds(options)
     options = options.parse_args(arguments)
     recorder = start(options, "generation")
     name = "tiny" if options.dry_run else options.model or DEFAULT[options.device]
     new_tokens = 3 if options.dry_run else options.new_tokens
     for batch in options.batches:
+        if not in_time(options, f"batch {batch}"):
+            continue
         known = cases(name, options.device, options.dtype, batch, new_tokens)
         asked = chosen(options.providers, known, "provider")
         load = os.getloadavg()
@@ -205,6 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report.print_generation(
             f"{name}, batch {batch}", record(timings, shape, load, recorder)
         )
+    if not recorder.rows:
+        return
     latest = report.latest(recorder.output, options.device, recorder.dtype)
     report.draw_generation(latest, options.output)
 

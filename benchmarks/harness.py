@@ -34,14 +34,17 @@ import torch
 from qadapter.trunk.base_dtype import choose_for, dtype_name
 from qadapter_kernels import cpu_backend
 
+_IMPORTED = time.monotonic()
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = (
     "torch", "triton", "transformers", "peft", "liger-kernel", "trl", "cut-cross-entropy",
-    "qadapter",
+    "quack-kernels", "nvidia-cutlass-dsl", "qadapter",
 )
 MEBIBYTE = 1 << 20
 WARM_ROWS = 32
+FAILED = "failed: "
+"""Begins the status of a row whose fast path did not serve."""
 L2_FLUSH_BYTES = 256 * MEBIBYTE
 
 
@@ -62,6 +65,11 @@ HEADS = {
 
 class Unavailable(Exception):
     """A provider can't run here; the message says why."""
+
+
+class FellBack(Exception):
+    """A slower path would serve than the one this row is about: a failed row, not a slow one. The
+    message says which path, and why."""
 
 
 class Case(NamedTuple):
@@ -152,9 +160,10 @@ def _time_once(
 
 
 def forget_compiled() -> None:
-    """Lets every shape compile for itself: past a few recompilations PyTorch would stop compiling
-    and run eagerly. Costs nothing where nothing was compiled."""
+    """Lets every shape compile for itself: past a few recompilations PyTorch stops compiling and
+    runs eagerly, which fails here. Costs nothing where nothing was compiled."""
     if "torch._dynamo" in sys.modules:
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
         torch._dynamo.reset()
 
 
@@ -175,6 +184,8 @@ def reason(error: Exception) -> str:
         return "out of memory"
     text = " ".join(str(error).split())
     kind = "" if isinstance(error, Unavailable) else f"{type(error).__name__}: "
+    if isinstance(error, FellBack):
+        kind = FAILED
     return f"{kind}{text}"[:160]
 
 
@@ -350,6 +361,19 @@ def parser(description: str) -> argparse.ArgumentParser:
     options.add_argument("--dry-run", action="store_true",
                          help="tiny shapes, to see that everything works; the numbers mean nothing")
     return options
+
+
+def add_seconds(options: argparse.ArgumentParser) -> None:
+    options.add_argument("--seconds", type=float, metavar="SECONDS",
+                         help="begin no new shape after so long; what is measured by then is kept")
+
+
+def in_time(options: argparse.Namespace, shape: str) -> bool:
+    """Whether a shape may still begin; says which one may not."""
+    begun = options.seconds is None or time.monotonic() - _IMPORTED < options.seconds
+    if not begun:
+        print(f"  left out, {options.seconds:g} s have passed: {shape}")
+    return begun
 
 
 def start(options: argparse.Namespace, kernel: str) -> Recorder:

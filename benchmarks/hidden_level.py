@@ -15,12 +15,15 @@ Shapes: N rows (states), V vocabulary, D hidden size, 2B sequences (chosen first
 from __future__ import annotations
 
 import functools
+import importlib
+import warnings
 from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from harness import Head, Unavailable
+from harness import FellBack, Head, Unavailable
 from torch import Tensor
 
 from qadapter_kernels import bradley_terry, dispatch, linear, linear_soft_value
@@ -115,20 +118,25 @@ def eager_one_product(x: Inputs) -> Tensor:
     return preference_loss(q_N - BETA * (policy_lse_N - base_lse_N), x)
 
 
+def imported(module: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise Unavailable(f"not installed: {error}") from error
+
+
 def liger(x: Inputs) -> Tensor:
     """LigerFusedLinearDPOLoss with its defaults (compiled, one pair a chunk)."""
     if x.base_logprob is not None:
         raise Unavailable("takes no cached reference")
-    try:
-        from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
-    except ImportError as error:
-        raise Unavailable(f"not installed: {error}") from error
     lengths = x.offsets.diff().tolist()
 
     def padded(x_N: Tensor, value: float) -> Tensor:
         return torch.nn.utils.rnn.pad_sequence(x_N.split(lengths), True, value)
 
-    loss = LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=True)
+    loss = imported("liger_kernel.chunked_loss").LigerFusedLinearDPOLoss(
+        beta=BETA, use_ref_model=True
+    )
     return loss(
         x.weight, padded(policy_hidden(x), 0.0), padded(x.actions, -100),
         ref_input=padded(x.base_hidden, 0.0), ref_weight=x.weight,
@@ -145,27 +153,102 @@ def from_logprobs(x: Inputs, logprob: Callable[[Tensor], Tensor]) -> Tensor:
     return preference_loss(BETA * (policy_logprob_N - base_logprob_N), x)
 
 
+LIGER_SCALED = "liger_kernel.ops.fused_linear_scaled_cross_entropy"
+
+
+def liger_scaled(x: Inputs) -> Tensor:
+    """Liger's fused linear scaled cross-entropy: logits that are never written, made once more in
+    the backward pass, which forms W's gradient too, wanted or not."""
+    cross_entropy = imported(LIGER_SCALED).LigerFusedLinearScaledCrossEntropyFunction
+    return from_logprobs(x, lambda hidden: -cross_entropy.apply(hidden, x.weight, x.actions))
+
+
+def check_liger_scaled(x: Inputs) -> None:
+    module = imported(LIGER_SCALED)
+    if not x.weight.is_cuda or torch.cuda.get_device_capability() != (9, 0):
+        raise Unavailable("its fused kernel is for Hopper GPUs; elsewhere PyTorch serves it")
+    try:
+        chosen = module._resolve_implementation(x.weight.device).__name__
+    except ImportError as error:
+        raise Unavailable(f"its kernel's compiler is not installed: {error}") from error
+    if chosen != "LigerFusedScaledCrossEntropySM90Function":
+        raise FellBack(f"{chosen} serves, not the kernel for Hopper GPUs")
+
+
+class QuackRows(torch.autograd.Function):
+    """−log π of each row by quack's chunked linear cross-entropy with a frozen W: a product, a row
+    kernel and the gradient's product a chunk. What it hands out is each row's loss and the gradient
+    of that loss by the row's hidden state, so any upstream gradient is a factor of the row."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, actions: Tensor) -> Tensor:
+        chunked = imported("quack.linear_cross_entropy").chunked_linear_cross_entropy_fwd
+        need = ctx.needs_input_grad[0]
+        losses_N, gradient_ND, *_ = chunked(
+            hidden, weight, actions, need_dx=need, need_dw=False
+        )
+        ctx.save_for_backward(gradient_ND)
+        return losses_N
+
+    @staticmethod
+    def backward(ctx, upstream_N: Tensor) -> tuple[Tensor, None, None]:
+        (gradient_ND,) = ctx.saved_tensors
+        return (upstream_N[:, None] * gradient_ND).to(gradient_ND.dtype), None, None
+
+
+def quack(x: Inputs) -> Tensor:
+    return from_logprobs(x, lambda hidden: -QuackRows.apply(hidden, x.weight, x.actions))
+
+
+def check_quack(x: Inputs) -> None:
+    if not x.weight.is_cuda:
+        raise Unavailable("its row kernel needs a GPU")
+    imported("quack.linear_cross_entropy")
+    if len(x.actions) % 8:
+        raise Unavailable("wants a multiple of 8 rows")
+
+
+def torch_linear(x: Inputs) -> Tensor:
+    """PyTorch's own, in its chunks, with a loss for every row."""
+    if not hasattr(F, "linear_cross_entropy"):
+        raise Unavailable(f"PyTorch {torch.__version__} has none: it came with 2.13")
+    options = torch.nn.LinearCrossEntropyOptions()
+    return from_logprobs(x, lambda hidden: -F.linear_cross_entropy(
+        hidden, x.weight, x.actions, reduction="none", options=options
+    ))
+
+
+def check_torch_linear(x: Inputs) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="linear_cross_entropy: ")
+        try:
+            torch_linear(few_rows(x))
+        except UserWarning as warning:
+            raise FellBack(f"the chunks don't serve: {warning}") from warning
+
+
 def trl(x: Inputs) -> Tensor:
     """TRL's chunked log-probability kernel (its PyTorch path where there is no GPU)."""
-    try:
-        from trl.kernels import ChunkedLogProbFunction
-    except ImportError as error:
-        raise Unavailable(f"not installed: {error}") from error
-    return from_logprobs(x, lambda hidden: ChunkedLogProbFunction.apply(
+    chunked = imported("trl.kernels").ChunkedLogProbFunction
+    return from_logprobs(x, lambda hidden: chunked.apply(
         hidden, x.weight, None, x.actions, 1.0, TRL_CHUNK, None, 1.0, ()
     )[0])
+
+
+def check_trl(x: Inputs) -> None:
+    if x.weight.is_cuda and not imported("trl.kernels.chunked_logprob")._use_triton(
+        x.weight.device
+    ):
+        raise FellBack("PyTorch folds its tiles, not its Triton kernel")
 
 
 def cut_cross_entropy(x: Inputs, impl: str) -> Tensor:
     """Apple's cut-cross-entropy, with its default gradient filter. PyPI's 25.1.1 has no
     return_lse; its per-token loss is −log π̃, which is all that this objective needs."""
-    try:
-        from cut_cross_entropy import linear_cross_entropy
-    except ImportError as error:
-        raise Unavailable(f"not installed: {error}") from error
+    cross_entropy = imported("cut_cross_entropy").linear_cross_entropy
     if impl == "cce" and not x.weight.is_cuda:
         raise Unavailable("its Triton kernels need a GPU")
-    return from_logprobs(x, lambda hidden: -linear_cross_entropy(
+    return from_logprobs(x, lambda hidden: -cross_entropy(
         hidden, x.weight, x.actions, reduction="none", impl=impl
     ))
 
@@ -180,6 +263,22 @@ def ours(x: Inputs, backend: str | None = None) -> Tensor:
     ).loss
 
 
+def check_ours(x: Inputs) -> None:
+    """On a GPU, where nothing but a kernel would be a result."""
+    for said in dispatch.serving(x.weight.device.type) if x.weight.is_cuda else ():
+        if said.operator in ("linear_soft_value", "bradley_terry") and said.is_fallback:
+            raise FellBack(f"{said.backend} serves {said.operator}: {said.reason}")
+
+
+def few_rows(x: Inputs) -> Inputs:
+    """The first and the last row, as a pair."""
+    ends = torch.tensor([0, -1], device=x.actions.device)
+    return Inputs(
+        x.adapter_hidden.detach()[ends], x.base_hidden[ends], x.weight, x.actions[ends],
+        torch.arange(3, device=ends.device), torch.arange(2, device=ends.device),
+    )
+
+
 class Provider(NamedTuple):
     loss: Callable[[Inputs], Tensor]
     compiled: bool = False
@@ -188,6 +287,8 @@ class Provider(NamedTuple):
     """Can use a cached base."""
     logits_bytes: int = 0
     """Rough peak in bytes for each of the N·V logits; decides whether it is tried at all."""
+    check: Callable[[Inputs], None] = lambda x: None
+    """Raises Unavailable, or FellBack where another path would serve than the one that is meant."""
 
 
 def providers(device: str) -> dict[str, Provider]:
@@ -197,9 +298,10 @@ def providers(device: str) -> dict[str, Provider]:
         if name != dispatch.default(device).NAME
         and dispatch.load(name).unavailable_reason(device) is None
     ]
-    compiled = functools.partial(torch.compile, dynamic=False)
+    # The whole of it or nothing: a part left out would run eagerly.
+    compiled = functools.partial(torch.compile, dynamic=False, fullgraph=True)
     return {
-        "ours": Provider(ours),
+        "ours": Provider(ours, check=check_ours),
         **{f"ours ({name})": Provider(functools.partial(ours, backend=name)) for name in others},
         "eager, authors": Provider(eager_authors, cacheable=False, logits_bytes=28),
         "eager, one product": Provider(eager_one_product, logits_bytes=16),
@@ -207,9 +309,12 @@ def providers(device: str) -> dict[str, Provider]:
             Provider(compiled(eager_authors), True, cacheable=False, logits_bytes=16),
         "torch.compile, one product":
             Provider(compiled(eager_one_product), True, logits_bytes=10),
+        "Liger scaled cross-entropy": Provider(liger_scaled, check=check_liger_scaled),
         "Liger DPO": Provider(liger, True, cacheable=False),
-        "TRL chunked log-prob": Provider(trl),
-        "cut-cross-entropy": Provider(functools.partial(cut_cross_entropy, impl="cce"), True),
+        "quack chunked": Provider(quack, check=check_quack),
+        "torch linear_cross_entropy": Provider(torch_linear, check=check_torch_linear),
+        "TRL chunked log-prob": Provider(trl, check=check_trl),
+        "cut-cross-entropy": Provider(functools.partial(cut_cross_entropy, impl="cce")),
         "cut-cross-entropy, torch_compile": Provider(
             functools.partial(cut_cross_entropy, impl="torch_compile"), True, logits_bytes=10
         ),

@@ -24,10 +24,12 @@ from harness import (
     Recorder,
     Timing,
     Unavailable,
+    add_seconds,
     available_bytes,
     chosen,
     forget_compiled,
     free,
+    in_time,
     interleave,
     parser,
     peak_extra_memory,
@@ -72,6 +74,12 @@ def make_case(provider: Provider, x: Inputs, mode: str) -> Case:
     return Case(lambda _: forward().backward())
 
 
+def check(provider: Provider, x: Inputs, head_name: str, device: str) -> None:
+    """That it fits, and that it is served by what its row is about."""
+    check_fits(provider, head_name, len(x.actions), device)
+    provider.check(x)
+
+
 def check_fits(provider: Provider, head_name: str, rows: int, device: str) -> None:
     needed = provider.logits_bytes * rows * HEADS[head_name].vocab
     if needed > 0.8 * available_bytes(device):
@@ -86,6 +94,11 @@ def measure_group(
     forget_compiled()
     everybody = hidden_level.providers(device)
     names = chosen(options.providers, everybody, "provider")
+    if options.compile_rows is not None and rows not in options.compile_rows:
+        everybody |= {
+            name: one._replace(check=_compiled_elsewhere(options.compile_rows))
+            for name, one in everybody.items() if one.compiled
+        }
     inputs = {
         cached: hidden_level.make_inputs(HEADS[head_name], rows, options.dtype, device, cached)
         for cached in (False, True)
@@ -134,6 +147,13 @@ def measure_group(
     return records
 
 
+def _compiled_elsewhere(rows: Sequence[int]) -> Callable[[Inputs], None]:
+    def check(_: Inputs) -> None:
+        raise Unavailable(f"compiled for N = {', '.join(map(str, rows))} only")
+
+    return check
+
+
 def product_flops(head_name: str, rows: int, mode: str, cached: bool) -> float:
     """Of the policy's product, the base's unless it is cached, and the gradient's."""
     head = HEADS[head_name]
@@ -144,7 +164,7 @@ def _guarded(
     provider: Provider, x: Inputs, mode: str, head_name: str, device: str
 ) -> Callable[[], Case]:
     def build_case() -> Case:
-        check_fits(provider, head_name, len(x.actions), device)
+        check(provider, x, head_name, device)
         return make_case(provider, x, mode)
 
     return build_case
@@ -170,7 +190,7 @@ def _errors(
     found = {}
     for name, cached in variants:
         try:
-            check_fits(everybody[name], head_name, rows, device)
+            check(everybody[name], inputs[cached], head_name, device)
             found[name, cached] = hidden_level.errors(everybody[name].loss, inputs[cached], truth)
         except Exception:  # whatever it is, the timing says it
             free(device)
@@ -183,7 +203,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--rows", nargs="*", type=int, help="numbers of rows N")
     options.add_argument("--modes", nargs="*", choices=MODES, default=MODES)
     options.add_argument("--providers", nargs="*", metavar="NAME")
+    options.add_argument("--compile-rows", nargs="*", type=int, metavar="N",
+                         help="run what torch.compile compiles for a shape at these N only: each "
+                         "takes it several seconds")
     options.add_argument("--no-memory", action="store_true", help="skip the peak memory")
+    add_seconds(options)
     options = options.parse_args(arguments)
     recorder = start(options, "linear_loss")
     known = [head for device, head in ROWS if device == options.device]
@@ -192,9 +216,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for head_name in chosen(options.heads, known, "head"):
         default = (1, 34) if options.dry_run else ROWS[options.device, head_name]
         for rows in options.rows or default:
+            if not in_time(options, f"{head_name}, N = {rows}"):
+                continue
             report.print_group(
                 f"{head_name}, N = {rows}", measure_group(head_name, rows, options, recorder)
             )
+    if not recorder.rows:
+        return
     latest = report.latest(recorder.output, options.device, recorder.dtype)
     report.draw_linear_loss(latest, options.output)
 

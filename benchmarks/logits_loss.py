@@ -23,10 +23,12 @@ from harness import (
     Recorder,
     Timing,
     Unavailable,
+    add_seconds,
     available_bytes,
     chosen,
     forget_compiled,
     free,
+    in_time,
     interleave,
     parser,
     start,
@@ -177,14 +179,20 @@ def measure_group(
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--providers", nargs="*", metavar="NAME")
+    options.add_argument("--heads", nargs="*", help=f"of {', '.join(HEADS)}")
+    options.add_argument("--rows", nargs="*", type=int, help="numbers of rows N")
+    add_seconds(options)
     options = options.parse_args(arguments)
     recorder = start(options, "logits_loss")
-    shapes = (("tiny", (1, 40)),) if options.dry_run else SHAPES[options.device]
-    for head, counts in shapes:
-        for rows in counts:
+    shapes = {"tiny": (1, 40)} if options.dry_run else dict(SHAPES[options.device])
+    for head in chosen(options.heads, shapes, "head"):
+        for rows in options.rows or shapes[head]:
+            if not in_time(options, f"{head}, N = {rows}"):
+                continue
             records = measure_group(head, rows, options, recorder)
             report.print_group(f"soft_value, V = {HEADS[head].vocab:,}, N = {rows:,}", records)
-    report.draw_logits_loss(recorder.rows, options.output)
+    if recorder.rows:
+        report.draw_logits_loss(recorder.rows, options.output)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from harness import FAILED
 from rich.console import Console
 from rich.table import Table
 
@@ -37,6 +38,13 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     console.print(table)
 
 
+def refusal(name: str, status: str) -> str:
+    """The line of a case without a time."""
+    if status.startswith(FAILED):
+        return f"  FAILED: {name}: {status.removeprefix(FAILED)}"
+    return f"  not run: {name}: {status}"
+
+
 def spread(record: Record) -> str:
     low, high = record["ms_quartiles"]
     return f"{number(low)} – {number(high)}"
@@ -49,7 +57,7 @@ def print_group(title: str, records: Sequence[Record]) -> None:
         for record in (r for r in records if r["mode"] == mode):
             name = record["provider"] + (", base cached" if record.get("base") == "cached" else "")
             if record["status"] != "ok":
-                refused.append(f"{name}: {record['status']}")
+                refused.append(refusal(name, record["status"]))
                 continue
             rows.append((
                 name, number(record["ms"]), spread(record), number(record.get("times_ours"), "×"),
@@ -65,7 +73,7 @@ def print_group(title: str, records: Sequence[Record]) -> None:
             rows,
         )
         for line in refused:
-            print(f"  not run: {line}")
+            print(line)
 
 
 def latest(path: Path, device: str, dtype: str = "bfloat16") -> list[Record]:
@@ -212,7 +220,7 @@ def print_generation(title: str, records: Sequence[Record]) -> None:
     print_table(title, ("provider", "tokens/s", "ms a step", "quartiles, ms", "base's time"), rows)
     for record in records:
         if record["status"] != "ok":
-            print(f"  not run: {record['provider']}: {record['status']}")
+            print(refusal(record["provider"], record["status"]))
 
 
 def draw_generation(records: Sequence[Record], folder: Path) -> None:
@@ -285,7 +293,7 @@ def print_training_step(records: Sequence[Record]) -> None:
     )
     for record in records:
         if record["status"] != "ok":
-            print(f"  not run: {record['provider']}: {record['status']}")
+            print(refusal(record["provider"], record["status"]))
 
 
 def _whole_peak(record: Record) -> float | None:

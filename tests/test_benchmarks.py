@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import types
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,10 @@ import harness
 import hidden_level
 import linear_loss
 import logits_loss
+import report
 import scaling
 import served_by
+import summary
 import training_step
 from harness import Case, Timing, Unavailable
 
@@ -64,16 +67,113 @@ def test_linear_loss(tmp_path, capsys):
     assert "not run: cut-cross-entropy: " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["ours", "ours (torch)", *PEERS])
+def test_shapes_compile_where_they_are_asked_to(tmp_path, capsys):
+    names = ("ours", "torch.compile, one product")
+    rows = run(linear_loss.main, tmp_path, "--no-memory", "--rows", "5", "--modes", "both",
+               "--compile-rows", "4096", "512", "--providers", *names)
+    status = {r["provider"]: r["status"] for r in rows}
+    assert status[names[0]] == "ok" and status[names[1]] == "compiled for N = 4096, 512 only"
+
+
+@torch.enable_grad()
+def quack_stand_in(hidden, weight, target, need_dx=True, need_dw=True):
+    """What quack's function of this name promises, in PyTorch: each row's loss, its gradient by the
+    row's hidden state, and nothing of W's."""
+    assert not need_dw
+    leaf = hidden.detach().requires_grad_()
+    losses = torch.nn.functional.cross_entropy(leaf @ weight.t(), target, reduction="none")
+    gradient = torch.autograd.grad(losses.sum(), leaf)[0] if need_dx else None
+    return losses.detach(), gradient, None, None, None
+
+
+@pytest.mark.parametrize("name", [
+    "ours", "ours (torch)", *PEERS, "Liger scaled cross-entropy", "quack chunked",
+    "torch linear_cross_entropy",
+])
 @pytest.mark.parametrize("cached", [False, True])
-def test_everybody_computes_the_same_loss(name, cached):
-    """In float32, where all agree to rounding; bfloat16 would hide a wrong formula."""
+def test_everybody_computes_the_same_loss(name, cached, monkeypatch):
+    """In float32, where all agree to rounding; bfloat16 would hide a wrong formula. Of Liger's,
+    what serves a CPU; of quack's, what is around its kernel."""
+    quack = types.SimpleNamespace(chunked_linear_cross_entropy_fwd=quack_stand_in)
+    monkeypatch.setitem(sys.modules, "quack", types.ModuleType("quack"))
+    monkeypatch.setitem(sys.modules, "quack.linear_cross_entropy", quack)
     provider = hidden_level.providers("cpu")[name]
     if cached and not provider.cacheable:
         pytest.skip("takes no cached base")
     x = hidden_level.make_inputs(harness.HEADS["tiny"], 40, torch.float32, "cpu", cached)
-    found = hidden_level.errors(provider.loss, x, hidden_level.exact(x, block=16))
+    try:
+        found = hidden_level.errors(provider.loss, x, hidden_level.exact(x, block=16))
+    except Unavailable as reason:
+        pytest.skip(str(reason))
     assert found["loss_error"] < 1e-4 and found["gradient_error"] < 1e-4
+
+
+def on_hopper(x: hidden_level.Inputs) -> hidden_level.Inputs:
+    """As far as the checks of paths look."""
+    weight = types.SimpleNamespace(is_cuda=True, device=torch.device("cuda"))
+    return x._replace(weight=weight)
+
+
+@pytest.mark.parametrize("name", [
+    "ours", "Liger scaled cross-entropy", "TRL chunked log-prob", "torch linear_cross_entropy",
+])
+def test_a_row_that_something_slower_serves_is_a_failed_row(name, monkeypatch):
+    x = hidden_level.make_inputs(harness.HEADS["tiny"], 40, torch.float32, "cpu", False)
+    check = hidden_level.providers("cpu")[name].check
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    if name == "ours":
+        monkeypatch.setattr(dispatch.load("triton"), "unavailable_reason", lambda _: "too old")
+        x, said = on_hopper(x), "serves linear_soft_value: not triton: too old"
+    elif name.startswith("Liger"):
+        module = pytest.importorskip(hidden_level.LIGER_SCALED)
+        chosen = module._FusedLinearPPOFallbackFunction
+        monkeypatch.setattr(module, "_resolve_implementation", lambda device: chosen)
+        x, said = on_hopper(x), "_FusedLinearPPOFallbackFunction serves"
+    elif name.startswith("TRL"):
+        module = pytest.importorskip("trl.kernels.chunked_logprob")
+        monkeypatch.setattr(module, "_use_triton", lambda device: False)
+        x, said = on_hopper(x), "PyTorch folds its tiles"
+    else:
+        if not hasattr(torch.nn.functional, "linear_cross_entropy"):
+            pytest.skip("this PyTorch has none")
+        check(x)  # chunks serve these
+        x = x._replace(actions=x.actions.int())
+        said = "the chunks don't serve: "
+    with pytest.raises(harness.FellBack, match=re.escape(said)) as caught:
+        check(x)
+    line = report.refusal(name, harness.reason(caught.value))
+    assert line.startswith(f"  FAILED: {name}: ") and said in line
+
+
+def test_a_peer_that_is_not_there_is_not_a_failed_row(monkeypatch):
+    x = on_hopper(hidden_level.make_inputs(harness.HEADS["tiny"], 8, torch.float32, "cpu", False))
+    monkeypatch.setitem(sys.modules, "quack.linear_cross_entropy", None)
+    monkeypatch.setitem(sys.modules, hidden_level.LIGER_SCALED, None)
+    for name in ("quack chunked", "Liger scaled cross-entropy"):
+        with pytest.raises(Unavailable, match="not installed") as caught:
+            hidden_level.providers("cpu")[name].check(x)
+        assert report.refusal(name, harness.reason(caught.value)).startswith("  not run: ")
+
+
+def test_what_would_run_eagerly_after_too_many_shapes_fails(monkeypatch):
+    import torch._dynamo
+
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", False)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    harness.forget_compiled()
+    twice = torch.compile(lambda x: 2 * x, dynamic=False, backend="eager")
+    twice(torch.ones(2))
+    with pytest.raises(Exception, match="recompile"):
+        twice(torch.ones(3))
+    torch._dynamo.reset()
+
+
+def test_no_new_shape_begins_when_the_time_is_up(tmp_path, capsys):
+    arguments = ["--dry-run", "--device", "cpu", "--output", str(tmp_path), "--seconds", "0"]
+    for main in (linear_loss.main, logits_loss.main, decoding.main):
+        main(arguments)
+    assert capsys.readouterr().out.count("left out, 0 s have passed: ") == 2 + 2 + 2
+    assert not list(tmp_path.iterdir())
 
 
 def test_liger_computes_the_same_loss():
@@ -257,17 +357,70 @@ def gpu_script(folder: Path, python: str, parts: str) -> tuple[int, list[str]]:
 @pytest.mark.slow
 def test_gpu_script_brings_results_back(tmp_path):
     code, lines = gpu_script(tmp_path, sys.executable, "decoding")
-    assert code == 0 and lines[0].startswith("== decoding")
+    assert code == 0 and lines[0].startswith("== decoding") and len(lines) == 2
     assert lines[-1].endswith("; failed: none")
-    assert {path.name for path in tmp_path.iterdir()} == {"decoding.cpu.png", "results.tar.gz"}
+    assert {path.name for path in tmp_path.iterdir()} == {"summary.txt", "results.tar.gz"}
+    assert "tiny, N 1, temperature: " in (tmp_path / "summary.txt").read_text()
     with tarfile.open(tmp_path / "results.tar.gz") as results:
-        assert {"./decoding.jsonl", "log/decoding.txt"} <= set(results.getnames())
+        assert {"results/decoding.jsonl", "results/decoding.cpu.png", "log/decoding.txt",
+                "summary.txt"} <= set(results.getnames())
 
 
 def test_gpu_script_goes_on_after_a_failing_part(tmp_path):
-    code, lines = gpu_script(tmp_path, "false", "decoding scaling")
-    assert code == 1 and lines[-1].endswith("; failed: decoding scaling")
+    code, lines = gpu_script(tmp_path, "false", "a decoding scaling")
+    failed = "tests real_sizes served_by decoding scaling"
+    assert code == 1 and lines[-1].endswith(f"; failed: {failed}")
     assert (tmp_path / "results.tar.gz").exists()
+
+
+def test_stages_share_the_time_and_one_that_hangs_is_cut(tmp_path):
+    """Without a GPU, and with commands that take their time: the shares alone."""
+    script = (FOLDER / "gpu.sh").read_text()
+    clock, run_all = script.split("# --- what is brought along")[0], """
+for name in a b c d; do
+  stage "$name" || continue
+  run "${name}_part" 99 true
+  SECONDS=$((SECONDS + ${spent[$name]}))
+done"""
+    def shares(parts: str, **spent: int) -> list[int]:
+        said = " ".join(f"[{name}]={spent.get(name, 10)}" for name in "abcd")
+        text = clock.replace('cd "$(dirname "$0")/.."', "") + f"declare -A spent=({said}){run_all}"
+        done = subprocess.run(
+            ["bash", "-c", text], cwd=FOLDER.parent, capture_output=True, text=True, check=True,
+            env=os.environ | {"PARTS": parts, "OUT": str(tmp_path)},
+        )
+        return [int(x) for x in re.findall(r"=== stage \w: (\d+) s", done.stdout)]
+
+    assert shares("a") == [150] and shares("training_step") == [200]
+    assert shares("a b") == [150, 200]  # there is room for both
+    everything = shares("", a=200, b=200, c=200)
+    assert 120 <= everything[0] <= 122 and sum(everything) <= 530
+    used = shares("", a=122, b=163, c=163)
+    assert used[0] + used[1] + used[2] + used[3] <= 530 and min(used) >= 75
+    assert shares("", a=20, b=20, c=20)[1:] == [200, 200, 100]  # what is left over goes on
+
+
+def test_a_summary_names_ours_the_next_and_what_failed(tmp_path):
+    def record(provider, status="ok", **numbers):
+        return {"provider": provider, "mode": "both", "base": "cached", "status": status,
+                "shape": {"head": "H", "N": 4096, "vocab": 9, "hidden": 3}, **numbers}
+
+    rows = [
+        record("ours", ms=2.0, percent_of_products=104.0, peak_extra_mib=512.0),
+        record("ours (torch)", ms=1.0), record("slow", ms=9.0), record("near", ms=2.5),
+        record("products alone", ms=1.9), record("gone", f"{harness.FAILED}something else served"),
+        record("absent", "not installed"), record("absent", "not installed"),
+    ]
+    for name in ("linear_loss", "training_step"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    found = list(summary.lines(tmp_path))
+    assert found[:4] == [
+        "linear_loss:",
+        "  H, N 4,096, both, base cached: 2 ms, 104% of products, 512 MiB, next near 1.25×",
+        "  FAILED: gone: something else served", "  not run: absent: not installed",
+    ]
+    assert found[4:8] == ["training_step:", "  H, N 4,096, both, base cached:",
+                          "    ours: 2 ms, 512 MiB extra", "    ours (torch): 1 ms"]
 
 
 def test_gpu_wheels_are_the_pinned_versions():

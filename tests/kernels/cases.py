@@ -75,15 +75,15 @@ class LinearCase(NamedTuple):
 
 def logits_case(
     rows: int = 5, vocab: int = 130, dtype: torch.dtype = torch.float32, scale: float = 4.0,
-    coef: Coefficients = COEFFICIENTS["q"], seed: int = 0,
+    coef: Coefficients = COEFFICIENTS["q"], seed: int = 0, device: str = "cpu",
 ) -> Case:
     """Random logits; the first row's action is the last column, the third row has none."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator, device=device)
 
-    actions = torch.randint(vocab, (rows,), generator=generator)
+    actions = torch.randint(vocab, (rows,), generator=generator, device=device)
     actions[:1] = vocab - 1
     actions[2:3] = -1
     return Case(
@@ -95,18 +95,18 @@ def logits_case(
 def linear_case(
     rows: int = 7, vocab: int = 130, hidden: int = 48, dtype: torch.dtype = torch.float32,
     scale: float = 4.0, coef: Coefficients = COEFFICIENTS["q"], bias: bool = False,
-    logit_scale: float = 1.0, seed: int = 0,
+    logit_scale: float = 1.0, seed: int = 0, device: str = "cpu",
 ) -> LinearCase:
     """Hidden states and a head whose logits have a standard deviation of ``scale``; the adapted
     stream is the base's with a change, as an adapter leaves it."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator, device=device)
 
     base = normal(rows, hidden)
     weight = scale / logit_scale / hidden**0.5 * normal(vocab, hidden)
-    actions = torch.randint(vocab, (rows,), generator=generator)
+    actions = torch.randint(vocab, (rows,), generator=generator, device=device)
     actions[:1] = vocab - 1
     actions[2:3] = -1
     return LinearCase(
