@@ -213,6 +213,7 @@ print(special.get((major, minor), f"{major}{minor}"))')
   fi
 else
   if stage a; then
+    run build 0 "$PYTHON" setup.py --quiet build_native --inplace --only=cpu
     run tests 0 "${test[@]}" -m gpu --collect-only tests/kernels
     run real_sizes 0 "${test[@]}" tests/kernels/test_real_sizes.py
     run served_by 0 "$PYTHON" benchmarks/served_by.py --device cpu

@@ -100,7 +100,7 @@ def interleave(
 
     Args:
         cases: builders by name. A case that can't be built or run (not installed, out of memory,
-            unsupported here) yields the reason instead of a time.
+            unsupported here), at once or in a later round, yields the reason instead of a time.
         budget: seconds for the whole group, after which no round is started (min_rounds first).
         on_ready: called when a case is built and warmed up.
     """
@@ -128,9 +128,15 @@ def interleave(
     ):
         for name in order[rounds % len(order):] + order[: rounds % len(order)]:
             case = ready[name]
-            prepared = case.prepare()
-            samples[name].append(_time_once(case.run, prepared, device, flush))
-            del prepared
+            try:
+                prepared = case.prepare()
+                samples[name].append(_time_once(case.run, prepared, device, flush))
+            except Exception as error:  # out of memory beside the others, compiled once too often
+                outcomes[name] = reason(error)
+                del samples[name], ready[name]
+                free(device)
+            prepared = None
+        order = [name for name in order if name in ready]
         rounds += 1
     for name, times in samples.items():
         low, median, high = (
@@ -152,11 +158,12 @@ def _time_once(
         end.synchronize()
         return begin.elapsed_time(end)
     gc.disable()
-    start = time.perf_counter()
-    run(prepared)
-    elapsed = time.perf_counter() - start
-    gc.enable()
-    return elapsed * 1e3
+    try:
+        start = time.perf_counter()
+        run(prepared)
+        return (time.perf_counter() - start) * 1e3
+    finally:
+        gc.enable()
 
 
 def forget_compiled() -> None:

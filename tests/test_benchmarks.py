@@ -273,6 +273,25 @@ def test_cases_take_turns_and_failures_are_results():
     assert all(prepared == "ready" for _, prepared in seen)
 
 
+def test_a_case_that_fails_in_a_later_round_leaves_the_others(monkeypatch):
+    calls = []
+
+    def tires():
+        def run(_):
+            calls.append(1)
+            if len(calls) > 2:  # the warm-up and one round
+                raise torch.OutOfMemoryError("too much at once")
+
+        return Case(run)
+
+    found = harness.interleave(
+        {"a": lambda: Case(lambda _: None), "tires": tires, "b": lambda: Case(lambda _: None)},
+        "cpu", budget=0.0, min_rounds=4,
+    )
+    assert list(found) == ["a", "tires", "b"] and found["tires"] == "out of memory"
+    assert found["a"].rounds == found["b"].rounds == 4 and len(calls) == 3
+
+
 @pytest.mark.slow
 def test_training_step(tmp_path, capsys):
     rows = run(training_step.main, tmp_path, "--no-memory", "--rounds", "1")
@@ -368,7 +387,7 @@ def test_gpu_script_brings_results_back(tmp_path):
 
 def test_gpu_script_goes_on_after_a_failing_part(tmp_path):
     code, lines = gpu_script(tmp_path, "false", "a decoding scaling")
-    failed = "tests real_sizes served_by decoding scaling"
+    failed = "build tests real_sizes served_by decoding scaling"
     assert code == 1 and lines[-1].endswith(f"; failed: {failed}")
     assert (tmp_path / "results.tar.gz").exists()
 
