@@ -326,7 +326,7 @@ def providers(device: str) -> dict[str, Provider]:
 
 def products(x: Inputs, with_gradient: bool) -> Callable[[], None]:
     """Our matrix products alone, in our chunks, into memory that is there already."""
-    product = linear._Product(x.weight)
+    product = linear.Product(x.weight)
     streams = 1 if x.base_logsumexp is not None else 2
     together = streams if x.weight.is_cuda else 1  # a CPU runs the streams' products apart
     rows = linear.chunk_rows(

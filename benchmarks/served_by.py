@@ -22,6 +22,7 @@ from qadapter_kernels import (
     dispatch,
     linear_logsumexp,
     linear_soft_value,
+    linear_state_scores,
     native,
     soft_value,
 )
@@ -77,6 +78,8 @@ def calls(device: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         "linear_soft_value":
             lambda: backward(linear_soft_value(h, hb, weight, actions, **COEFFICIENTS._asdict())),
         "linear_logsumexp": lambda: linear_logsumexp(hb, weight, actions),
+        "linear_state_scores":
+            lambda: linear_state_scores(h.detach(), hb, weight.float(), actions),
         "bradley_terry": lambda: bradley_terry(q, value, offsets).loss.backward(),
         "combine_logits":
             lambda: dispatch.select(b).combine_logits(a.detach(), b, COEFFICIENTS, None),

@@ -31,7 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
 from qadapter_kernels import triton as backend
-from qadapter_kernels.reference import Coefficients
+from qadapter_kernels.reference import Coefficients, LogitHead
 from qadapter_kernels.triton import launch
 
 TARGETS = {
@@ -108,6 +108,14 @@ def _sample(dtype: torch.dtype, odd: bool = False) -> None:
     backend.sample(_logits(FEW, dtype, odd), 0.7, 50, 0.9, 0.05, 1, 2)
 
 
+def _scores(softcap: float | None, dial: tuple[float, float], odd: bool = False) -> None:
+    base = _logits(MANY, torch.float32, odd)
+    backend.score_rows(
+        base, torch.empty_like(base), torch.empty(MANY, dtype=torch.int64),
+        LogitHead(1.0, None, softcap), dial, POLICY,
+    )
+
+
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 CASES: dict[str, Callable[[], None]] = {
     "soft_value forward, bf16": lambda: _soft_value(MANY, _BF16, POLICY, False, False),
@@ -137,6 +145,8 @@ CASES: dict[str, Callable[[], None]] = {
     "combine_logits, strength": lambda: _combine(True),
     "sample, fp32": lambda: _sample(_FP32),
     "sample, bf16": lambda: _sample(_BF16),
+    "scores": lambda: _scores(None, (1.0, 0.0)),
+    "scores, softcap, other strength": lambda: _scores(30.0, (0.5, 0.5)),
     "odd vocabulary: soft_value forward, bf16, two streams":
         lambda: _soft_value(MANY, _BF16, GENERAL, False, False, odd=True),
     "odd vocabulary: soft_value forward, bf16, statistics":
@@ -147,6 +157,8 @@ CASES: dict[str, Callable[[], None]] = {
         lambda: _rows(_FP32, _BF16, True, False, True, odd=True),
     "odd vocabulary: rows, bf16, exact action, base, statistics":
         lambda: _rows(_BF16, _BF16, True, True, True, odd=True),
+    "odd vocabulary: scores, softcap, other strength":
+        lambda: _scores(30.0, (0.5, 0.5), odd=True),
     "odd vocabulary: sample, bf16": lambda: _sample(_BF16, odd=True),
 }
 

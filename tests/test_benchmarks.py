@@ -245,8 +245,8 @@ def test_who_serves_is_seen_and_not_only_said(monkeypatch, capsys):
 def test_another_backend_than_said_is_a_failure(monkeypatch):
     """Dispatch that says one thing and does another."""
     monkeypatch.setattr(dispatch, "select", lambda *_: dispatch.load("torch"))
-    problems = [problem for *_, problem in served_by.observe("cpu", torch.float32)]
-    assert problems[:-1] == ["said to be served by cpu, seen served by torch"] * 5
+    problems = {problem for *_, problem in served_by.observe("cpu", torch.float32)[:-1]}
+    assert problems == {"said to be served by cpu, seen served by torch"}
 
 
 def test_cases_take_turns_and_failures_are_results():

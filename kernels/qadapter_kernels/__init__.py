@@ -14,6 +14,7 @@ from .ops import (
     soft_value,
 )
 from .reference import Coefficients, PolicyStatistics
+from .scores import StateScores, linear_state_scores
 
 __all__ = [
     "BackendStatus",
@@ -22,11 +23,13 @@ __all__ = [
     "PolicyStatistics",
     "Serving",
     "SoftValue",
+    "StateScores",
     "backends",
     "bradley_terry",
     "linear_action_logit",
     "linear_logsumexp",
     "linear_soft_value",
+    "linear_state_scores",
     "serving",
     "soft_value",
 ]

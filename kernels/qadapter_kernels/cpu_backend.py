@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import native
 from .native import matrix, pointer
-from .reference import Coefficients
+from .reference import Coefficients, LogitHead, ScoreRows
 
 NAME = "cpu"
 
@@ -131,6 +131,26 @@ def combine_logits(
         pointer(out_NV), torch.get_num_threads(),
     ), num_columns)
     return out_NV
+
+
+def score_rows(
+    base_RV: Tensor, difference_RV: Tensor | None, actions_R: Tensor, head: LogitHead,
+    policy_weights: tuple[float, float], coef: Coefficients | None,
+) -> Tensor:
+    for x_RV in (base_RV, difference_RV):
+        if x_RV is not None and x_RV.dtype != torch.float32:
+            raise TypeError(f"scores are made of float32 products, not {x_RV.dtype}")
+    num_rows, num_columns = base_RV.shape
+    actions_R, bias_V = _actions(actions_R), _float32(head.bias)
+    outputs_8R = _empty(len(ScoreRows._fields), num_rows, like=base_RV)
+    rewards = coef is not None
+    _check(native.library("cpu").qadapter_cpu_score_rows(
+        *matrix(base_RV)[:2], *matrix(difference_RV)[:2], pointer(bias_V),
+        (ctypes.c_double * 3)(head.scale, head.softcap or 0.0, rewards), pointer(actions_R),
+        (ctypes.c_double * 2)(*policy_weights), _doubles(coef if rewards else Coefficients(0.0)),
+        num_rows, num_columns, pointer(outputs_8R), torch.get_num_threads(),
+    ), num_columns)
+    return outputs_8R
 
 
 def instruction_set() -> str:

@@ -19,11 +19,11 @@ _MODULES = {
 }
 ENVIRONMENT_VARIABLE = "QADAPTER_BACKEND"
 OPERATORS = (
-    "soft_value", "linear_soft_value", "linear_logsumexp", "bradley_terry", "combine_logits",
-    "sample",
+    "soft_value", "linear_soft_value", "linear_logsumexp", "linear_state_scores", "bradley_terry",
+    "combine_logits", "sample",
 )
 """What is served; the last two are decoding's."""
-_ONLY_IN = {"sample": ("triton",)}
+_ONLY_IN = {"sample": ("triton",), "linear_state_scores": ("cpu", "triton", "torch")}
 """Operators that not every backend has; elsewhere they are PyTorch's own operations."""
 
 
@@ -86,14 +86,17 @@ def serving(device_type: str) -> tuple[Serving, ...]:
     forced = os.environ.get(ENVIRONMENT_VARIABLE)
     rows = []
     for operator in OPERATORS:
+        holders = _ONLY_IN.get(operator, tuple(_MODULES))
         choices = PREFERENCE.get(device_type, ("torch",))
-        if operator in _ONLY_IN:
-            choices = tuple(name for name in choices if name in _ONLY_IN[operator])
-        elif forced:
+        choices = tuple(name for name in choices if name in holders)
+        if forced and "torch" in holders:  # else nothing selects among backends
             reason = load(forced).unavailable_reason(device_type)
             why = f"{ENVIRONMENT_VARIABLE} forces it"
             why += f", and it can't: {reason}" if reason else ""
-            rows.append(Serving(operator, device_type, forced, forced != choices[0], why))
+            taken = forced
+            if forced not in holders:
+                taken, why = "torch", f"{forced} has no kernel for it ({why})"
+            rows.append(Serving(operator, device_type, taken, taken != choices[0], why))
             continue
         reasons = {name: load(name).unavailable_reason(device_type) for name in choices}
         backend = next((name for name in choices if reasons[name] is None), None)
@@ -105,10 +108,13 @@ def serving(device_type: str) -> tuple[Serving, ...]:
     return tuple(rows)
 
 
-def select(tensor: torch.Tensor, forced: str | None = None) -> ModuleType:
+def select(
+    tensor: torch.Tensor, forced: str | None = None, operator: str | None = None
+) -> ModuleType:
     """The backend that serves a tensor's device and dtype.
 
     Args:
+        operator: one that not every backend has: PyTorch serves it where the one taken has not.
         forced: a backend's name (the ``backend=`` argument); else ``QADAPTER_BACKEND``; else the
             best there is for the device. float64 is served by the definition's own arithmetic.
 
@@ -125,8 +131,9 @@ def select(tensor: torch.Tensor, forced: str | None = None) -> ModuleType:
             reason = "float64 is served by the torch backend only"
         if reason is not None:
             raise RuntimeError(f"backend {forced!r} can't serve {device_type} tensors: {reason}")
-        return backend
-    return load("torch") if is_double else default(device_type)
+    else:
+        backend = load("torch") if is_double else default(device_type)
+    return backend if backend.NAME in _ONLY_IN.get(operator, _MODULES) else load("torch")
 
 
 def default(device_type: str) -> ModuleType:

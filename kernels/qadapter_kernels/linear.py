@@ -115,7 +115,7 @@ def forward(
     # its pages have to be faulted in every time.
     apart = base_logsumexp is None and weight.device.type == "cpu" and not statistics
     together = base_logsumexp is None and not apart
-    product = _Product(weight)
+    product = Product(weight)
     streams = 1 + together
     step = chunk_rows(
         num_rows, hidden_size, streams * product.bytes_per_row, workspace_bytes, weight.device
@@ -131,7 +131,7 @@ def forward(
     residual_product = weight.new_empty((num_rows if need_grad else 0, hidden_size))
     stats = policy_lse.new_zeros((3, num_rows) if statistics else (0,))
 
-    for rows in _steps(num_rows, step):
+    for rows in steps(num_rows, step):
         hz = adapter_hidden[rows]
         if mix != 0:
             hz = hz.to(dtype) + mix * base_hidden[rows].to(dtype)
@@ -189,7 +189,7 @@ def logsumexp(
     hidden: Tensor, head: Head, actions: Tensor, workspace_bytes: int, backend: ModuleType
 ) -> Tensor:
     """lse of the head's logits [N], float32."""
-    product = _Product(head.weight)
+    product = Product(head.weight)
     step = chunk_rows(
         len(hidden), hidden.shape[1], product.bytes_per_row, workspace_bytes, hidden.device
     )
@@ -199,11 +199,11 @@ def logsumexp(
 
 
 def _logsumexp(
-    hidden: Tensor, head: Head, actions: Tensor, exact_N: Tensor, product: _Product,
+    hidden: Tensor, head: Head, actions: Tensor, exact_N: Tensor, product: Product,
     workspace: Tensor, backend: ModuleType,
 ) -> Tensor:
     out, bias = torch.empty_like(exact_N), head.bias_for(1.0)
-    for rows in _steps(len(hidden), len(workspace)):
+    for rows in steps(len(hidden), len(workspace)):
         chunk = hidden[rows].to(head.weight.dtype)
         z = product.into(chunk, workspace[: len(chunk)])
         exact = exact_N[rows].expand(2, -1).contiguous() if z.element_size() == 2 else None
@@ -234,7 +234,7 @@ class _KeptMemory(threading.local):
 _KEPT = _KeptMemory()
 
 
-class _Product:
+class Product:
     """h·Wᵀ into a workspace, accumulated and, where the device can, stored in float32.
 
     A 16-bit logit of size 20 carries an error of 0.04; cuBLAS stores float32 from 16-bit operands
@@ -260,10 +260,10 @@ class _Product:
         return torch.mm(hidden_RD, self.weight.t(), out_dtype=self.dtype, out=out_RV)
 
 
-def _steps(num_rows: int, step: int) -> Iterator[slice]:
+def steps(num_rows: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, max(1, step)))
 
 
 def _row_blocks(num_rows: int, hidden_size: int) -> Iterator[slice]:
     """Blocks of rows whose float32 hidden states take at most 64 MiB."""
-    return _steps(num_rows, max(1, (64 << 20) // (4 * max(1, hidden_size))))
+    return steps(num_rows, max(1, (64 << 20) // (4 * max(1, hidden_size))))

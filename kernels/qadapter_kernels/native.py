@@ -37,6 +37,9 @@ SIGNATURES: dict[str, dict[str, tuple[type | None, list[type]]]] = {
             I32, [*MATRIX, *MATRIX, P, F64, P, F64, P, P, I64, I64, I32, I32, P, P, P, I32]
         ),
         "qadapter_cpu_combine_logits": (I32, [*MATRIX, *MATRIX, P, P, I64, I64, P, I32]),
+        "qadapter_cpu_score_rows": (
+            I32, [P, I64, P, I64, P, P, P, P, P, I64, I64, P, I32]
+        ),
         "qadapter_cpu_bradley_terry_forward": (
             None, [P, P, P, P, I64, F64, F64, I32, F64, F64, P, P, P]
         ),

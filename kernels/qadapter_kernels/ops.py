@@ -5,14 +5,26 @@ Shapes: N rows (states), V vocabulary, D hidden size, S = 2B sequences.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import library, linear
-from .reference import MASKED_ROW, NO_ACTION, Coefficients, PolicyStatistics, accumulation_dtype
+from .checks import (
+    check_actions,
+    check_frozen,
+    check_head,
+    check_like,
+    check_matrix,
+    check_offsets,
+    check_rows,
+    coefficients,
+    finite,
+    unit_columns,
+    workspace_bytes,
+)
+from .reference import NO_ACTION, Coefficients, PolicyStatistics, accumulation_dtype
 
 
 class SoftValue(NamedTuple):
@@ -41,10 +53,6 @@ class BradleyTerry(NamedTuple):
     """R as it enters the loss, [2B]: chosen first, then rejected."""
     token_rewards: Tensor
     """r of each action, [N]."""
-
-
-# Asked once: torch 2.8 can't trace the question in torch.compile.
-_AUTOCAST = {k for k in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(k)}
 
 
 def soft_value(
@@ -87,8 +95,8 @@ def soft_value(
         ValueError, TypeError: an argument's shape, dtype, device or value; the message names it.
         RuntimeError: a forced backend can't serve these tensors.
     """
-    coef = _coefficients(alpha_0, alpha_tilde, adapter_coef, base_coef)
-    _check_matrix("adapter_logits", adapter_logits)
+    coef = coefficients(alpha_0, alpha_tilde, adapter_coef, base_coef)
+    check_matrix("adapter_logits", adapter_logits)
     if base_logits is None or base_action_logit is not None:
         _check_cached_base("base_logits", base_logits, base_action_logit, base_logsumexp,
                            return_statistics, coef, adapter_logits)
@@ -98,17 +106,17 @@ def soft_value(
             backend=backend,
         )
         return _with_cached_base(alone, actions, row_mask, base_action_logit, base_logsumexp, coef)
-    _check_like("base_logits", base_logits, "adapter_logits", adapter_logits)
-    _check_frozen("base_logits", base_logits)
+    check_like("base_logits", base_logits, "adapter_logits", adapter_logits)
+    check_frozen("base_logits", base_logits)
     num_rows, vocab_size = adapter_logits.shape
-    actions = _check_actions(actions, num_rows, vocab_size, adapter_logits.device, row_mask)
-    _check_rows("base_logsumexp", base_logsumexp, num_rows, adapter_logits.device)
+    actions = check_actions(actions, num_rows, vocab_size, adapter_logits.device, row_mask)
+    check_rows("base_logsumexp", base_logsumexp, num_rows, adapter_logits.device)
     if base_logsumexp is not None:
         base_logsumexp = base_logsumexp.to(accumulation_dtype(adapter_logits.dtype)).contiguous()
     if inplace_backward and adapter_logits.is_leaf and adapter_logits.requires_grad:
         raise ValueError("inplace_backward would overwrite a leaf: adapter_logits is an input")
     *outputs, _, stats = library.soft_value(
-        _unit_columns(adapter_logits), _unit_columns(base_logits), actions, base_logsumexp,
+        unit_columns(adapter_logits), unit_columns(base_logits), actions, base_logsumexp,
         *coef, return_statistics, inplace_backward, backend or "",
     )
     result = SoftValue(*outputs)
@@ -148,10 +156,10 @@ def linear_soft_value(
     Raises:
         ValueError, TypeError, RuntimeError: as ``soft_value``.
     """
-    coef = _coefficients(alpha_0, alpha_tilde, adapter_coef, base_coef)
+    coef = coefficients(alpha_0, alpha_tilde, adapter_coef, base_coef)
     if coef.adapter_coef == 0:
         raise ValueError("adapter_coef is 0: the adapted stream would have no part in q")
-    _check_matrix("adapter_hidden", adapter_hidden)
+    check_matrix("adapter_hidden", adapter_hidden)
     if base_hidden is None or base_action_logit is not None:
         _check_cached_base("base_hidden", base_hidden, base_action_logit, base_logsumexp,
                            return_statistics, coef, adapter_hidden)
@@ -161,18 +169,18 @@ def linear_soft_value(
             workspace_mb=workspace_mb, backend=backend,
         )
         return _with_cached_base(alone, actions, row_mask, base_action_logit, base_logsumexp, coef)
-    _check_like("base_hidden", base_hidden, "adapter_hidden", adapter_hidden, same_dtype=False)
-    _check_frozen("base_hidden", base_hidden)
-    weight, bias = _check_head(weight, bias, adapter_hidden)
+    check_like("base_hidden", base_hidden, "adapter_hidden", adapter_hidden, same_dtype=False)
+    check_frozen("base_hidden", base_hidden)
+    weight, bias = check_head(weight, bias, adapter_hidden)
     if return_statistics and base_logsumexp is not None:
         raise ValueError("return_statistics needs the base's logits: pass base_logsumexp=None")
     num_rows = adapter_hidden.shape[0]
-    actions = _check_actions(actions, num_rows, weight.shape[0], weight.device, row_mask)
-    _check_rows("base_logsumexp", base_logsumexp, num_rows, weight.device)
+    actions = check_actions(actions, num_rows, weight.shape[0], weight.device, row_mask)
+    check_rows("base_logsumexp", base_logsumexp, num_rows, weight.device)
     need_grad = torch.is_grad_enabled() and adapter_hidden.requires_grad
     *outputs, _, stats = library.linear_soft_value(
         adapter_hidden, base_hidden, weight, actions, bias, base_logsumexp, *coef,
-        _finite("logit_scale", logit_scale), _workspace_bytes(workspace_mb), return_statistics,
+        finite("logit_scale", logit_scale), workspace_bytes(workspace_mb), return_statistics,
         need_grad,
         backend or "",
     )
@@ -193,14 +201,14 @@ def linear_logsumexp(
             positive.
         weight, bias, logit_scale, workspace_mb, backend: as in ``linear_soft_value``.
     """
-    _check_matrix("hidden", hidden)
-    weight, bias = _check_head(weight, bias, hidden)
+    check_matrix("hidden", hidden)
+    weight, bias = check_head(weight, bias, hidden)
     if actions is None:
         actions = torch.full((hidden.shape[0],), NO_ACTION, device=hidden.device)
-    actions = _check_actions(actions, hidden.shape[0], weight.shape[0], weight.device, None)
+    actions = check_actions(actions, hidden.shape[0], weight.shape[0], weight.device, None)
     return library.linear_logsumexp(
-        hidden.detach(), weight, actions, bias, _finite("logit_scale", logit_scale),
-        _workspace_bytes(workspace_mb), backend or "",
+        hidden.detach(), weight, actions, bias, finite("logit_scale", logit_scale),
+        workspace_bytes(workspace_mb), backend or "",
     )
 
 
@@ -213,11 +221,11 @@ def linear_action_logit(
 
     Args: as ``linear_logsumexp``'s.
     """
-    _check_matrix("hidden", hidden)
-    weight, bias = _check_head(weight, bias, hidden)
-    actions = _check_actions(actions, hidden.shape[0], weight.shape[0], weight.device, None)
+    check_matrix("hidden", hidden)
+    weight, bias = check_head(weight, bias, hidden)
+    actions = check_actions(actions, hidden.shape[0], weight.shape[0], weight.device, None)
     with torch.no_grad():
-        return linear.Head(weight, bias, _finite("logit_scale", logit_scale)).action_logits(
+        return linear.Head(weight, bias, finite("logit_scale", logit_scale)).action_logits(
             actions, hidden.detach()
         )[0]
 
@@ -249,8 +257,8 @@ def bradley_terry(
     Raises:
         ValueError: an option or a shape; the message names it.
     """
-    _check_rows("q_action", q_action, q_action.shape[0] if q_action.dim() == 1 else -1, None)
-    _check_rows("value", value, q_action.shape[0], q_action.device)
+    check_rows("q_action", q_action, q_action.shape[0] if q_action.dim() == 1 else -1, None)
+    check_rows("value", value, q_action.shape[0], q_action.device)
     if bootstrap not in ("next", "current"):
         raise ValueError(f'bootstrap must be "next" or "current", got {bootstrap!r}')
     if sequence_offsets.is_floating_point():
@@ -264,7 +272,7 @@ def bradley_terry(
     q_action, value = q_action.to(dtype).contiguous(), value.to(dtype).contiguous()
     sequence_offsets = sequence_offsets.to(device=q_action.device, dtype=torch.int64)
     lengths = sequence_offsets.diff()
-    _check_offsets(sequence_offsets, lengths, q_action.shape[0])
+    check_offsets(sequence_offsets, lengths, q_action.shape[0])
     if length_normalization == "none":
         divisors = torch.ones_like(lengths, dtype=dtype)
     elif length_normalization == "completion":
@@ -279,12 +287,12 @@ def bradley_terry(
             f"got {length_normalization!r}"
         )
     num_pairs, num_actions = (
-        None if x is None else _finite(name, float(x), at_least=0.0)
+        None if x is None else finite(name, float(x), at_least=0.0)
         for name, x in (("num_pairs", num_pairs), ("num_actions", num_actions))
     )
     losses, sequence_rewards, token_rewards = library.bradley_terry(
-        q_action, value, sequence_offsets.contiguous(), divisors, _finite("gamma", gamma),
-        _finite("chi2_coef", chi2_coef), bootstrap == "next", num_pairs, num_actions, backend or "",
+        q_action, value, sequence_offsets.contiguous(), divisors, finite("gamma", gamma),
+        finite("chi2_coef", chi2_coef), bootstrap == "next", num_pairs, num_actions, backend or "",
     )
     return BradleyTerry(*losses.unbind(), sequence_rewards, token_rewards)
 
@@ -337,152 +345,5 @@ def _check_cached_base(
     if statistics:
         raise ValueError(f"return_statistics needs the base's logits: pass {name}")
     for number, x in (("base_action_logit", base_action_logit), ("base_logsumexp", base_logsumexp)):
-        _check_rows(number, x, like.shape[0], like.device)
-        _check_frozen(number, x)
-
-
-# --- checks ---------------------------------------------------------------------------------
-
-
-def _coefficients(*numbers: float) -> Coefficients:
-    coef = Coefficients(*map(_finite, Coefficients._fields, numbers))
-    if coef.alpha_tilde <= 0:
-        raise ValueError(f"alpha_tilde must be positive, got {coef.alpha_tilde}")
-    return coef
-
-
-def _finite(name: str, number: float, at_least: float = -math.inf) -> float:
-    # Comparisons, because math.isfinite does not take torch.compile's symbolic floats.
-    if not -math.inf < number < math.inf or number < at_least:
-        bound = "" if at_least == -math.inf else f", at least {at_least:g}"
-        raise ValueError(f"{name} must be a finite number{bound}, got {number}")
-    return float(number)
-
-
-def _workspace_bytes(workspace_mb: int) -> int:
-    if workspace_mb <= 0:
-        raise ValueError(f"workspace_mb must be positive, got {workspace_mb}")
-    return int(workspace_mb * (1 << 20))
-
-
-def _check_matrix(name: str, x: Tensor) -> None:
-    if x.dim() != 2:
-        raise ValueError(f"{name} must have shape [N, columns], got {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
-    if type(x).__name__ == "DTensor":
-        raise TypeError(f"{name} is a DTensor: pass full_tensor() or to_local()")
-
-
-def _check_like(
-    name: str, x: Tensor, other_name: str, other: Tensor, same_dtype: bool = True
-) -> None:
-    _check_matrix(name, x)
-    if x.shape != other.shape:
-        raise ValueError(
-            f"{name} has shape {tuple(x.shape)}, {other_name} has {tuple(other.shape)}: "
-            "they must be equal"
-        )
-    if same_dtype and x.dtype != other.dtype:
-        raise TypeError(f"{name} is {x.dtype}, {other_name} is {other.dtype}: they must be equal")
-    if x.device != other.device:
-        raise ValueError(f"{name} is on {x.device}, {other_name} on {other.device}")
-
-
-def _check_frozen(name: str, x: Tensor) -> None:
-    if torch.is_grad_enabled() and x.requires_grad:
-        raise ValueError(
-            f"{name} requires grad, but the base is frozen and gets no gradient: "
-            f"pass {name}.detach() (and compute it under torch.no_grad() to save its memory)"
-        )
-
-
-def _check_head(
-    weight: Tensor, bias: Tensor | None, hidden: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    if weight.numel() == 0:
-        raise ValueError(
-            "weight is empty: under ZeRO-3 gather it first "
-            "(deepspeed.zero.GatheredParameters around the call)"
-        )
-    _check_matrix("weight", weight)
-    _check_frozen("weight", weight)
-    if weight.shape[1] != hidden.shape[1]:
-        raise ValueError(
-            f"weight has shape {tuple(weight.shape)} but the hidden size is {hidden.shape[1]}"
-        )
-    if weight.device != hidden.device:
-        raise ValueError(f"weight is on {weight.device}, the hidden states on {hidden.device}")
-    if bias is not None:
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias must have shape [{weight.shape[0]}], got {tuple(bias.shape)}")
-        if bias.device != weight.device:
-            raise ValueError(f"bias is on {bias.device}, weight on {weight.device}")
-        _check_frozen("bias", bias)
-    kind = weight.device.type
-    autocast = kind in _AUTOCAST and torch.is_autocast_enabled(kind)
-    if autocast and weight.dtype != torch.float64:
-        weight = weight.to(torch.get_autocast_dtype(kind))
-    return weight, bias
-
-
-def _check_rows(name: str, x: Tensor | None, num_rows: int, device: torch.device | None) -> None:
-    if x is None:
-        return
-    if x.shape != (num_rows,):
-        expected = "[N]" if num_rows < 0 else f"[{num_rows}]"
-        raise ValueError(f"{name} must have shape {expected}, got {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
-    if device is not None and x.device != device:
-        raise ValueError(f"{name} is on {x.device}, the other tensors on {device}")
-
-
-def _check_actions(
-    actions: Tensor, num_rows: int, vocab_size: int, device: torch.device, row_mask: Tensor | None
-) -> Tensor:
-    if actions.shape != (num_rows,):
-        raise ValueError(f"actions must have shape [{num_rows}], got {tuple(actions.shape)}")
-    if actions.is_floating_point() or actions.dtype == torch.bool:
-        raise TypeError(f"actions must be integer token ids, got {actions.dtype}")
-    if actions.device != device:
-        raise ValueError(f"actions are on {actions.device}, the other tensors on {device}")
-    if row_mask is not None:
-        if row_mask.shape != (num_rows,) or row_mask.dtype != torch.bool:
-            raise ValueError(
-                f"row_mask must be bool of shape [{num_rows}], "
-                f"got {row_mask.dtype} of shape {tuple(row_mask.shape)}"
-            )
-        if row_mask.device != device:
-            raise ValueError(f"row_mask is on {row_mask.device}, the other tensors on {device}")
-    # The range is checked where it costs no device synchronisation; on a GPU the kernels compare
-    # columns with the action, so an id outside the vocabulary reads nothing it should not.
-    if not torch.compiler.is_compiling() and device.type == "cpu" and num_rows:
-        scored = actions if row_mask is None else actions.where(row_mask, NO_ACTION)
-        low, high = (int(x) for x in scored.aminmax())
-        if low < NO_ACTION or high >= vocab_size:
-            wrong = low if low < NO_ACTION else high
-            raise ValueError(
-                f"actions holds {wrong}, outside the vocabulary of {vocab_size} "
-                "(-1 stands for no action)"
-            )
-    actions = actions.to(torch.int64).contiguous()
-    if row_mask is not None:
-        actions = torch.where(row_mask, actions, MASKED_ROW)
-    return actions
-
-
-def _check_offsets(offsets: Tensor, lengths: Tensor, num_rows: int) -> None:
-    # Like the range of actions: where it costs no device synchronisation.
-    if torch.compiler.is_compiling() or offsets.device.type != "cpu":
-        return
-    if offsets[0] != 0 or offsets[-1] != num_rows or (lengths < 0).any():
-        raise ValueError(
-            f"sequence_offsets must rise from 0 to {num_rows} (the rows of q_action), "
-            f"got {offsets.tolist() if len(offsets) <= 16 else 'something else'}"
-        )
-
-
-def _unit_columns(x_NV: Tensor) -> Tensor:
-    """Any row stride is served; columns must be next to each other."""
-    return x_NV if x_NV.stride(1) == 1 or x_NV.shape[1] <= 1 else x_NV.contiguous()
+        check_rows(number, x, like.shape[0], like.device)
+        check_frozen(number, x)

@@ -80,9 +80,10 @@ def peak_and_log_total(x_NV: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def log_softmax(x_NV: Tensor) -> Tensor:
-    """Row-wise log-softmax; a row of -inf stays one."""
-    lse_N = logsumexp(x_NV)
-    return x_NV - torch.where(lse_N == -torch.inf, 0.0, lse_N)[:, None]
+    """Row-wise log-softmax; a row of -inf stays one. Peak first: an offset costs no digits."""
+    peak_N, log_total_N = peak_and_log_total(x_NV)
+    log_total_N = torch.where(log_total_N == -torch.inf, 0.0, log_total_N)
+    return (x_NV - peak_N[:, None]) - log_total_N[:, None]
 
 
 def weighted_sum(weight_a: float, a: Tensor, weight_b: float, b: Tensor) -> Tensor:
@@ -117,7 +118,7 @@ def policy_statistics(u_NV: Tensor, b_NV: Tensor) -> PolicyStatistics:
     def expectation(logweight_NV: Tensor, *terms: Tensor) -> Tensor:
         weight_NV = logweight_NV.exp()
         difference_NV = terms[0] if len(terms) == 1 else terms[0] - terms[1]
-        return torch.where(weight_NV > 0, weight_NV * difference_NV, 0.0).sum(-1)
+        return torch.where(weight_NV == 0, 0.0, weight_NV * difference_NV).sum(-1)
 
     return PolicyStatistics(
         entropy=-expectation(logp_NV, logp_NV),
@@ -166,6 +167,60 @@ def soft_value(
         policy_logsumexp=rows(policy_lse_N, keep_N),
         statistics=PolicyStatistics(*(rows(x_N, keep_N) for x_N in statistics)),
     )
+
+
+class ScoreRows(NamedTuple):
+    """What evaluation asks of a state, a number a row each, in the order of ``score_rows``."""
+
+    q_action: Tensor
+    value: Tensor
+    base_logprob: Tensor
+    base_logsumexp: Tensor
+    policy_logprob: Tensor
+    """log π̃(a|s)."""
+    kl_base_policy: Tensor
+    """KL(π‖π̃), nats."""
+    kl_policy_base: Tensor
+    """KL(π̃‖π), nats."""
+    same_top1: Tensor
+    """1 where a most likely token of π̃ is one of π, else 0."""
+
+
+def score_rows(
+    a_NV: Tensor, b_NV: Tensor, actions: Tensor, policy_weights: tuple[float, float],
+    coef: Coefficients,
+) -> ScoreRows:
+    """The base beside π̃ = softmax(w_a·a + w_b·b), and q and V under a trained objective.
+
+    ``actions`` [N]: -1 for no action. ``policy_weights``: (w_a, w_b).
+    """
+    soft = soft_value(a_NV, b_NV, actions, coef)
+    z_NV = weighted_sum(policy_weights[0], a_NV, policy_weights[1], b_NV)
+    statistics = policy_statistics(z_NV, b_NV)
+    column_N1 = actions.clamp_min(0)[:, None]
+    policy_logprob = log_softmax(z_NV).gather(1, column_N1)[:, 0]
+    tops = (x_NV == x_NV.amax(-1, True) for x_NV in (z_NV, b_NV))
+    return ScoreRows(
+        soft.q_action, soft.value, soft.base_logprob, soft.base_logsumexp,
+        torch.where(actions >= 0, policy_logprob, 0.0), statistics.kl_base_policy,
+        statistics.kl_policy_base, torch.logical_and(*tops).any(-1).to(b_NV.dtype),
+    )
+
+
+class LogitHead(NamedTuple):
+    """Products to logits: cap(scale·product + bias), cap(x) = softcap·tanh(x / softcap)."""
+
+    scale: float = 1.0
+    bias: Tensor | None = None
+    """[V], already scaled."""
+    softcap: float | None = None
+
+    def __call__(self, products_NV: Tensor) -> Tensor:
+        logits_NV = products_NV if self.scale == 1.0 else products_NV * self.scale
+        logits_NV = logits_NV if self.bias is None else logits_NV + self.bias
+        return logits_NV if self.softcap is None else torch.tanh(logits_NV / self.softcap).mul_(
+            self.softcap
+        )
 
 
 def linear_soft_value(

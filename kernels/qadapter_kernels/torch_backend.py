@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .reference import Coefficients, accumulation_dtype
+from .reference import Coefficients, LogitHead, ScoreRows, accumulation_dtype
 
 NAME = "torch"
 BLOCK_BYTES = 64 << 20
@@ -157,6 +157,67 @@ def combine_logits(
             logp = mixed - reference.logsumexp(mixed)[:, None]
         out_NV[rows] = logp
     return out_NV
+
+
+def score_rows(
+    base_RV: Tensor, difference_RV: Tensor | None, actions_R: Tensor, head: LogitHead,
+    policy_weights: tuple[float, float], coef: Coefficients | None,
+) -> Tensor:
+    """``reference.score_rows`` from products: b = head(h_b·Wᵀ) and a = b + d, where d is what the
+    product of h_a − h_b adds. Policies are mixtures of b and d, so that d = 0 is the base exactly.
+
+    Args:
+        difference_RV: None for a model without an adapter.
+        policy_weights: (w_a, w_b) of π̃. coef: the trained objective's, or None: q and V are then 0.
+
+    Returns:
+        [8, R], the fields of ``ScoreRows``.
+    """
+    num_rows, num_columns = base_RV.shape
+    outputs_8R = base_RV.new_zeros((len(ScoreRows._fields), num_rows))
+    for rows in _blocks(num_rows, num_columns):
+        actions = actions_R[rows]
+        products = base_RV[rows]
+        b = head(products)
+        lse, base_logprob = _logsumexp_and_logprob(b, actions)
+        found = {"base_logprob": base_logprob, "base_logsumexp": lse,
+                 "policy_logprob": base_logprob, "same_top1": torch.ones_like(lse)}
+        if difference_RV is not None:
+            d = difference_RV[rows] * head.scale
+            if head.softcap is not None:
+                d = head(products + difference_RV[rows]).sub_(b)
+            z = _mixture(b, d, *policy_weights)
+            statistics = reference.policy_statistics(z, b)
+            policy_lse, policy_logprob = _logsumexp_and_logprob(z, actions)
+            same = (z == z.amax(-1, True)) & (b == b.amax(-1, True))
+            found |= {"policy_logprob": policy_logprob, "same_top1": same.any(-1).to(b.dtype),
+                      "kl_base_policy": statistics.kl_base_policy,
+                      "kl_policy_base": statistics.kl_policy_base}
+            if coef is not None:
+                weights = coef.adapter_coef / coef.alpha_tilde, coef.base_weight / coef.alpha_tilde
+                if weights != tuple(policy_weights):
+                    policy_lse, _ = _logsumexp_and_logprob(_mixture(b, d, *weights), actions)
+                q = _mixture(b, d, coef.adapter_coef, coef.base_coef)
+                q = q.gather(1, actions.clamp_min(0)[:, None])[:, 0]
+                found |= {"q_action": torch.where(actions >= 0, q, 0.0),
+                          "value": reference.value_from_logsumexps(policy_lse, lse, coef)}
+        for name, x in found.items():
+            outputs_8R[ScoreRows._fields.index(name), rows] = x
+    return outputs_8R
+
+
+def _mixture(b: Tensor, d: Tensor, weight_a: float, weight_b: float) -> Tensor:
+    """weight_a·(b + d) + weight_b·b, −inf where b is."""
+    total = (weight_a + weight_b) * b + weight_a * d
+    return torch.where(b == -torch.inf, -torch.inf, total)
+
+
+def _logsumexp_and_logprob(x: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row; log-probability 0 where there is no action."""
+    peak, log_total = reference.peak_and_log_total(x)
+    at_action = x.gather(1, actions.clamp_min(0)[:, None])[:, 0]
+    logprob = torch.where(at_action == -torch.inf, -torch.inf, (at_action - peak) - log_total)
+    return log_total + peak, torch.where(actions >= 0, logprob, 0.0)
 
 
 def _affine(

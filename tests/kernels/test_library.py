@@ -359,9 +359,11 @@ def test_serving_says_what_was_passed_over_and_why(monkeypatch):
         monkeypatch.setattr(
             dispatch.load(name), "unavailable_reason", lambda device, reason=reason: reason
         )
-    *rows, sample = serving("cuda")
-    assert {row[2:] for row in rows} == {("cuda", True, "not triton: too old")}
-    assert sample[2:] == (None, True, "not triton: too old")  # only Triton has a sampler
+    rows = {row.operator: row[2:] for row in serving("cuda")}
+    sample = rows.pop("sample")
+    assert rows.pop("linear_state_scores") == ("torch", True, "not triton: too old")
+    assert set(rows.values()) == {("cuda", True, "not triton: too old")}
+    assert sample == (None, True, "not triton: too old")  # only Triton has a sampler
     reasons["triton"] = None
     monkeypatch.setattr(dispatch.load("triton"), "unavailable_reason", lambda device: None)
     assert {row[2:] for row in serving("cuda")} == {("triton", False, "the first choice")}
@@ -375,6 +377,8 @@ def test_serving_under_a_forced_backend(monkeypatch):
     assert {row[2:] for row in rows} == {("torch", True, f"{variable} forces it")}
     assert sample.backend is None and not sample.is_fallback  # it is not chosen by the variable
     monkeypatch.setenv(variable, "cuda")
+    scores = next(row for row in serving("cuda") if row.operator == "linear_state_scores")
+    assert scores.backend == "torch" and scores.reason.startswith("cuda has no kernel for it (")
     assert "QADAPTER_BACKEND forces it, and it can't: " in serving("cpu")[0].reason
 
 

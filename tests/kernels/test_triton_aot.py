@@ -30,7 +30,7 @@ TARGETS = {"cuda:80", "cuda:90", "cuda:100", "hip:gfx942"}
 ONE_OF_EACH = (
     "^soft_value forward, bf16, split, statistics|^soft_value backward, bf16, two"
     "|^rows, fp32 to bf16, base, statistics|^bradley_terry .*next|^combine_logits, strength"
-    "|^sample, fp32"
+    "|^sample, fp32|^scores, softcap"
 )
 
 

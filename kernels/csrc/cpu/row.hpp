@@ -41,6 +41,35 @@ struct Summary {
   double base_cross;    // sum exp(b - m_b) * ((b - m_b) - (u - m_u))
 };
 
+// A row of two streams, told apart by the difference of their products:
+//   b = cap(x), d = cap(x + scale * difference) - b with x = scale * base + bias, cap(x) = x or
+//   softcap * tanh(x / softcap).
+// A policy's logits are a mixture of b and d: where d is 0 and b's weight 1, they are b bit for bit.
+struct Mixture {
+  float base, difference;
+};
+
+struct ScoreRow {
+  const float* base;
+  const float* difference;  // null: a plain model's row, of which only b is summed
+  const float* bias;        // [V], scaled, or null
+  float scale, softcap;     // softcap 0: none
+  Mixture policy;           // compared with b
+  Mixture trained;          // summed besides
+  bool has_trained;
+  int64_t action;           // a column, or -1
+};
+
+struct ScoreSummary {
+  Summary sums;             // of the policy (u) and of b
+  double trained_peak, trained_sum;
+  float policy_top, base_top;  // largest logits
+  bool filled;              // whether there was any column; false: the tops say nothing
+  bool same_top;            // whether some column holds both tops
+  bool has_action;          // whether the action's column was among them; then its logits:
+  float base_action, difference_action, policy_action;
+};
+
 // Moves a reference point up to a candidate maximum; returns old - new. It stays where the candidate
 // is infinite, so that nothing is ever subtracted from itself at infinity.
 double move_peak(double* peak, double sum, float candidate);
@@ -48,6 +77,9 @@ double move_peak(double* peak, double sum, float candidate);
 void rescale(Summary* summary, double policy_shift, double base_shift);
 // Adds the columns of another summary.
 void merge(Summary* into, Summary other);
+void merge(ScoreSummary* into, const ScoreSummary& other);
+// A sum alone, after its reference point moved by shift.
+double rescaled_sum(double sum, double shift);
 // peak + log(sum); -inf without support.
 double log_sum_exp(double peak, double sum);
 
@@ -63,6 +95,7 @@ struct Kernels {
   void (*write_log)(const Row& row, int64_t begin, int64_t end, float peak, float log_sum,
                     float* out);
   void (*exp)(const float* in, float* out, int64_t count);
+  void (*score)(const ScoreRow& row, int64_t begin, int64_t end, ScoreSummary* summary);
 };
 
 extern const Kernels kPortableKernels;

@@ -42,6 +42,7 @@ inline void store_float16(uint16_t* p, V v) {
 inline V operator+(V a, V b) { return {_mm256_add_ps(a.x, b.x)}; }
 inline V operator-(V a, V b) { return {_mm256_sub_ps(a.x, b.x)}; }
 inline V operator*(V a, V b) { return {_mm256_mul_ps(a.x, b.x)}; }
+inline V operator/(V a, V b) { return {_mm256_div_ps(a.x, b.x)}; }
 inline V fma(V a, V b, V c) { return {_mm256_fmadd_ps(a.x, b.x, c.x)}; }
 inline V max(V a, V b) { return {_mm256_max_ps(a.x, b.x)}; }
 inline V min(V a, V b) { return {_mm256_min_ps(a.x, b.x)}; }

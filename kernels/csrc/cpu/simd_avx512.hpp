@@ -40,6 +40,7 @@ inline void store_float16(uint16_t* p, V v) {
 inline V operator+(V a, V b) { return {_mm512_add_ps(a.x, b.x)}; }
 inline V operator-(V a, V b) { return {_mm512_sub_ps(a.x, b.x)}; }
 inline V operator*(V a, V b) { return {_mm512_mul_ps(a.x, b.x)}; }
+inline V operator/(V a, V b) { return {_mm512_div_ps(a.x, b.x)}; }
 inline V fma(V a, V b, V c) { return {_mm512_fmadd_ps(a.x, b.x, c.x)}; }
 inline V max(V a, V b) { return {_mm512_max_ps(a.x, b.x)}; }
 inline V min(V a, V b) { return {_mm512_min_ps(a.x, b.x)}; }

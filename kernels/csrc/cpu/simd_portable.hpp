@@ -76,6 +76,7 @@ inline void store_float16(uint16_t* p, V v) {
 inline V operator+(V a, V b) { return {a.x + b.x}; }
 inline V operator-(V a, V b) { return {a.x - b.x}; }
 inline V operator*(V a, V b) { return {a.x * b.x}; }
+inline V operator/(V a, V b) { return {a.x / b.x}; }
 inline V fma(V a, V b, V c) { return {a.x * b.x + c.x}; }
 // The second operand where either is NaN, as the x86 instructions do.
 inline V max(V a, V b) { return {a.x > b.x ? a.x : b.x}; }

@@ -54,6 +54,35 @@ void merge(Summary* into, Summary other) {
   into->base_cross += other.base_cross;
 }
 
+double rescaled_sum(double sum, double shift) { return sum == 0.0 ? 0.0 : sum * std::exp(shift); }
+
+void merge(ScoreSummary* into, const ScoreSummary& other) {
+  if (!other.filled) return;
+  merge(&into->sums, other.sums);
+  if (other.trained_sum != 0.0) {
+    const double shift = move_peak(&into->trained_peak, into->trained_sum, float(other.trained_peak));
+    into->trained_sum = rescaled_sum(into->trained_sum, shift) +
+                        rescaled_sum(other.trained_sum, other.trained_peak - into->trained_peak);
+  }
+  const auto holds = [&](const ScoreSummary& s, float policy_top, float base_top) {
+    return s.filled && s.same_top && s.policy_top == policy_top && s.base_top == base_top;
+  };
+  const auto larger = [&](float ours, float theirs) {
+    return !into->filled || theirs > ours ? theirs : ours;
+  };
+  const float policy_top = larger(into->policy_top, other.policy_top);
+  const float base_top = larger(into->base_top, other.base_top);
+  into->same_top = holds(*into, policy_top, base_top) || holds(other, policy_top, base_top);
+  into->policy_top = policy_top;
+  into->base_top = base_top;
+  into->filled = true;
+  if (!other.has_action) return;
+  into->has_action = true;
+  into->base_action = other.base_action;
+  into->difference_action = other.difference_action;
+  into->policy_action = other.policy_action;
+}
+
 double log_sum_exp(double peak, double sum) {
   return sum == 0.0 ? -HUGE_VAL : peak + std::log(sum);
 }

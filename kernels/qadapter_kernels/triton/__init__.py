@@ -22,6 +22,7 @@ _HOMES = {
     "bradley_terry_backward": "bradley_terry",
     "combine_logits": "decoding",
     "sample": "sampling",
+    "score_rows": "scores",
 }
 __all__ = ["NAME", "unavailable_reason", *sorted(_HOMES)]
 

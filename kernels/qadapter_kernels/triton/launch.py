@@ -36,6 +36,7 @@ TILES = {
     "bradley_terry": Tile(1024, 8),
     "combine": Tile(4096, 8),
     "sample": Tile(4096, 32),
+    "scores": Tile(2048, 8),
 }
 
 
