@@ -383,6 +383,24 @@ def in_time(options: argparse.Namespace, shape: str) -> bool:
     return begun
 
 
+def add_compile_rows(options: argparse.ArgumentParser) -> None:
+    options.add_argument("--compile-rows", nargs="*", type=int, metavar="N",
+                         help="run what torch.compile compiles for a shape at these N only: each "
+                         "takes it several seconds")
+
+
+def check_compiles(options: argparse.Namespace, rows: int) -> None:
+    """For a case that torch.compile compiles for its shape.
+
+    Raises:
+        Unavailable: ``--compile-rows`` wants it at other N.
+    """
+    wanted = options.compile_rows
+    if wanted is not None and rows not in wanted:
+        at = f" but for N = {', '.join(map(str, wanted))}" if wanted else ""
+        raise Unavailable(f"not compiled{at}, as asked")
+
+
 def start(options: argparse.Namespace, kernel: str) -> Recorder:
     """Applies the common options; ``options.dtype`` becomes torch's.
 

@@ -24,8 +24,10 @@ from harness import (
     Recorder,
     Timing,
     Unavailable,
+    add_compile_rows,
     add_seconds,
     available_bytes,
+    check_compiles,
     chosen,
     forget_compiled,
     free,
@@ -94,11 +96,10 @@ def measure_group(
     forget_compiled()
     everybody = hidden_level.providers(device)
     names = chosen(options.providers, everybody, "provider")
-    if options.compile_rows is not None and rows not in options.compile_rows:
-        everybody |= {
-            name: one._replace(check=_compiled_elsewhere(options.compile_rows))
-            for name, one in everybody.items() if one.compiled
-        }
+    everybody |= {
+        name: one._replace(check=lambda _: check_compiles(options, rows))
+        for name, one in everybody.items() if one.compiled
+    }
     inputs = {
         cached: hidden_level.make_inputs(HEADS[head_name], rows, options.dtype, device, cached)
         for cached in (False, True)
@@ -145,13 +146,6 @@ def measure_group(
             records.append(recorder.add(**record))
         free(device)
     return records
-
-
-def _compiled_elsewhere(rows: Sequence[int]) -> Callable[[Inputs], None]:
-    def check(_: Inputs) -> None:
-        raise Unavailable(f"compiled for N = {', '.join(map(str, rows))} only")
-
-    return check
 
 
 def product_flops(head_name: str, rows: int, mode: str, cached: bool) -> float:
@@ -203,9 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--rows", nargs="*", type=int, help="numbers of rows N")
     options.add_argument("--modes", nargs="*", choices=MODES, default=MODES)
     options.add_argument("--providers", nargs="*", metavar="NAME")
-    options.add_argument("--compile-rows", nargs="*", type=int, metavar="N",
-                         help="run what torch.compile compiles for a shape at these N only: each "
-                         "takes it several seconds")
+    add_compile_rows(options)
     options.add_argument("--no-memory", action="store_true", help="skip the peak memory")
     add_seconds(options)
     options = options.parse_args(arguments)

@@ -23,8 +23,10 @@ from harness import (
     Recorder,
     Timing,
     Unavailable,
+    add_compile_rows,
     add_seconds,
     available_bytes,
+    check_compiles,
     chosen,
     forget_compiled,
     free,
@@ -46,7 +48,7 @@ SHAPES = {
 }
 BYTES_PER_LOGIT = {"forward": 4, "backward": 6}
 MAX_EXACT_ROWS = 256
-COPY = "copy"
+COPY, COMPILED = "copy", "torch.compile"
 
 
 class Logits(NamedTuple):
@@ -96,7 +98,7 @@ def providers(device: str) -> dict[str, Callable[[Logits], Outputs]]:
         **{f"ours ({n})": functools.partial(ours, backend=n)
            for n in names if n != dispatch.default(device).NAME},
         "eager": eager,
-        "torch.compile": torch.compile(eager, dynamic=False),
+        COMPILED: torch.compile(eager, dynamic=False, fullgraph=True),
     }
 
 
@@ -149,6 +151,8 @@ def measure_group(
         def guarded(function: Callable[[Logits], Outputs], mode: str = mode) -> Case:
             if function is not ours and 24 * rows * vocab > 0.8 * available_bytes(device):
                 raise Unavailable(f"needs about {24 * rows * vocab / 2**30:.0f} GiB")
+            if function is functions.get(COMPILED):
+                check_compiles(options, rows)
             return make_case(function, x, mode)
 
         cases = {name: functools.partial(guarded, f) for name, f in functions.items()}
@@ -181,6 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--providers", nargs="*", metavar="NAME")
     options.add_argument("--heads", nargs="*", help=f"of {', '.join(HEADS)}")
     options.add_argument("--rows", nargs="*", type=int, help="numbers of rows N")
+    add_compile_rows(options)
     add_seconds(options)
     options = options.parse_args(arguments)
     recorder = start(options, "logits_loss")

@@ -1,6 +1,6 @@
 """A run in one screen: what the records in a folder say, a line a shape.
 
-    python benchmarks/summary.py FOLDER
+    python benchmarks/summary.py benchmarks/results
 """
 
 from __future__ import annotations
@@ -21,12 +21,16 @@ FIELDS = {
 }
 
 
-def read(folder: Path) -> dict[str, list[Record]]:
-    """Records by benchmark."""
-    return {
-        path.stem: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        for path in sorted(folder.glob("*.jsonl"))
-    }
+def read(folder: Path, device: str) -> Iterator[tuple[str, list[Record]]]:
+    """Each benchmark's records on a device, of every case the last."""
+    for path in sorted(folder.glob("*.jsonl")):
+        last: dict[tuple[str, ...], Record] = {}
+        for line in path.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            if {"shape", "status", "mode"} <= set(record) and device == record["device"]:
+                last[title(record), record["provider"], record["dtype"]] = record
+        if last:
+            yield path.stem, list(last.values())
 
 
 def title(record: Record) -> str:
@@ -52,10 +56,11 @@ def against_ours(records: Sequence[Record]) -> Iterator[str]:
                 parts.append(f"{number(ours[key])}% of {of}")
         if ours.get("peak_extra_mib") is not None:
             parts.append(f"{number(ours['peak_extra_mib'])} MiB")
-        rivals = [r for r in group if not r["provider"].startswith(("ours", "products", "copy"))]
+        rivals = [r for r in group if r.get("times_ours") is not None
+                  and not r["provider"].startswith(("ours", "products", "copy"))]
         if rivals:
-            best = min(rivals, key=lambda r: r["ms"])
-            parts.append(f"next {best['provider']} {number(best['ms'] / ours['ms'])}×")
+            best = min(rivals, key=lambda r: r["times_ours"])  # of its own run
+            parts.append(f"next {best['provider']} {number(best['times_ours'])}×")
         yield f"{name}: {', '.join(parts)}"
 
 
@@ -79,9 +84,8 @@ def refusals(records: Sequence[Record]) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def lines(folder: Path) -> Iterator[str]:
-    for benchmark, records in read(folder).items():
-        records = [r for r in records if "shape" in r and "status" in r and "mode" in r]
+def lines(folder: Path, device: str) -> Iterator[str]:
+    for benchmark, records in read(folder, device):
         yield f"{benchmark}:"
         told = against_ours if benchmark in AGAINST_OURS else one_by_one
         yield from (f"  {line}" for line in told(records))
@@ -91,7 +95,9 @@ def lines(folder: Path) -> Iterator[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("folder", type=Path)
-    for line in lines(options.parse_args(arguments).folder):
+    options.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    options = options.parse_args(arguments)
+    for line in lines(options.folder, options.device):
         print(line)
 
 

@@ -67,12 +67,17 @@ def test_linear_loss(tmp_path, capsys):
     assert "not run: cut-cross-entropy: " in capsys.readouterr().out
 
 
-def test_shapes_compile_where_they_are_asked_to(tmp_path, capsys):
-    names = ("ours", "torch.compile, one product")
-    rows = run(linear_loss.main, tmp_path, "--no-memory", "--rows", "5", "--modes", "both",
-               "--compile-rows", "4096", "512", "--providers", *names)
-    status = {r["provider"]: r["status"] for r in rows}
-    assert status[names[0]] == "ok" and status[names[1]] == "compiled for N = 4096, 512 only"
+@pytest.mark.parametrize("main, name", [
+    (linear_loss.main, "torch.compile, one product"), (logits_loss.main, logits_loss.COMPILED),
+])
+def test_shapes_compile_where_they_are_asked_to(tmp_path, main, name):
+    arguments = ("--rows", "5", "--providers", "ours", name, "--compile-rows")
+    reasons = {(): "not compiled, as asked",
+               ("4096", "512"): "not compiled but for N = 4096, 512, as asked"}
+    for wanted, reason in reasons.items():
+        rows = run(main, tmp_path / str(len(wanted)), *arguments, *wanted)
+        status = {r["provider"]: r["status"] for r in rows}
+        assert status["ours"] == "ok" and status[name] == reason
 
 
 @torch.enable_grad()
@@ -387,7 +392,7 @@ def test_gpu_script_brings_results_back(tmp_path):
 
 def test_gpu_script_goes_on_after_a_failing_part(tmp_path):
     code, lines = gpu_script(tmp_path, "false", "a decoding scaling")
-    failed = "build tests real_sizes served_by decoding scaling"
+    failed = "build tests sanitizer real_sizes served_by decoding scaling"
     assert code == 1 and lines[-1].endswith(f"; failed: {failed}")
     assert (tmp_path / "results.tar.gz").exists()
 
@@ -422,24 +427,29 @@ done"""
 def test_a_summary_names_ours_the_next_and_what_failed(tmp_path):
     def record(provider, status="ok", **numbers):
         return {"provider": provider, "mode": "both", "base": "cached", "status": status,
+                "device": "cuda", "dtype": "bfloat16",
                 "shape": {"head": "H", "N": 4096, "vocab": 9, "hidden": 3}, **numbers}
 
     rows = [
+        record("ours", ms=8.0),  # measured again below
+        record("slow", ms=9.0, times_ours=4.5), record("near", ms=9.5, times_ours=1.25),
         record("ours", ms=2.0, percent_of_products=104.0, peak_extra_mib=512.0),
-        record("ours (torch)", ms=1.0), record("slow", ms=9.0), record("near", ms=2.5),
-        record("products alone", ms=1.9), record("gone", f"{harness.FAILED}something else served"),
+        record("ours (torch)", ms=1.0, times_ours=0.5), record("products alone", ms=1.9),
+        record("copy", ms=1.0), record("ours", ms=3.0) | {"device": "cpu"},
+        record("gone", f"{harness.FAILED}something else served"),
         record("absent", "not installed"), record("absent", "not installed"),
     ]
     for name in ("linear_loss", "training_step"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    found = list(summary.lines(tmp_path))
+    found = list(summary.lines(tmp_path, "cuda"))
     assert found[:4] == [
         "linear_loss:",
         "  H, N 4,096, both, base cached: 2 ms, 104% of products, 512 MiB, next near 1.25×",
         "  FAILED: gone: something else served", "  not run: absent: not installed",
     ]
-    assert found[4:8] == ["training_step:", "  H, N 4,096, both, base cached:",
-                          "    ours: 2 ms, 512 MiB extra", "    ours (torch): 1 ms"]
+    assert found[4:7] == ["training_step:", "  H, N 4,096, both, base cached:",
+                          "    ours: 2 ms, 512 MiB extra"]
+    assert list(summary.lines(tmp_path, "cpu"))[1].endswith("base cached: 3 ms")
 
 
 def test_gpu_wheels_are_the_pinned_versions():
