@@ -49,6 +49,9 @@ _CHANGING_THE_BASE = {
     "megatron_config": (None, "Megatron layers are not supported"),
 }
 
+_DROPOUTS = ("rank_dropout", "module_dropout")
+"""Fields by which PEFT drops without a module for it."""
+
 
 def preset(name: str) -> PeftConfig:
     """A LoRA configuration by name.
@@ -228,6 +231,16 @@ class LoraAdapter:
     def parameters(self) -> Iterator[nn.Parameter]:
         """The adapter's own parameters."""
         return map(self.peft_model.get_base_model().get_parameter, self._weights)
+
+    @property
+    def drops(self) -> bool:
+        """Whether training drops anything at random."""
+        frozen = {m for layer in self.layers for m in frozen_module(layer).modules()}
+        own = {m for layer in self.layers for m in layer.modules()} - frozen
+        return (
+            any(isinstance(m, nn.Dropout) and m.p > 0 for m in own)
+            or any(getattr(self.config, name, 0) for name in _DROPOUTS)
+        )
 
     def requires_grad_(self, trainable: bool = True) -> None:
         for parameter in self.parameters():

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from peft import PeftConfig, inject_adapter_in_model
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qadapter.adapters.head_adapter import AdapterConfig
 from qadapter.commands.arguments import AdapterArguments, ModelArguments
@@ -68,13 +68,14 @@ def loading_options(
 
 def check_without_weights(
     base_name: str, options: dict[str, Any], tokenizer: PreTrainedTokenizerBase,
-    adapter: AdapterConfig | PeftConfig | None = None, **datasets: Dataset | None,
+    adapter: Callable[[PretrainedConfig], AdapterConfig | PeftConfig] | None = None,
+    **datasets: Dataset | None,
 ) -> None:
     """What a base's configuration alone can tell, seconds before its weights are there.
 
     Args:
         options: of ``loading_options``.
-        adapter: what will be trained on it.
+        adapter: what will be trained on it, told from its configuration.
         datasets: name → tokenized pairs.
 
     Raises:
@@ -89,9 +90,10 @@ def check_without_weights(
     for name, dataset in datasets.items():
         if dataset is not None:
             check_pairs(dataset, shell, tokenizer, f"the {name} data")
-    if isinstance(adapter, PeftConfig):
+    config = None if adapter is None else adapter(shell.config)
+    if isinstance(config, PeftConfig):
         try:
-            inject_adapter_in_model(copy.deepcopy(adapter), shell)
+            inject_adapter_in_model(copy.deepcopy(config), shell)
         except ValueError as error:
             raise QAdapterError(f"PEFT can't adapt {base_name}: {error}") from error
 

@@ -55,7 +55,7 @@ _DATA = (
 _PREPARATION = ("max_length", "truncation_mode", "on_bad_row")
 _OBJECTIVE = (
     "adapter_kind", "adapter_form", "adapter_rank", "lora_r", "lora_alpha", "lora_dropout",
-    "lora_target_modules", "alpha_0", "alpha_tilde", "gamma", "chi2_coef",
+    "lora_target_modules", "lora_layers", "alpha_0", "alpha_tilde", "gamma", "chi2_coef",
     "parametrization", "bootstrap", "length_normalization", "mask_alignment",
 )
 _RETENTION = ("retention_coef", "retention_states")
@@ -65,9 +65,9 @@ _TRAINING = (
     "eval_steps", "logging_steps", "save_strategy", "save_steps", "save_total_limit",
     "resume_from_checkpoint", "seed",
 )
-_MEMORY = ("cache_features", "feature_cache_dir", "feature_batch_tokens", "feature_shard_mb",
-           "workspace_mb", "pad_to_multiple_of", "dataset_num_proc", "model_init_kwargs",
-           "trust_remote_code")
+_MEMORY = ("cache_features", "padding_free", "feature_cache_dir", "feature_batch_tokens",
+           "feature_shard_mb", "workspace_mb", "pad_to_multiple_of", "dataset_num_proc",
+           "model_init_kwargs", "trust_remote_code")
 GROUPS = (
     Group(args.ModelArguments, "Model"),
     Group(args.ScriptArguments, "Data", _DATA),
@@ -147,7 +147,9 @@ def run(
         if "eval_strategy" in given and config.eval_strategy != "no":
             raise QAdapterError("eval_strategy needs held-out pairs: set test_fraction above 0")
         config.eval_strategy = "no"
-    checks.check_evaluation(config, None if test_pairs is None else (), cached=_caches(config))
+    checks.check_evaluation(
+        config, None if test_pairs is None else (), cached=config.cache_features != "none"
+    )
     loading = loading_options(model_args, config.trust_remote_code, config.model_init_kwargs)
     base_name = say_base(model_args.model_name_or_path, console)
     tokenizer = load_tokenizer(
@@ -161,7 +163,7 @@ def run(
     test = None if test_pairs is None else _tokenize(test_pairs, tokenizer, config)
     checks.check_best_is_met(config, len(train.dataset), config.world_size)
     check_without_weights(
-        base_name, loading, tokenizer, config.adapter_config(), train=train.dataset,
+        base_name, loading, tokenizer, config.adapter_config, train=train.dataset,
         eval=None if test is None else test.dataset,
     )
     main_process = config.process_index == 0
@@ -208,10 +210,6 @@ def run(
         f"wrote {folder} in {time.monotonic() - start:.0f} s, peak memory "
         f"{peak_rss_bytes() / 2**30:.2f} GiB", highlight=False,
     )
-
-
-def _caches(config: QAdapterConfig) -> bool:
-    return config.adapter_kind == "head" and config.cache_features != "none"
 
 
 def _tokenize(

@@ -9,6 +9,7 @@ weight is not zero. Only where both streams have a weight they both run, in one 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -33,6 +34,8 @@ from qadapter.trunk.caches import CACHE, name_of_cache, take_cache
 from qadapter.trunk.lm_head import LanguageModelHead, trunk
 from qadapter.trunk.loading import LoadedBase, as_loaded
 from qadapter.trunk.memo import TrunkMemo
+from qadapter.trunk.packing import Packing, hidden_states
+from qadapter.trunk.split import SplitTrunk, lowest_adapted
 from qadapter_kernels import linear_soft_value, soft_value
 from qadapter_kernels.reference import Coefficients, accumulation_dtype
 
@@ -78,6 +81,7 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         self.trunk_memo: TrunkMemo | None = None
         self.chat_template: str | None = None
         self.head = LanguageModelHead.of(base)
+        self._split: tuple[SplitTrunk | None, str] | None = None
         self._trunk_cache = name_of_cache(trunk(base))
         self.generation_config = copy.deepcopy(base.generation_config)
         self.all_tied_weights_keys = {}
@@ -409,6 +413,51 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
             return self.adapter_hidden(input_ids, attention_mask), base_hidden
         return self.adapter(base_hidden), base_hidden
 
+    @property
+    def split_trunk(self) -> SplitTrunk | None:
+        """The trunk in two parts, the upper one from the first block that the adapter changes; None
+        where there is no part below, or the trunk can't be run in parts (then it runs whole)."""
+        if self._split is None:
+            split, refused = None, ""
+            first = lowest_adapted(self.base) if self.adapts_trunk else None
+            if first:
+                try:
+                    split = SplitTrunk.of(self.base, first)
+                except QAdapterError as error:
+                    refused = str(error)
+            self._split = split, refused
+        return self._split[0]
+
+    @property
+    def split_refused(self) -> str:
+        """Why the trunk can't be run in parts, though its lower blocks are not adapted; or ''."""
+        return "" if self.split_trunk is not None else self._split[1]
+
+    def packed_hidden(
+        self, packing: Packing, *, packed: bool, base_stream: bool = False, below: bool = False,
+        entering_ND: Tensor | None = None,
+    ) -> Tensor:
+        """Last hidden states of all packed tokens [M, D] out of the trunk, through which gradients
+        reach a LoRA.
+
+        Args:
+            packing: on the base's device.
+            packed: run it as one row, where the base's attention can (``packing.can_pack``).
+            base_stream: the frozen base's instead.
+            below: the states that enter ``split_trunk``'s first block instead.
+            entering_ND: those, where they are known.
+        """
+        trunk = self.split_trunk.below if below else None
+        if entering_ND is not None:
+            trunk = self.split_trunk.above
+        apart = base_stream and self.adapts_trunk
+        off = self.adapter.off() if apart else contextlib.nullcontext()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not base_stream), off:
+            hidden_MD = hidden_states(
+                self.base, packing, packed=packed, trunk=trunk, entering_ND=entering_ND
+            )
+        return hidden_MD.to(self.head.weight.device)
+
     def _trunk_hidden(
         self, stream: int, input_ids: Tensor, attention_mask: Tensor | None
     ) -> Tensor:
@@ -418,22 +467,25 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         return hidden.to(self.head.weight.device)  # another one's, where a device_map splits them
 
     def soft_value(
-        self, adapter_hidden: Tensor, base_hidden: Tensor, actions: Tensor,
+        self, adapter_hidden: Tensor, base_hidden: Tensor | None, actions: Tensor,
         coefficients: Coefficients | None = None, **kwargs: Any,
     ):
         """``qadapter_kernels``' soft value of N states through this model's head.
 
         Args:
-            adapter_hidden, base_hidden: [N, D]. actions: [N].
+            adapter_hidden: [N, D]. base_hidden: [N, D], or None where ``base_action_logit`` and
+                ``base_logsumexp`` stand for it. actions: [N].
             coefficients: default: the trained objective's.
-            kwargs: ``base_logsumexp``, ``return_statistics``, ``workspace_mb``, ``backend``.
+            kwargs: ``base_action_logit``, ``base_logsumexp``, ``return_statistics``,
+                ``workspace_mb``, ``backend``.
         """
         coef, weight = coefficients or self.objective.coefficients, self.head.weight
         adapter_hidden, base_hidden, actions = (
-            x.to(weight.device) for x in (adapter_hidden, base_hidden, actions)
+            x if x is None else x.to(weight.device) for x in (adapter_hidden, base_hidden, actions)
         )
-        if kwargs.get("base_logsumexp") is not None:
-            kwargs["base_logsumexp"] = kwargs["base_logsumexp"].to(weight.device)
+        for name in ("base_action_logit", "base_logsumexp"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = kwargs[name].to(weight.device)
         if self.head.softcap is None:
             return linear_soft_value(
                 adapter_hidden, base_hidden, weight, actions, **coef._asdict(),
@@ -442,7 +494,7 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         kwargs.pop("workspace_mb", None)
         adapter_logits = self.head(adapter_hidden)
         with torch.no_grad():
-            base_logits = self.head(base_hidden)
+            base_logits = None if base_hidden is None else self.head(base_hidden)
         return soft_value(adapter_logits, base_logits, actions, **coef._asdict(), **kwargs)
 
     # --- what transformers asks of a model --------------------------------------------------

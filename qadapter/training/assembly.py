@@ -11,18 +11,31 @@ from transformers import PreTrainedModel, set_seed
 from qadapter.errors import QAdapterError
 from qadapter.policy.model import QAdapterModel
 from qadapter.training.config import QAdapterConfig
-from qadapter.training.features import FeatureCollator, PairFeatures
+from qadapter.training.feature_set import FeatureCollator, PackedCollator, PairFeatures
+from qadapter.trunk.loading import as_loaded
 
 
 class EitherCollator:
-    """Cached features and tokenized pairs each have their own collator."""
+    """Cached features and tokenized pairs each have their own collator.
 
-    def __init__(self, padded: Callable[..., Any], ragged: FeatureCollator) -> None:
-        self.padded, self.ragged = padded, ragged
+    Args:
+        features: for cached ones. tokens: for the others; a user's own, perhaps.
+    """
+
+    def __init__(
+        self, features: FeatureCollator, tokens: PackedCollator | Callable[..., Any]
+    ) -> None:
+        self.features, self.tokens = features, tokens
 
     def __call__(self, examples: list[Any]) -> dict[str, Any]:
         cached = isinstance(examples[0], PairFeatures)
-        return self.ragged(examples) if cached else self.padded(examples)
+        return self.features(examples) if cached else self.tokens(examples)
+
+    def settle(self, packed: bool, share: bool) -> None:
+        """How trunks are run on the batches."""
+        for collator in (self.features, self.tokens):
+            if isinstance(collator, FeatureCollator | PackedCollator):
+                collator.packed, collator.share = packed, share
 
 
 def as_qadapter_model(
@@ -59,6 +72,10 @@ def as_qadapter_model(
         raise QAdapterError(
             f"model must be a QAdapterModel, a causal LM or its name, got {type(model).__name__}"
         )
-    adapter = args.adapter_config() if peft_config is None else peft_config
+    if peft_config is None:
+        model = as_loaded(model, kwargs)
+        kwargs, adapter = {}, args.adapter_config(model.model.config)
+    else:
+        adapter = peft_config
     set_seed(args.seed)  # the adapter's start is random too
     return QAdapterModel.from_base(model, adapter, args.objective_config(), **kwargs)

@@ -16,7 +16,6 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from qadapter.adapters.head_adapter import HeadAdapter
 from qadapter.data import padding_id
 from qadapter.errors import QAdapterError
 from qadapter.policy.model import QAdapterModel
@@ -24,10 +23,12 @@ from qadapter.system.progress import Progress, Reporter, silent, tqdm_bar
 from qadapter.system.room import available_memory, free_disk
 from qadapter.training import feature_store
 from qadapter.training.config import QAdapterConfig
-from qadapter.training.features import FeatureSet, compute_features, feature_bytes
+from qadapter.training.feature_set import FeatureSet
+from qadapter.training.features import compute_features, feature_bytes, longest
 from qadapter.training.own_samples import load_or_sample
 from qadapter.training.placement import DiskRoom, place
 from qadapter.training.retention import RetentionStates, token_sequences
+from qadapter.trunk.packing import can_pack
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +43,12 @@ class BaseReading(Trainer):
     _training_prompts: list[list[int]]
     _reporter: Reporter | None = None
     _say: Callable[[str], None] | None = None
+    _pads_because: str | None = None
 
     @property
     def caches_features(self) -> bool:
         """Whether the base runs once over the data instead of at every step."""
-        return self.args.cache_features != "none" and isinstance(self.model.adapter, HeadAdapter)
+        return self.args.cache_features != "none"
 
     @property
     def _pad_token_id(self) -> int:
@@ -66,6 +68,9 @@ class BaseReading(Trainer):
         Raises:
             QAdapterError: it does not fit where it is to be kept; nothing was run then.
         """
+        self._settle_packing(self.train_dataset)
+        if self.model.split_refused:
+            self._tell(f"the whole trunk runs at every step: {self.model.split_refused}")
         if self._retention_texts is not None:  # what is wrong with them is told first
             token_sequences(
                 self.model, self.processing_class, self._retention_texts, self.args.max_length
@@ -98,6 +103,7 @@ class BaseReading(Trainer):
     def _compute(self, dataset: Dataset, name: str, where: str) -> FeatureSet:
         settings = {
             "batch_tokens": self.args.feature_batch_tokens, "pad_token_id": self._pad_token_id,
+            "packed": self.args.padding_free is not False,
         }
         pairs = "training pairs" if name == "train" else "held-out pairs"
         with (
@@ -173,6 +179,7 @@ class BaseReading(Trainer):
             raise QAdapterError("training needs a train_dataset")
         if self.caches_features:
             self.train_dataset = self._features(("train", self.train_dataset))[0]
+        self._settle_packing(self.train_dataset)
         return super().get_train_dataloader()
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -189,11 +196,31 @@ class BaseReading(Trainer):
         else:
             prepare = self.features if self.caches_features else self._prepare
             eval_dataset = prepare(eval_dataset, "eval")
+        named = isinstance(eval_dataset, str)
+        self._settle_packing(self.eval_dataset[eval_dataset] if named else eval_dataset)
         return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         prepare = self.features if self.caches_features else self._prepare
-        return super().get_test_dataloader(prepare(test_dataset, "test"))
+        test_dataset = prepare(test_dataset, "test")
+        self._settle_packing(test_dataset)
+        return super().get_test_dataloader(test_dataset)
+
+    def _settle_packing(self, dataset: Dataset | FeatureSet) -> None:
+        """Whether trunks run on rows without padding; once they can't, they don't."""
+        model, wanted = self.model, self.args.padding_free
+        packed = wanted is not False and self._pads_because is None
+        if packed:
+            reason = can_pack(model.base, longest(dataset), gradients=model.adapts_trunk)
+            if reason is not None and wanted:
+                raise QAdapterError(f"padding_free: {reason}")
+            if reason is not None:
+                self._pads_because = reason
+                self._tell(f"sequences are padded: {reason}")
+            packed = reason is None
+        # Dropped alike on a shared prompt, two answers would not be two draws.
+        share = not (model.adapts_trunk and model.adapter.drops)
+        self.data_collator.settle(packed, share)
 
     # --- what is said ------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig
-from transformers import TrainingArguments
+from transformers import PretrainedConfig, TrainingArguments
 
 from qadapter.adapters.head_adapter import AdapterConfig
 from qadapter.errors import QAdapterError
@@ -44,7 +44,7 @@ _MOST_SEED = 2**32 - 1
 """NumPy takes no more."""
 _OF_ONE_KIND = {
     "head": ("adapter_form", "adapter_rank"),
-    "lora": ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
+    "lora": ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_layers"),
 }
 """Options that one kind of adapter has."""
 def _objective(name: str, help_text: str, **metadata: Any) -> Any:
@@ -139,6 +139,11 @@ class QAdapterConfig(TrainingArguments):
         metadata={"help": "Layers that get a LoRA: [q_proj, v_proj], or a string as PEFT reads it "
                   "(all-linear, or a pattern). Default: PEFT's for the architecture."},
     )
+    lora_layers: str | int | None = field(
+        default=None,
+        metadata={"help": "Blocks that get a LoRA: 8 or top:8 for the upper eight, whose input is "
+                  "then computed once; default: all."},
+    )
 
     # --- objective: ObjectiveConfig's fields and defaults ---
     alpha_0: float = _objective("alpha_0", "Weight of the base policy (the paper's λ·α₁).")
@@ -216,11 +221,17 @@ class QAdapterConfig(TrainingArguments):
     cache_features: str = field(
         default="auto",
         metadata={
-            "help": "Where the frozen base's hidden states are kept, so that the base runs once: "
+            "help": "Where what the frozen base says is kept, so that the base runs once: "
             "'memory', 'disk', 'none' (the base runs at every step); 'auto' takes memory if it "
             "has ample room, else disk.",
             "choices": ["auto", "memory", "disk", "none"],
         },
+    )
+    padding_free: bool | None = field(
+        default=None,
+        metadata={"help": "Run the trunk on one row of tokens, without padding and with each "
+                  "prompt once. Default: where the base's attention can, which is checked; true: "
+                  "or else stop; false: pad."},
     )
     feature_cache_dir: str | None = field(
         default=None,
@@ -268,6 +279,7 @@ class QAdapterConfig(TrainingArguments):
                     )
         if not 0 <= self.lora_dropout < 1:
             raise QAdapterError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
+        self._upper_blocks()
         checks.check_reporting(self)
         checks.check_optimizer(self)
         try:
@@ -298,14 +310,42 @@ class QAdapterConfig(TrainingArguments):
         """The objective these arguments describe."""
         return ObjectiveConfig(**{name: getattr(self, name) for name in _OBJECTIVE})
 
-    def adapter_config(self) -> AdapterConfig | LoraConfig:
-        """The adapter these arguments describe."""
+    def adapter_config(self, base: PretrainedConfig | None = None) -> AdapterConfig | LoraConfig:
+        """The adapter these arguments describe.
+
+        Args:
+            base: what it is for, whose depth ``lora_layers`` counts from; without, all blocks.
+
+        Raises:
+            QAdapterError: ``lora_layers`` names more blocks than the base has.
+        """
         if self.adapter_kind == "head":
             return AdapterConfig(form=self.adapter_form, rank=self.adapter_rank)
         return LoraConfig(
             r=self.lora_r, lora_alpha=self.lora_alpha, lora_dropout=self.lora_dropout,
             target_modules=self.lora_target_modules, task_type="CAUSAL_LM",
+            layers_to_transform=None if base is None else self._lora_blocks(base),
         )
+
+    def _lora_blocks(self, base: PretrainedConfig) -> list[int] | None:
+        """The blocks that ``lora_layers`` names; None for all."""
+        number, depth = self._upper_blocks(), base.get_text_config().num_hidden_layers
+        if number is None:
+            return None
+        if number > depth:
+            raise QAdapterError(f"lora_layers={self.lora_layers}: the base has {depth} blocks")
+        return list(range(depth - number, depth))
+
+    def _upper_blocks(self) -> int | None:
+        if self.lora_layers in (None, "all"):
+            return None
+        number = str(self.lora_layers).removeprefix("top:")
+        if not number.isdecimal() or int(number) < 1:
+            raise QAdapterError(
+                "lora_layers must be a number of upper blocks (8 or top:8) or all, got "
+                f"{self.lora_layers!r}"
+            )
+        return int(number)
 
     def set_objective(self, objective: ObjectiveConfig) -> None:
         """Take over the objective of a model that has its own."""

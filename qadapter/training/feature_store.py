@@ -1,10 +1,10 @@
 """The feature cache on disk: safetensors shards and an index that vouches for them.
 
 A cache lives in a folder named by a fingerprint of everything its contents depend on: token ids,
-tokenizer, lengths, the base and its dtype, the alignment of masks. A shard counts only if the index
-lists it with the size and SHA-256 it has; the index is written after the shard, and both replace
-their file whole. So whatever is missing, damaged or left over from a killed run is computed again,
-and it alone.
+tokenizer, lengths, the base and its dtype, the alignment of masks, which parts are kept. A shard
+counts only if the index lists it with the size and SHA-256 it has; the index is written after the
+shard, and both replace their file whole. So whatever is missing, damaged or left over from a killed
+run is computed again, and it alone.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ from qadapter.policy.model import QAdapterModel
 from qadapter.system.locking import exclusive
 from qadapter.system.progress import Progress
 from qadapter.system.room import require_writable
+from qadapter.training.feature_set import FeatureSet, Kept, Shard
 from qadapter.training.features import (
-    FeatureSet,
-    Shard,
     Tokens,
     compute_shard,
     feature_bytes,
@@ -42,7 +41,7 @@ from qadapter.trunk.hashing import file_sha256
 from qadapter.trunk.identity import sampled
 from qadapter.trunk.loading import cache_dir as default_cache_dir
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MIB = 1 << 20
 INDEX_NAME = "index.json"
 
@@ -50,15 +49,15 @@ INDEX_NAME = "index.json"
 def load_or_compute(
     model: QAdapterModel, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *,
     max_length: int | None, cache_dir: str | Path | None = None, shard_mb: int = 256,
-    batch_tokens: int = 4096, pad_token_id: int = 0, progress: Progress | None = None,
-    say: Callable[[str], None] | None = None,
+    batch_tokens: int = 4096, pad_token_id: int = 0, packed: bool = True,
+    progress: Progress | None = None, say: Callable[[str], None] | None = None,
 ) -> FeatureSet:
     """Features of tokenized pairs, mapped from disk; what is not there is computed and stored.
 
     Several processes may ask for the same at once: one computes, the others wait for it.
 
     Args:
-        model, dataset, batch_tokens, pad_token_id, progress: as in ``compute_features``.
+        model, dataset, batch_tokens, pad_token_id, packed, progress: as in ``compute_features``.
         tokenizer, max_length: what the dataset was made with; part of its fingerprint.
         cache_dir: default: ``features`` in qadapter's own cache folder. Every dataset, base and
             setting gets a folder of its own below it; old ones can be deleted at any time.
@@ -82,7 +81,7 @@ def load_or_compute(
             parts = {number: dataset.select(range(*spans[number])) for number in missing}
             done = Tokens(sum(int(token_counts(part).sum()) for part in parts.values()), progress)
             for number, part in parts.items():
-                shard = compute_shard(model, part, batch_tokens, pad_token_id, done)
+                shard = compute_shard(model, part, batch_tokens, pad_token_id, packed, done)
                 store.write(number, len(spans), shard)
             return FeatureSet([store.load(number, len(spans)) for number in range(len(spans))])
     except OSError as error:
@@ -129,10 +128,12 @@ def _cannot_cache(path: Path, error: Exception) -> QAdapterError:
 def cache_identity(model: QAdapterModel, pad_token_id: int) -> dict[str, Any]:
     """Everything of a model that its features depend on, as JSON."""
     base, alignment = model.base, model.objective.mask_alignment
+    bare = model.adapter.bare_base() if model.adapts_trunk else base
     return {
         "format_version": FORMAT_VERSION,
         **dataclasses.asdict(model.base_identity),
-        "weights": sampled(base.state_dict().items()),
+        "weights": sampled(bare.state_dict().items()),
+        "kept": Kept.of(model)._asdict(),
         "dtype": str(base.dtype),
         "mask_alignment": alignment,
         "pad_token_id": pad_token_id if alignment == "state" else None,
@@ -180,7 +181,7 @@ class _Store:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self.folder, prefix=".writing-") as scratch:
                 temporary = Path(scratch) / path.name
-                save_file(shard._asdict(), temporary)
+                save_file(shard.parts(), temporary)
                 self.index["shards"][path.name] = {
                     "bytes": temporary.stat().st_size, "pairs": len(shard.rows),
                     "sha256": file_sha256(temporary),

@@ -1,182 +1,63 @@
-"""What the frozen base knows about every action, computed once.
+"""The one pass of the frozen base over a set of pairs, and what its outcome takes.
 
-A head adapter sees nothing but the base's last hidden states at the states actions are taken in
-(design §5). They, their log-sum-exps and the action tokens are all that training and evaluation
-need; the trunk never runs again.
-
-Shapes: P pairs, 2P sequences (pair i's chosen and rejected are sequences 2i and 2i + 1), N actions
-in all, D hidden.
+Nothing is padded and nothing runs twice: what texts begin with in common, a prompt above all, is
+one run of tokens (``qadapter.trunk.packing``).
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
+import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
 
-from qadapter.errors import QAdapterError
 from qadapter.policy.model import QAdapterModel
 from qadapter.system.progress import Progress
+from qadapter.training.feature_set import (
+    SIDES,
+    Answer,
+    FeatureCollator,
+    FeatureSet,
+    Kept,
+    PairFeatures,
+    Shard,
+    answers_of,
+)
 from qadapter.trunk.lm_head import input_device
-from qadapter.trunk.packing import Packing, can_pack, hidden_states
-from qadapter_kernels import linear_logsumexp
+from qadapter.trunk.packing import Packing, can_pack
+from qadapter_kernels import linear_action_logit, linear_logsumexp
+from qadapter_kernels.reference import accumulation_dtype
 
-_SIDES = ("chosen", "rejected")
+__all__ = [
+    "FeatureCollator", "FeatureSet", "PairFeatures", "Shard", "Tokens", "compute_features",
+    "compute_shard", "feature_bytes", "longest", "token_counts",
+]
+
 _CAPPED_ROWS = 256
 """Rows of [rows, V] logits held at a time where a softcapped head rules out the fused kernel."""
 
 
-class Shard(NamedTuple):
-    """Features of consecutive pairs; all tensors on the CPU."""
-
-    hidden: Tensor
-    """h_b [N, D] in the base's dtype."""
-    base_logsumexp: Tensor
-    """lse(b) [N], float32."""
-    tokens: Tensor
-    """The actions, int32 [N]."""
-    states: Tensor
-    """Position in its sequence of the output that scores each action, int32 [N]."""
-    offsets: Tensor
-    """int64 [2P + 1]: sequence s owns actions offsets[s]:offsets[s + 1]."""
-    lengths: Tensor
-    """Tokens of each sequence, prompt and answer, int32 [2P]."""
-    rows: Tensor
-    """Row of each pair in its source, int64 [P]."""
-
-
-class PairFeatures(NamedTuple):
-    """One pair: its chosen answer's actions, then its rejected answer's."""
-
-    row: int
-    hidden: Tensor
-    base_logsumexp: Tensor
-    tokens: Tensor
-    states: Tensor
-    num_actions: tuple[int, int]
-    lengths: tuple[int, int]
-
-
-class FeatureSet(torch.utils.data.Dataset):
-    """Cached features of a set of pairs, in memory or mapped from disk. Items: ``PairFeatures``.
-
-    Build with ``compute_features`` or ``qadapter.training.feature_store.load_or_compute``.
-    """
-
-    def __init__(self, shards: Sequence[Shard]) -> None:
-        self.shards = list(shards)
-        self._starts = np.cumsum([0, *(len(s.rows) for s in self.shards)]).tolist()
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    def __getitem__(self, index: int) -> PairFeatures:
-        index = index + len(self) if index < 0 else index
-        if not 0 <= index < len(self):
-            raise IndexError(f"pair {index} of {len(self)}")
-        number = bisect_right(self._starts, index) - 1
-        shard, local = self.shards[number], index - self._starts[number]
-        start, middle, end = shard.offsets[2 * local : 2 * local + 3].tolist()
-        return PairFeatures(
-            row=int(shard.rows[local]),
-            hidden=shard.hidden[start:end],
-            base_logsumexp=shard.base_logsumexp[start:end],
-            tokens=shard.tokens[start:end],
-            states=shard.states[start:end],
-            num_actions=(middle - start, end - middle),
-            lengths=tuple(shard.lengths[2 * local : 2 * local + 2].tolist()),
-        )
-
-    def select(self, indices: Sequence[int]) -> FeatureSet:
-        """A copy of these pairs' features, in this order, in memory."""
-        pairs = [self[i] for i in indices]
-        counts = torch.tensor([n for pair in pairs for n in pair.num_actions], dtype=torch.int64)
-        return FeatureSet([
-            Shard(
-                **{
-                    name: torch.cat([getattr(pair, name) for pair in pairs])
-                    for name in ("hidden", "base_logsumexp", "tokens", "states")
-                },
-                offsets=torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
-                lengths=torch.tensor([pair.lengths for pair in pairs], dtype=torch.int32).flatten(),
-                rows=torch.tensor([pair.row for pair in pairs]),
-            )
-        ])
-
-    @property
-    def num_actions(self) -> int:
-        return sum(len(shard.tokens) for shard in self.shards)
-
-    @property
-    def nbytes(self) -> int:
-        """Memory (or disk space) of all features."""
-        return sum(tensor.nbytes for shard in self.shards for tensor in shard)
-
-
-@dataclass
-class FeatureCollator:
-    """B pairs to one ragged batch: the actions of B chosen, then of B rejected answers.
-
-    Returns ``rows`` [B], ``hidden`` [N, D], ``base_logsumexp`` [N], ``tokens`` int64 [N],
-    ``offsets`` int64 [2B + 1], ``padded_length`` (the length T a padded batch would have) and
-    ``num_tokens`` (prompts and answers). What a padded batch would not score, the output at its
-    last position T − 1, is left out here too (``mask_alignment="state"``).
-    """
-
-    pad_to_multiple_of: int | None = None
-
-    def __call__(self, pairs: Sequence[PairFeatures]) -> dict[str, Any]:
-        multiple = self.pad_to_multiple_of or 1
-        padded_length = -(-max(max(pair.lengths) for pair in pairs) // multiple) * multiple
-        pieces = [
-            slice(0, pair.num_actions[0]) if side == 0 else slice(pair.num_actions[0], None)
-            for side in range(2)
-            for pair in pairs
-        ]
-        sequences = list(zip(pieces, [*pairs, *pairs], strict=True))
-        states = torch.cat([pair.states[piece] for piece, pair in sequences])
-        counts = torch.tensor([len(pair.states[piece]) for piece, pair in sequences])
-        batch = {
-            name: torch.cat([getattr(pair, name)[piece] for piece, pair in sequences])
-            for name in ("hidden", "base_logsumexp", "tokens")
-        }
-        scored = states < padded_length - 1
-        if not scored.all():
-            sequence = torch.arange(len(counts)).repeat_interleave(counts)
-            counts = torch.bincount(sequence[scored], minlength=len(counts))
-            batch = {name: x[scored] for name, x in batch.items()}
-        return {
-            "rows": torch.tensor([pair.row for pair in pairs]),
-            **batch,
-            "tokens": batch["tokens"].to(torch.int64),
-            "offsets": torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
-            "padded_length": padded_length,
-            "num_tokens": sum(sum(pair.lengths) for pair in pairs),
-        }
-
-
 def compute_features(
     model: QAdapterModel, dataset: Dataset, *, batch_tokens: int = 4096, pad_token_id: int = 0,
-    progress: Progress | None = None,
+    packed: bool = True, progress: Progress | None = None,
 ) -> FeatureSet:
     """Run the base over tokenized pairs and keep the features in memory.
 
     Args:
-        model: its base, head and ``objective.mask_alignment`` are what counts.
+        model: its base, head and objective are what counts, and which blocks its adapter is in.
         dataset: from ``qadapter.data.tokenize_preferences``.
         batch_tokens: most tokens in one batch of the trunk.
         pad_token_id: as the collator's; it is an action under ``mask_alignment="state"`` only.
+        packed: run texts in one row, where the base's attention can; else in groups of like length.
         progress: called with (tokens done, tokens in all), of prompts and answers, so that the
             rate means the same in every run.
     """
     done = Tokens(int(token_counts(dataset).sum()), progress)
-    return FeatureSet([compute_shard(model, dataset, batch_tokens, pad_token_id, done)])
+    return FeatureSet([compute_shard(model, dataset, batch_tokens, pad_token_id, packed, done)])
 
 
 class Tokens:
@@ -196,18 +77,31 @@ class Tokens:
 
 
 def feature_bytes(model: QAdapterModel, dataset: Dataset) -> np.ndarray:
-    """What each pair's features take, in memory or on disk, int64 [P]; from token counts alone."""
-    scalars = sum(
-        torch.empty(0, dtype=dtype).itemsize for dtype in (torch.float32, torch.int32, torch.int32)
-    )
-    row = model.head.weight.shape[1] * model.base.dtype.itemsize + scalars
-    actions = np.zeros(len(dataset), dtype=np.int64)
-    for side in _SIDES:
-        name = f"{side}_mask" if f"{side}_mask" in dataset.column_names else f"{side}_ids"
-        count = sum if name.endswith("mask") else len
-        actions += np.fromiter(map(count, dataset[name]), dtype=np.int64, count=len(dataset))
+    """What each pair's features take at most, in memory or on disk, int64 [P]; from token counts
+    alone (what several pairs have in common is then kept once)."""
+    kept = Kept.of(model)
+    number, int32 = accumulation_dtype(model.base.dtype).itemsize, torch.int32.itemsize
+    itemsize, text = model.base.dtype.itemsize, model.base.config.get_text_config()
+    action = number + 2 * int32
+    action += model.head.weight.shape[1] * itemsize if kept.hidden else number
+    token = int32 + (0 if kept.first_block is None else text.hidden_size * itemsize)
+    actions, answers, prompts = (np.zeros(len(dataset), dtype=np.int64) for _ in range(3))
+
+    def counts(name: str, count: type | None = None) -> np.ndarray:
+        column = dataset[name]
+        return np.fromiter(map(count or len, column), dtype=np.int64, count=len(dataset))
+
+    for side in SIDES:
+        answers += counts(f"{side}_ids")
+        masked = f"{side}_mask" in dataset.column_names
+        actions += counts(f"{side}_mask", sum) if masked else counts(f"{side}_ids")
     # Two offsets and two lengths, and the row.
-    return actions * row + 2 * (8 + 4) + 8
+    size = actions * action + 2 * (8 + 4) + 8
+    if kept.ids:
+        prompts = counts("prompt_ids")
+        size += (prompts + answers) * token
+        size += (2 * prompts + answers) * int32  # the lines
+    return size
 
 
 def token_counts(dataset: Dataset) -> np.ndarray:
@@ -219,82 +113,131 @@ def token_counts(dataset: Dataset) -> np.ndarray:
     return counts
 
 
+def longest(dataset: Dataset | FeatureSet) -> int:
+    """Tokens of the longest sequence of a set of pairs."""
+    if isinstance(dataset, FeatureSet):
+        return max((int(shard.lengths.max()) for shard in dataset.shards), default=0)
+    prompt, *answers = (
+        np.fromiter((len(x) for x in dataset[name]), dtype=np.int64, count=len(dataset))
+        for name in ("prompt_ids", "chosen_ids", "rejected_ids")
+    )
+    return int((prompt + np.maximum(*answers)).max(initial=0))
+
+
+class _Batch(NamedTuple):
+    """Distinct texts that the base reads together."""
+
+    packing: Packing
+    members: list[list[int]]
+    """For each text the sequences that it is (several pairs of one prompt may share an answer)."""
+
+
 @torch.no_grad()
 def compute_shard(
-    model: QAdapterModel, dataset: Dataset, batch_tokens: int, pad_token_id: int, done: Tokens
+    model: QAdapterModel, dataset: Dataset, batch_tokens: int, pad_token_id: int, packed: bool,
+    done: Tokens,
 ) -> Shard:
     """Features of all pairs of ``dataset``; arguments as ``compute_features``."""
-    if model.adapts_trunk:
-        raise QAdapterError("an adapter in the trunk sees more than the base's features")
-    sequences = _sequences(dataset, model.objective.mask_alignment, pad_token_id)
-    counts = torch.tensor([len(sequence.states) for sequence in sequences])
+    kept, head, base = Kept.of(model), model.head, model.base
+    alignment = model.objective.mask_alignment
+    answers = [x for example in dataset for x in answers_of(example, alignment, pad_token_id)]
+    batches = [_Batch(Packing.of(texts), m) for texts, m in _batches(answers, batch_tokens)]
+    counts = torch.tensor([len(answer.states) for answer in answers])
     offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    head, total = model.head, int(offsets[-1])
-    hidden = torch.empty((total, head.weight.shape[1]), dtype=model.base.dtype)
-    base_logsumexp = torch.empty(total)
-    tokens = torch.from_numpy(np.concatenate([sequence.tokens for sequence in sequences]))
-    states = torch.from_numpy(np.concatenate([sequence.states for sequence in sequences]))
-    longest = max(len(sequence.ids) for sequence in sequences)
-    packed = can_pack(model.base, longest) is None
-    for texts, members in _batches(sequences, batch_tokens):
-        packing = Packing.of(texts, input_device(model.base))
-        rows_N = torch.cat(
-            [
-                line[sequences[number].states]
-                for line, numbers in zip(packing.lines, members, strict=True)
-                for number in numbers
-            ]
-        )
-        numbers = [number for numbers in members for number in numbers]
-        targets_N = torch.cat([torch.arange(offsets[n], offsets[n + 1]) for n in numbers])
-        hidden_TD = hidden_states(model.base, packing, packed=packed).to(head.weight.device)
-        hidden_ND = hidden_TD[rows_N.to(head.weight.device)]
-        hidden[targets_N] = hidden_ND.to("cpu")
-        base_logsumexp[targets_N] = _logsumexp(model, hidden_ND, tokens[targets_N]).to("cpu")
-        done.add(sum(len(sequences[number].ids) for number in numbers))
+    tokens = torch.from_numpy(np.concatenate([answer.tokens for answer in answers]))
+    num_actions, width = int(offsets[-1]), head.weight.shape[1]
+    numbers = {"base_logsumexp": torch.empty(num_actions, dtype=accumulation_dtype(base.dtype))}
+    if kept.hidden:
+        numbers["hidden"] = torch.empty((num_actions, width), dtype=base.dtype)
+    else:
+        numbers["base_action_logit"] = torch.empty_like(numbers["base_logsumexp"])
+    table = _token_table(kept, batches, answers, model)
+    packed = packed and can_pack(base, max(len(answer.ids) for answer in answers)) is None
+    start = 0
+    for packing, members in batches:
+        hidden_MD, entering_MD = _read(model, kept, packing.to(input_device(base)), packed)
+        if entering_MD is not None:
+            table["entering"][start : start + len(entering_MD)] = entering_MD.to("cpu")
+            start += len(entering_MD)
+        places_N, actions_N = _actions(packing, members, answers, offsets)
+        hidden_ND = hidden_MD[places_N.to(hidden_MD.device)]
+        found = _numbers(model, hidden_ND, tokens[actions_N].to(hidden_ND.device))
+        for name, x in ({"hidden": hidden_ND} | found).items():
+            if name in numbers:
+                numbers[name][actions_N] = x.to("cpu", numbers[name].dtype)
+        done.add(sum(len(answers[n].ids) for text in members for n in text))
     return Shard(
-        hidden, base_logsumexp, tokens, states, offsets,
-        torch.tensor([len(sequence.ids) for sequence in sequences], dtype=torch.int32),
-        torch.tensor(dataset["row"][:] if "row" in dataset.column_names else range(len(dataset))),
+        tokens=tokens,
+        states=torch.from_numpy(np.concatenate([answer.states for answer in answers])),
+        offsets=offsets,
+        lengths=torch.tensor([len(answer.ids) for answer in answers], dtype=torch.int32),
+        rows=torch.tensor(
+            dataset["row"][:] if "row" in dataset.column_names else range(len(dataset))
+        ),
+        **numbers, **table,
     )
 
 
-class _Sequence(NamedTuple):
-    ids: np.ndarray
-    prompt_length: int
-    tokens: np.ndarray
-    states: np.ndarray
+def _read(
+    model: QAdapterModel, kept: Kept, packing: Packing, packed: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The base's last hidden states [M, D], and the states that enter the first adapted block."""
+    run = functools.partial(model.packed_hidden, packing, packed=packed, base_stream=True)
+    if kept.first_block is None:
+        return run(), None
+    entering_MD = run(below=True)
+    return run(entering_ND=entering_MD), entering_MD
 
 
-def _sequences(dataset: Dataset, mask_alignment: str, pad_token_id: int) -> list[_Sequence]:
-    sequences = []
-    for example in dataset:
-        prompt_length = len(example["prompt_ids"])
-        for side in _SIDES:
-            answer, mask = example[f"{side}_ids"], example.get(f"{side}_mask")
-            ids = np.array([*example["prompt_ids"], *answer, pad_token_id], dtype=np.int32)
-            positions = prompt_length + (
-                np.arange(len(answer)) if mask is None else np.flatnonzero(mask)
-            )
-            states = positions - 1 if mask_alignment == "action" else positions
-            states = states[states >= 0].astype(np.int32)
-            sequences.append(_Sequence(ids[:-1], prompt_length, ids[states + 1], states))
-    return sequences
+def _token_table(
+    kept: Kept, batches: Sequence[_Batch], answers: Sequence[Answer], model: QAdapterModel
+) -> dict[str, Tensor]:
+    """The parts of a shard that are kept for tokens; ``entering`` is still to be filled."""
+    if not kept.ids:
+        return {}
+    lines: list[Tensor] = [torch.empty(0)] * len(answers)
+    start = 0
+    for packing, members in batches:
+        for line, sequences in zip(packing.lines, members, strict=True):
+            for number in sequences:
+                lines[number] = line + start
+        start += len(packing.ids_N)
+    table = {
+        "ids": torch.cat([packing.ids_N for packing, _ in batches]).int(),
+        "lines": torch.cat(lines).int(),
+    }
+    if kept.first_block is not None:
+        width = model.base.config.get_text_config().hidden_size
+        table["entering"] = torch.empty((start, width), dtype=model.base.dtype)
+    return table
+
+
+def _actions(
+    packing: Packing, members: list[list[int]], answers: Sequence[Answer], offsets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Where in the packed row each action's state is, and which of all actions it is, [N] each."""
+    sequences = [
+        (line, number) for line, numbers in zip(packing.lines, members, strict=True)
+        for number in numbers
+    ]
+    places = [line[torch.from_numpy(answers[n].states).long()] for line, n in sequences]
+    actions = [torch.arange(offsets[n], offsets[n + 1]) for _, n in sequences]
+    return torch.cat(places), torch.cat(actions)
 
 
 def _batches(
-    sequences: Sequence[_Sequence], batch_tokens: int
+    answers: Sequence[Answer], batch_tokens: int
 ) -> Iterator[tuple[list[Tensor], list[list[int]]]]:
-    """Batches of distinct texts, and for each text the sequences that it is (several pairs of one
-    prompt often share an answer). Longest first; answers to one prompt stay together.
+    """Batches of distinct texts, and for each text the sequences that it is. Longest first; answers
+    to one prompt stay together.
     """
     uses: dict[bytes, dict[bytes, list[int]]] = {}
-    for number, sequence in enumerate(sequences):
-        prompt = sequence.ids[: sequence.prompt_length].tobytes()
-        uses.setdefault(prompt, {}).setdefault(sequence.ids.tobytes(), []).append(number)
+    for number, answer in enumerate(answers):
+        prompt = answer.ids[: answer.prompt_length].tobytes()
+        uses.setdefault(prompt, {}).setdefault(answer.ids.tobytes(), []).append(number)
 
     def length(numbers: list[int]) -> int:
-        return len(sequences[numbers[0]].ids)
+        return len(answers[numbers[0]].ids)
 
     prompts = sorted(
         (list(texts.values()) for texts in uses.values()),
@@ -304,21 +247,31 @@ def _batches(
     for texts in prompts:
         longest = max(map(length, [*batch, *texts]))
         if batch and longest * (len(batch) + len(texts)) > batch_tokens:
-            yield _texts(sequences, batch), batch
+            yield _texts(answers, batch), batch
             batch = []
         batch = batch + texts
-    yield _texts(sequences, batch), batch
+    yield _texts(answers, batch), batch
 
 
-def _texts(sequences: Sequence[_Sequence], members: list[list[int]]) -> list[Tensor]:
-    return [torch.from_numpy(sequences[numbers[0]].ids).long() for numbers in members]
+def _texts(answers: Sequence[Answer], members: list[list[int]]) -> list[Tensor]:
+    return [torch.from_numpy(answers[numbers[0]].ids).long() for numbers in members]
 
 
-def _logsumexp(model: QAdapterModel, hidden_ND: Tensor, tokens_N: Tensor) -> Tensor:
+def _numbers(model: QAdapterModel, hidden_ND: Tensor, tokens_N: Tensor) -> dict[str, Tensor]:
+    """b[action] and lse(b), [N] each."""
     head = model.head
     if head.softcap is None:
-        return linear_logsumexp(
-            hidden_ND, head.weight, tokens_N.to(hidden_ND.device), bias=head.bias,
-            logit_scale=head.logit_scale,
-        )
-    return torch.cat([head(h).float().logsumexp(-1) for h in hidden_ND.split(_CAPPED_ROWS)])
+        linear = {"bias": head.bias, "logit_scale": head.logit_scale}
+        return {
+            "base_action_logit": linear_action_logit(hidden_ND, head.weight, tokens_N, **linear),
+            "base_logsumexp": linear_logsumexp(hidden_ND, head.weight, tokens_N, **linear),
+        }
+    logits, lses = [], []
+    for hidden_RD, tokens_R in zip(
+        hidden_ND.split(_CAPPED_ROWS), tokens_N.split(_CAPPED_ROWS), strict=True
+    ):
+        logits_RV = head(hidden_RD)
+        logits_RV = logits_RV.to(accumulation_dtype(logits_RV.dtype))
+        logits.append(logits_RV.gather(1, tokens_R.long()[:, None])[:, 0])
+        lses.append(logits_RV.logsumexp(-1))
+    return {"base_action_logit": torch.cat(logits), "base_logsumexp": torch.cat(lses)}

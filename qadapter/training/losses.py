@@ -1,7 +1,7 @@
 """One batch to its loss and to the numbers that are logged.
 
-Cached features and padded batches meet here as the same thing: N states with an action each,
-ragged over 2B sequences.
+Cached features, packed rows and padded batches meet here as the same thing: N states with an action
+each, ragged over 2B sequences.
 """
 
 from __future__ import annotations
@@ -55,31 +55,18 @@ def batch_loss(
         totals: the step this batch is a part of; default: the batch is all there is.
         workspace_mb: upper bound on the memory for logits, MiB.
     """
-    if "hidden" in batch:
-        hidden_ND, tokens_N, offsets = batch["hidden"], batch["tokens"], batch["offsets"]
-        device = hidden_ND.device
-        padded_length, lse_N = batch["padded_length"], batch["base_logsumexp"]
-        adapter_ND = model.adapter(hidden_ND)
-    else:
-        device, head_device = batch["input_ids"].device, model.head.weight.device
-        actions = find_actions(
-            batch["input_ids"].to(head_device), batch["completion_mask"].to(head_device),
-            model.objective.mask_alignment,
-        )
-        streams = model.hidden_streams(batch["input_ids"], batch["attention_mask"])
-        adapter_ND, hidden_ND = (h[actions.sequence_N, actions.state_N] for h in streams)
-        tokens_N, offsets, lse_N = actions.token_N, actions.offsets_S1, None
-        padded_length = actions.shape[1]
+    states = _scored_states(model, batch)
     # Without a cached lse(b) the base's logits are computed, and its statistics cost nothing more.
-    need_statistics = lse_N is None
+    need_statistics = states.base_logsumexp is None
     outputs = model.soft_value(
-        adapter_ND, hidden_ND, tokens_N, base_logsumexp=lse_N, workspace_mb=workspace_mb,
-        return_statistics=need_statistics,
+        states.adapter_hidden, states.base_hidden, states.tokens,
+        base_action_logit=states.base_action_logit, base_logsumexp=states.base_logsumexp,
+        workspace_mb=workspace_mb, return_statistics=need_statistics,
     )
     soft, statistics = outputs if need_statistics else (outputs, ())
-    offsets = offsets.to(soft.value.device)
+    offsets, device = states.offsets.to(soft.value.device), batch["rows"].device
     terms = sequence_loss(
-        soft, offsets, model.objective, padded_length=padded_length,
+        soft, offsets, model.objective, padded_length=states.padded_length,
         num_pairs=totals and totals.pairs, num_actions=totals and totals.actions,
     )
     with torch.no_grad():
@@ -109,9 +96,53 @@ def batch_loss(
     return BatchLoss(terms.loss.to(device), rewards_B2.to(device), columns.to(device))
 
 
+class _ScoredStates(NamedTuple):
+    """N states, the action taken in each, and what is known of the base there."""
+
+    adapter_hidden: Tensor
+    tokens: Tensor
+    offsets: Tensor
+    padded_length: int
+    base_hidden: Tensor | None
+    base_action_logit: Tensor | None = None
+    base_logsumexp: Tensor | None = None
+
+
+def _scored_states(model: QAdapterModel, batch: Mapping[str, Any]) -> _ScoredStates:
+    if "offsets" not in batch:
+        return _padded_states(model, batch)
+    base = batch.get("hidden")
+    if "packing" in batch and "base_logsumexp" not in batch:
+        base = _packed_states(model, batch, base_stream=True)
+    if model.adapts_trunk:
+        adapted = _packed_states(model, batch, entering_ND=batch.get("entering"))
+    else:
+        adapted = model.adapter(base)
+    return _ScoredStates(
+        adapted, batch["tokens"], batch["offsets"], batch["padded_length"], base,
+        batch.get("base_action_logit"), batch.get("base_logsumexp"),
+    )
+
+
+def _packed_states(model: QAdapterModel, batch: Mapping[str, Any], **stream: Any) -> Tensor:
+    hidden_MD = model.packed_hidden(batch["packing"], packed=batch["packed"], **stream)
+    return hidden_MD[batch["states"].to(hidden_MD.device)]
+
+
+def _padded_states(model: QAdapterModel, batch: Mapping[str, Any]) -> _ScoredStates:
+    device = model.head.weight.device
+    actions = find_actions(
+        batch["input_ids"].to(device), batch["completion_mask"].to(device),
+        model.objective.mask_alignment,
+    )
+    streams = model.hidden_streams(batch["input_ids"], batch["attention_mask"])
+    adapted, base = (h[actions.sequence_N, actions.state_N] for h in streams)
+    return _ScoredStates(adapted, actions.token_N, actions.offsets_S1, actions.shape[1], base)
+
+
 def count(batch: Mapping[str, Any], mask_alignment: str) -> tuple[int, Tensor, Tensor | int]:
     """Pairs, actions and tokens of a collated batch; on a device no number leaves it."""
-    if "hidden" in batch:
+    if "offsets" in batch:
         return len(batch["rows"]), batch["offsets"][-1], batch["num_tokens"]
     mask = batch["completion_mask"]
     scored = mask[:, 1:] if mask_alignment == "action" else mask[:, :-1]

@@ -7,14 +7,15 @@ constant of the base at each state; then E_π[a] = E_π[b] + (h_a − h_b)·g, a
 
 needs one product with W forward (lse(u)) and one backward (π̃W): its gradient in h_a is
 w_a·(Σ π̃ W − Σ π W)·logit_scale. For a head adapter that is all; for LoRA the adapted trunk runs
-over the texts drawn. Ours, not the paper's (design §5).
+over the texts drawn, from its first adapted block on. Ours, not the paper's (design §5).
 
 Shapes: M states of all texts, D hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -30,11 +31,13 @@ from qadapter.system.progress import Progress
 from qadapter.system.room import available_memory, size
 from qadapter.system.textfiles import check_unicode
 from qadapter.trunk.lm_head import input_device
+from qadapter.trunk.packing import Packing, can_pack
 from qadapter_kernels import Coefficients
 
 _BASE = Coefficients(alpha_0=0.0)
 """Coefficients under which the adapted stream's value is its log-sum-exp."""
 _CHUNK_ROWS = 1024
+_BATCH_TOKENS = 2048
 
 
 def token_sequences(
@@ -65,6 +68,7 @@ class RetentionStates:
             answer ids), where the answer's tokens are.
         tokenizer: for strings.
         max_length: most tokens of a text.
+        packed: run texts in one row, where the base's attention can.
         progress: called with (texts done, of how many).
 
     Raises:
@@ -75,7 +79,7 @@ class RetentionStates:
     def __init__(
         self, model: QAdapterModel, tokenizer: PreTrainedTokenizerBase | None,
         texts: Iterable[str] | Iterable[tuple[list[int], list[int]]], *,
-        max_length: int | None = 1024, progress: Progress | None = None,
+        max_length: int | None = 1024, packed: bool = True, progress: Progress | None = None,
     ) -> None:
         if model.head.softcap is not None:
             raise QAdapterError(
@@ -86,21 +90,18 @@ class RetentionStates:
         self.first: list[int] = []
         """The first state of each text that counts: the one its first scored token is predicted
         from."""
-        device = model.head.weight.device
         for first, ids in token_sequences(model, tokenizer, texts, max_length):
             if len(ids) > first + 1:
-                self.texts.append(torch.tensor(ids, device=device))
+                self.texts.append(torch.tensor(ids))
                 self.first.append(first)
-        _check_room(
-            model, sum(len(ids) - 1 - n for ids, n in zip(self.texts, self.first, strict=True))
-        )
-        hidden = []
-        for ids, first in zip(self.texts, self.first, strict=True):
-            hidden.append(model.base_hidden(ids[None])[0, first:-1])
-            if progress is not None:
-                progress(len(hidden), len(self.texts))
-        if not hidden:
+        if not self.texts:
             raise QAdapterError("the retention texts hold no text of two tokens or more")
+        _check_room(model, self.texts, self.first)
+        self.packed = packed and can_pack(model.base, max(map(len, self.texts)),
+                                          gradients=model.adapts_trunk) is None
+        self.entering: list[Tensor] | None = None
+        """Of each text the states that enter the first adapted block, [T, D], on the CPU."""
+        hidden = self._read(model, progress)
         self.hidden_MD = torch.cat(hidden)
         counts = torch.tensor([len(h) for h in hidden])
         self.offsets = nn.functional.pad(counts.cumsum(0), (1, 0)).tolist()
@@ -111,6 +112,30 @@ class RetentionStates:
 
     def __len__(self) -> int:
         return len(self.hidden_MD)
+
+    @torch.no_grad()
+    def _read(self, model: QAdapterModel, progress: Progress | None) -> list[Tensor]:
+        """The base's last hidden states at the states that count, of each text."""
+        split, device = model.split_trunk, input_device(model.base)
+        hidden: list[Tensor] = []
+        entering: list[Tensor] = []
+        for texts in _batches(self.texts):
+            packing = Packing.of(texts, device)
+            run = functools.partial(model.packed_hidden, packing, packed=self.packed,
+                                    base_stream=True)
+            if split is None:
+                hidden_MD = run()
+            else:
+                entering_MD = run(below=True)
+                hidden_MD = run(entering_ND=entering_MD)
+                entering += [entering_MD.to("cpu")[line] for line in packing.lines]
+            for line in packing.lines:
+                first = self.first[len(hidden)]
+                hidden.append(hidden_MD[line[first:-1].to(hidden_MD.device)])
+            if progress is not None:
+                progress(len(hidden), len(self.texts))
+        self.entering = entering or None
+        return hidden
 
     def _follow(self, model: QAdapterModel) -> None:
         """What is kept goes where the model is now."""
@@ -178,23 +203,42 @@ class RetentionStates:
         for place, text in zip(places, owner, strict=True):
             end = self.first[text] + place - self.offsets[text] + 1
             needed[text] = max(needed.get(text, 0), end)
-        line = {text: number for number, text in enumerate(needed)}
-        # Padding on the right comes after everything that is used: no mask is needed.
-        ids = nn.utils.rnn.pad_sequence(
-            [self.texts[text][:end] for text, end in needed.items()], batch_first=True
-        ).to(input_device(model.base))
-        hidden_BTD = model.adapter_hidden(ids)
-        position = [
-            self.first[text] + place - self.offsets[text]
+        number = {text: n for n, text in enumerate(needed)}
+        device = input_device(model.base)
+        packing = Packing.of(
+            [self.texts[text][:end] for text, end in needed.items()],
+            share=not model.adapter.drops,
+        )
+        entering_MD = None
+        if self.entering is not None:
+            entering_MD = packing.collect(
+                [self.entering[text][:end] for text, end in needed.items()]
+            ).to(device)
+        hidden_MD = model.packed_hidden(
+            packing.to(device), packed=self.packed, entering_ND=entering_MD
+        )
+        at = [
+            packing.lines[number[text]][self.first[text] + place - self.offsets[text]]
             for place, text in zip(places, owner, strict=True)
         ]
-        index = torch.tensor([[line[text] for text in owner], position]).to(hidden_BTD.device)
-        return hidden_BTD[index[0], index[1]]
+        return hidden_MD[torch.stack(at).to(hidden_MD.device)]
 
 
-def _check_room(model: QAdapterModel, num_states: int) -> None:
+def _batches(texts: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+    """Of texts in their order, about ``_BATCH_TOKENS`` each."""
+    start, tokens = 0, 0
+    for number, ids in enumerate(texts):
+        if tokens and tokens + len(ids) > _BATCH_TOKENS:
+            yield texts[start:number]
+            start, tokens = number, 0
+        tokens += len(ids)
+    yield texts[start:]
+
+
+def _check_room(model: QAdapterModel, texts: Sequence[Tensor], first: Sequence[int]) -> None:
     """Refuse states that there is no memory for, before the base reads them."""
     weight = model.head.weight
+    num_states = sum(len(ids) - 1 - n for ids, n in zip(texts, first, strict=True))
     itemsize = weight.itemsize + torch.promote_types(weight.dtype, torch.float32).itemsize
     needed = 2 * num_states * weight.shape[1] * itemsize  # twice: they are joined in the end
     if weight.device.type == "cuda":

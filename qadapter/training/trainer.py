@@ -19,7 +19,6 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
 
 from qadapter.data import (
-    PreferenceCollator,
     PreparationReport,
     check_pairs,
     set_chat_template,
@@ -37,7 +36,7 @@ from qadapter.training.assembly import EitherCollator, as_qadapter_model
 from qadapter.training.base_reading import BaseReading
 from qadapter.training.checkpoints import AdapterCheckpoints, find_checkpoint
 from qadapter.training.config import RETENTION_COEF, QAdapterConfig
-from qadapter.training.features import FeatureCollator, FeatureSet
+from qadapter.training.feature_set import FeatureCollator, FeatureSet, PackedCollator
 from qadapter.training.losses import Totals, averages, batch_loss, count
 from qadapter.training.retention import as_texts
 from qadapter.trunk.loading import load_tokenizer
@@ -56,8 +55,8 @@ class QAdapterTrainer(BaseReading, AdapterCheckpoints):
         args: default: ``QAdapterConfig()``. A ``QAdapterModel`` keeps its own objective, which
             ``args`` take over; an objective in ``args`` that is neither that nor the default is an
             error.
-        data_collator: for tokenized pairs, where features are not cached; default
-            ``PreferenceCollator``.
+        data_collator: for tokenized pairs, where features are not cached, such as
+            ``qadapter.data.PreferenceCollator``, which pads; default: they are laid out in one row.
         train_dataset: pairs in any format of ``qadapter.data``, raw or tokenized; or all that
             ``tokenize_preferences`` gives, whose report is kept.
         eval_dataset: the same, or a dict of them.
@@ -65,16 +64,16 @@ class QAdapterTrainer(BaseReading, AdapterCheckpoints):
         compute_metrics: gets ``EvalPrediction`` with ``predictions`` [P, 2], the rewards of chosen
             and rejected, and ``label_ids`` [P], the preferred one's index (0).
         quantization_config: for loading a base given by name.
-        peft_config: a LoRA in the trunk instead of the head adapter that ``args`` describe; its
-            base runs at every step.
+        peft_config: a LoRA in the trunk instead of the head adapter that ``args`` describe.
         callbacks, optimizers: as in transformers.
         retention_dataset: unrelated texts for ``retention_coef``: a dataset with a ``text`` column,
             strings, or (prompt ids, answer ids); default: the base's own samples for the training
             prompts, drawn once and cached.
         reporter: shows how far the base is with its one pass over the data; default: tqdm's bars,
             unless ``args.disable_tqdm``.
-        say: gets a line about what was decided here: where features are kept, a cache that can't
-            be written, an option that does nothing. Default: Python's logging.
+        say: gets a line about what was decided here: where features are kept, why sequences are
+            padded, a cache that can't be written, an option that does nothing. Default: Python's
+            logging.
 
     Attributes:
         reports: name of a split → ``PreparationReport``, what was kept and dropped.
@@ -154,8 +153,10 @@ class QAdapterTrainer(BaseReading, AdapterCheckpoints):
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
             data_collator=EitherCollator(
-                data_collator or PreferenceCollator(self._pad_token_id, args.pad_to_multiple_of),
                 FeatureCollator(args.pad_to_multiple_of),
+                data_collator or PackedCollator(
+                    model.objective.mask_alignment, self._pad_token_id, args.pad_to_multiple_of
+                ),
             ),
             processing_class=self.processing_class, compute_metrics=compute_metrics,
             callbacks=callbacks, optimizers=optimizers,
@@ -325,12 +326,21 @@ class QAdapterTrainer(BaseReading, AdapterCheckpoints):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Of one training step on a batch: head and adapter, and the trunk where it runs."""
-        vocab_size, hidden_size = self.model.head.weight.shape
+        head = self.model.head.weight.numel()
         adapter = sum(p.numel() for p in self.model.adapter.parameters())
-        if "hidden" in inputs:
-            return len(inputs["hidden"]) * (4 * vocab_size * hidden_size + 6 * adapter)
-        base = self.model.base.num_parameters()
-        return inputs["input_ids"].numel() * (2 * base + 4 * vocab_size * hidden_size + 6 * adapter)
+        if "offsets" not in inputs:
+            base = self.model.base.num_parameters()
+            return inputs["input_ids"].numel() * (2 * base + 4 * head + 6 * adapter)
+        flops = len(inputs["tokens"]) * 4 * head
+        if "packing" not in inputs:
+            return flops + len(inputs["tokens"]) * 6 * adapter
+        body = self.model.base.base_model
+        if "entering" in inputs:
+            body = self.model.split_trunk.above
+        weights = sum(p.numel() for p in body.parameters() if p.dim() == 2)
+        # Forward and, for a LoRA, back to where it is; its base's once more if that is not cached.
+        passes = 4 * self.model.adapts_trunk + 2 * ("base_logsumexp" not in inputs)
+        return flops + len(inputs["packing"].ids_N) * (passes * weights + 6 * adapter)
 
     # --- evaluation and logs ------------------------------------------------------------------
 

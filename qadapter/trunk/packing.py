@@ -144,6 +144,14 @@ class Packing:
         """[N, ...] from one [S, T, ...] a block."""
         return torch.cat([x.flatten(0, 1) for x in outputs])[self.places_N]
 
+    def collect(self, per_sequence: Sequence[Tensor]) -> Tensor:
+        """[N, ...] from one [T, ...] a sequence, in the order the sequences were given; of what
+        several hold, one's."""
+        joined = torch.cat(list(per_sequence))
+        owner_N = torch.empty(len(self.ids_N), dtype=torch.int64)
+        owner_N[torch.cat(self.lines)] = torch.arange(len(joined))
+        return joined[owner_N.to(joined.device)]
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Packing:
         """The same on a device; ``lines`` stay on the CPU."""
         if self.ids_N.device == torch.device(device):

@@ -58,14 +58,16 @@ def open_cache(tmp_path, tokenizer, tokenized, monkeypatch):
 
 def copied(cached):
     """In memory: what follows may write into the mapped files."""
-    shards = [type(s)(*(x.clone() for x in s)) for s in cached.shards]
-    return type(cached)(shards)
+    return type(cached)([
+        type(s)(**{name: x.clone() for name, x in s.parts().items()}) for s in cached.shards
+    ])
 
 
 def assert_same(ours, theirs, same=torch.equal):
     assert len(ours) == len(theirs)
     for one, other in zip(ours, theirs, strict=True):
-        assert (one.row, one.num_actions, one.lengths) == (other.row, *other[5:])
+        for name in ("row", "num_actions", "lengths"):
+            assert getattr(one, name) == getattr(other, name), name
         for name in ("hidden", "base_logsumexp", "tokens", "states"):
             assert same(getattr(one, name), getattr(other, name)), name
 
