@@ -114,7 +114,7 @@ def divergence(
 ) -> tuple[float, float, float]:
     """Mean KL(π‖π̃) in nats a token, perplexity of π̃ and of π; float32."""
     with evaluating(model):
-        scores = Scorer(model).score(model.adapter(hidden), hidden, tokens)
+        scores = Scorer(model, rewards=False).score(model.adapter(hidden), hidden, tokens)
     return (
         scores.kl_base_policy.double().mean().item(),
         (-scores.policy_logprob.double().mean()).exp().item(),

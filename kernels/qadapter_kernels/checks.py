@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
@@ -11,6 +12,13 @@ from .reference import MASKED_ROW, NO_ACTION, Coefficients
 
 # Asked once: torch 2.8 can't trace the question in torch.compile.
 _AUTOCAST = {k for k in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(k)}
+
+
+def exact_products(device_type: str) -> contextlib.AbstractContextManager:
+    """Inside, autocast rounds nothing."""
+    if device_type not in _AUTOCAST:
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def coefficients(*numbers: float) -> Coefficients:

@@ -21,6 +21,7 @@ from .checks import (
     check_head,
     check_like,
     check_matrix,
+    exact_products,
     finite,
     workspace_bytes,
 )
@@ -82,7 +83,7 @@ def linear_state_scores(
         finite("policy_weights", number)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
-    with torch.autocast(weight.device.type, enabled=False):
+    with exact_products(weight.device.type):
         weight, bias = check_head(weight, bias, base_hidden)
         num_rows, vocab_size = len(base_hidden), len(weight)
         actions = check_actions(actions, num_rows, vocab_size, weight.device, None)

@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 from qadapter.data import PreferenceCollator, check_pairs
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.bootstrap import ClusterBootstrap, Estimate
-from qadapter.evaluation.scoring import Scorer, StateScores, evaluating
+from qadapter.evaluation.scoring import Scorer, evaluating
 from qadapter.objective import Actions, find_actions, sequence_loss
+from qadapter_kernels import SoftValue
 
 NUM_BINS = 10
 """Bins of the reliability diagram, equal in width over confidences from 0.5 to 1."""
@@ -274,25 +275,32 @@ def _batch_sums(scorer: Scorer, batch: dict[str, Tensor]) -> np.ndarray:
     input_ids, attention_mask, completion_mask = (
         batch[name].to(scorer.device) for name in ("input_ids", "attention_mask", "completion_mask")
     )
-    adapter_hidden, base_hidden = scorer.hidden_streams(input_ids, attention_mask)
-
-    def score(alignment: str) -> tuple[Actions, StateScores]:
-        actions = find_actions(input_ids, completion_mask, alignment)
-        rows = actions.sequence_N, actions.state_N
-        return actions, scorer.score(adapter_hidden[rows], base_hidden[rows], actions.token_N)
-
-    actions, scores = score("action")
-    sums = [actions.offsets_S1.diff()]
-    sums += [actions.sum(x) for x in scores[:4]]
     objective = scorer.objective
+    scored = rewarded = find_actions(input_ids, completion_mask, "action")
+    if objective is not None and objective.mask_alignment != "action":
+        # It may score other positions than an answer's own tokens (the authors' does).
+        rewarded = find_actions(input_ids, completion_mask, objective.mask_alignment)
+    states_BT = torch.zeros_like(completion_mask, dtype=torch.bool)
+    for actions in (scored, rewarded):
+        states_BT[actions.sequence_N, actions.state_N] = True
+    sequence_N, state_N = rows = states_BT.nonzero(as_tuple=True)
+    number_BT = states_BT.flatten().cumsum(0).view_as(states_BT) - 1
+
+    adapter_hidden, base_hidden = scorer.hidden_streams(input_ids, attention_mask)
+    scores = scorer.score(
+        adapter_hidden[rows], base_hidden[rows], input_ids[sequence_N, state_N + 1]
+    )
+
+    def at(actions: Actions, x_N: Tensor) -> Tensor:
+        return x_N[number_BT[actions.sequence_N, actions.state_N]]
+
+    sums = [scored.offsets_S1.diff(), *(scored.sum(at(scored, x_N)) for x_N in scores[:4])]
     if objective is None:
         sums.append(torch.full_like(sums[1], math.nan))
     else:
-        # An objective may score other positions than an answer's own tokens (the authors' does).
-        if objective.mask_alignment != "action":
-            actions, scores = score(objective.mask_alignment)
+        soft = SoftValue(*(at(rewarded, x_N) for x_N in scores.soft))
         rewards = sequence_loss(
-            scores.soft, actions.offsets_S1, objective, padded_length=input_ids.shape[1]
+            soft, rewarded.offsets_S1, objective, padded_length=input_ids.shape[1]
         )
         sums.append(rewards.sequence_rewards)
     return torch.stack([x.double() for x in sums]).cpu().numpy()

@@ -134,7 +134,7 @@ def _score_texts(
     model: PreTrainedModel, sequences: list[list[int]], starts: list[int], batch_size: int,
     strength: float | None, progress: Callable[[int, int], None] | None,
 ) -> TextScores:
-    scorer = Scorer(model, strength=strength)
+    scorer = Scorer(model, strength=strength, rewards=False)
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
     sums = np.empty((6, len(sequences)))
     with scorer.packing(longest=len(sequences[order[0]])):
@@ -148,8 +148,7 @@ def _score_texts(
             row_N, position_N = scored.nonzero(as_tuple=True)
             states = row_N, position_N - 1
             scores = scorer.score(
-                adapter_hidden[states], base_hidden[states], input_ids[row_N, position_N],
-                top1=True,
+                adapter_hidden[states], base_hidden[states], input_ids[row_N, position_N]
             )
             columns = (torch.ones_like(row_N), *scores[:5])
             for k, x_N in enumerate(columns):

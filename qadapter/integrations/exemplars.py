@@ -208,7 +208,7 @@ def _right(
     progress: _Progress | None,
 ) -> np.ndarray:
     """[2, items] of 0 and 1: by the base, by the policy."""
-    scorer = Scorer(model, strength=strength)
+    scorer = Scorer(model, strength=strength, rewards=False)
     order = sorted(range(len(items)), key=lambda i: -len(items[i].ids))
     right = np.empty((2, len(items)))
     for first in range(0, len(order), batch_size):
