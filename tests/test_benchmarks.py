@@ -113,6 +113,21 @@ def test_everybody_computes_the_same_loss(name, cached, monkeypatch):
     assert found["loss_error"] < 1e-4 and found["gradient_error"] < 1e-4
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [
+    "torch.compile, authors", "torch.compile, one product", "cut-cross-entropy, torch_compile",
+])
+def test_what_is_compiled_computes_the_same_loss(name):
+    harness.forget_compiled()
+    provider = hidden_level.providers("cpu")[name]
+    x = hidden_level.make_inputs(harness.HEADS["tiny"], 40, torch.float32, "cpu", False)
+    try:
+        found = hidden_level.errors(provider.loss, x, hidden_level.exact(x, block=16))
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    assert found["loss_error"] < 1e-4 and found["gradient_error"] < 1e-4
+
+
 def on_hopper(x: hidden_level.Inputs) -> hidden_level.Inputs:
     """As far as the checks of paths look."""
     weight = types.SimpleNamespace(is_cuda=True, device=torch.device("cuda"))
