@@ -8,6 +8,7 @@ rows: float64 logits of all of them at once would not fit.
 from __future__ import annotations
 
 import pytest
+import scores
 import torch
 from cases import (
     COEFFICIENTS,
@@ -27,6 +28,7 @@ from cases import (
 from torch import Tensor
 
 from qadapter_kernels import bradley_terry, dispatch, linear_logsumexp, torch_backend
+from qadapter_kernels.reference import ScoreRows
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -97,6 +99,25 @@ def test_logsumexp(backend):
         part = rows_of(case, rows, ("adapter_hidden", "base_hidden", "actions", "grad_q", "grad_v"))
         exact = linear_definition(part).base_logsumexp
         assert error(found[rows], exact).max() <= lost_in_products(hidden, exact)
+
+
+@pytest.mark.parametrize("objective", ["policy", "q"])
+def test_state_scores(backend, objective):
+    if not hasattr(dispatch.load(backend), "score_rows"):
+        pytest.skip(f"the {backend} backend has no scores")
+    hidden = min(HEADS.values())
+    case = scores.score_case(
+        objective, 0.5, rows=ROWS, vocab=VOCAB, hidden=hidden, device=DEVICE
+    )
+    found, differing = scores.run(case, backend), 0
+    for rows in blocks():
+        part = rows_of(case, rows, ("adapter_hidden", "base_hidden", "actions"))
+        result = ScoreRows(*(x[rows] for x in found))
+        same = scores.definition(part).same_top1 != 0
+        differing += int((same != (result.same_top1 != 0)).sum())
+        scores.check(result._replace(same_top1=same.float()), part)
+    assert differing <= ROWS / 1000  # two logits closer than their rounding, now and then
+    assert same_bits(found, scores.run(case, backend))
 
 
 @pytest.mark.parametrize("bootstrap", ["next", "current"])
