@@ -6,7 +6,7 @@ Every accuracy counts a tie as one half, so that a model without a preference sc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -248,16 +248,14 @@ def _score_pairs(
     scorer = Scorer(model, strength=strength)
     collate = PreferenceCollator(pad_token_id=0)
     examples = list(dataset)
-    # Pairs of like length share a batch: less padding. Results go back to the dataset's order.
-    order = sorted(range(len(examples)), key=lambda i: -_length(examples[i]))
+    order = _together(examples)
     sums = np.empty((6, 2, len(examples)))
-    with scorer.packing(longest=_length(examples[order[0]])):
-        for start in range(0, len(order), batch_size):
-            indices = order[start : start + batch_size]
-            batch = collate([examples[i] for i in indices])
-            sums[:, :, indices] = _batch_sums(scorer, batch).reshape(6, 2, len(indices))
-            if progress is not None:
-                progress(start + len(indices), len(order))
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        batch = collate([examples[i] for i in indices])
+        sums[:, :, indices] = _batch_sums(scorer, batch).reshape(6, 2, len(indices))
+        if progress is not None:
+            progress(start + len(indices), len(order))
     tokens, base_logp, policy_logp, kl_base_policy, kl_policy_base, reward = sums
     return PairScores(
         row=np.array([e.get("row", i) for i, e in enumerate(examples)], dtype=np.int64),
@@ -304,6 +302,18 @@ def _batch_sums(scorer: Scorer, batch: dict[str, Tensor]) -> np.ndarray:
         )
         sums.append(rewards.sequence_rewards)
     return torch.stack([x.double() for x in sums]).cpu().numpy()
+
+
+def _together(examples: Sequence[dict[str, Any]]) -> list[int]:
+    """Pairs of one prompt, which is then read once, beside each other; prompts of like length too:
+    less padding where there is any."""
+    names = [example["prompt_id"] for example in examples]
+    first: dict[Any, int] = {}
+    longest: dict[Any, int] = {}
+    for i, (name, example) in enumerate(zip(names, examples, strict=True)):
+        first.setdefault(name, i)
+        longest[name] = max(longest.get(name, 0), _length(example))
+    return sorted(range(len(names)), key=lambda i: (-longest[names[i]], first[names[i]]))
 
 
 def _length(example: dict[str, Any]) -> int:

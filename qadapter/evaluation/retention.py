@@ -137,25 +137,24 @@ def _score_texts(
     scorer = Scorer(model, strength=strength, rewards=False)
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
     sums = np.empty((6, len(sequences)))
-    with scorer.packing(longest=len(sequences[order[0]])):
-        for first in range(0, len(order), batch_size):
-            indices = order[first : first + batch_size]
-            input_ids, attention_mask, scored = (
-                x.to(scorer.device)
-                for x in _pad([sequences[i] for i in indices], [starts[i] for i in indices])
-            )
-            adapter_hidden, base_hidden = scorer.hidden_streams(input_ids, attention_mask)
-            row_N, position_N = scored.nonzero(as_tuple=True)
-            states = row_N, position_N - 1
-            scores = scorer.score(
-                adapter_hidden[states], base_hidden[states], input_ids[row_N, position_N]
-            )
-            columns = (torch.ones_like(row_N), *scores[:5])
-            for k, x_N in enumerate(columns):
-                total = torch.zeros(len(indices), dtype=torch.float64, device=scorer.device)
-                sums[k, indices] = total.index_add(0, row_N, x_N.double()).cpu().numpy()
-            if progress is not None:
-                progress(first + len(indices), len(order))
+    for first in range(0, len(order), batch_size):
+        indices = order[first : first + batch_size]
+        input_ids, attention_mask, scored = (
+            x.to(scorer.device)
+            for x in _pad([sequences[i] for i in indices], [starts[i] for i in indices])
+        )
+        adapter_hidden, base_hidden = scorer.hidden_streams(input_ids, attention_mask)
+        row_N, position_N = scored.nonzero(as_tuple=True)
+        states = row_N, position_N - 1
+        scores = scorer.score(
+            adapter_hidden[states], base_hidden[states], input_ids[row_N, position_N]
+        )
+        columns = (torch.ones_like(row_N), *scores[:5])
+        for k, x_N in enumerate(columns):
+            total = torch.zeros(len(indices), dtype=torch.float64, device=scorer.device)
+            sums[k, indices] = total.index_add(0, row_N, x_N.double()).cpu().numpy()
+        if progress is not None:
+            progress(first + len(indices), len(order))
     return TextScores(sums[0].astype(np.int64), *sums[1:])
 
 

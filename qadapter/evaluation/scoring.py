@@ -12,6 +12,7 @@ Shapes: N states, D hidden, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -21,8 +22,8 @@ from transformers import PreTrainedModel
 
 from qadapter.policy.dial import Policy
 from qadapter.policy.model import QAdapterModel
-from qadapter.trunk.lm_head import LanguageModelHead, trunk
-from qadapter.trunk.packing import can_pack, hidden_rows
+from qadapter.trunk.lm_head import LanguageModelHead, input_device, trunk
+from qadapter.trunk.packing import Packing, can_pack, hidden_rows, hidden_states
 from qadapter_kernels import StateScores, linear_state_scores
 from qadapter_kernels.reference import LogitHead, accumulation_dtype, weighted_sum
 
@@ -62,7 +63,6 @@ class Scorer:
         self.head = model.head if self.customised else LanguageModelHead.of(model)
         self._cast: tuple[tuple, Tensor] | None = None
         self.workspace_mb = workspace_mb
-        self._packed = False
         self.objective = model.objective if self.customised and rewards else None
         if not self.customised:
             self.stream_weights = (0.0, 1.0)
@@ -90,47 +90,71 @@ class Scorer:
     def dtype(self) -> torch.dtype:
         return accumulation_dtype(self.head.weight.dtype)
 
-    @contextlib.contextmanager
-    def packing(self, longest: int) -> Iterator[None]:
-        """Inside, ``hidden_streams`` runs no padding, and what texts begin with in common once:
-        where the trunk is frozen, nothing remembers it, and its attention can do it.
-
-        Args:
-            longest: tokens of the longest text.
-        """
-        if self.customised and (self.model.adapts_trunk or self.model.trunk_memo is not None):
-            yield
-            return
-        self._packed = can_pack(self._base, longest) is None
-        try:
-            yield
-        finally:
-            self._packed = False
-
     @property
     def is_base(self) -> bool:
         """Whether nothing that is asked depends on an adapted stream."""
         return self.objective is None and self.stream_weights == (0.0, 1.0)
 
-    @property
-    def _base(self) -> PreTrainedModel:
-        return self.model.base if self.customised else self.model
-
     def hidden_streams(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """(h_a, h_b) [B, T, D] after the final norm; one tensor where ``is_base``. What they are at
-        padding is not said."""
-        if self._packed:
-            base_hidden = hidden_rows(self._base, input_ids, attention_mask, packed=True)
-            return base_hidden if self.is_base else self.model.adapter(base_hidden), base_hidden
+        padding is not said: it is not run, and what texts begin with in common runs once, where the
+        trunk's attention can do that.
+
+        Args:
+            input_ids: [B, T]. attention_mask: [B, T], 1 on one stretch of each row.
+        """
+        model = self.model
+        if self._packs(attention_mask):
+            return self._packed_streams(input_ids, attention_mask)
         if self.customised and not self.is_base:
-            return self.model.hidden_streams(input_ids, attention_mask)
+            return model.hidden_streams(input_ids, attention_mask)
         if self.customised:
-            base_hidden = self.model.base_hidden(input_ids, attention_mask)
-            return base_hidden, base_hidden
-        outputs = trunk(self.model)(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-        )
-        return outputs.last_hidden_state, outputs.last_hidden_state
+            base_hidden = model.base_hidden(input_ids, attention_mask)
+        else:
+            base_hidden = trunk(model)(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+            ).last_hidden_state
+        return base_hidden, base_hidden
+
+    def _packs(self, attention_mask: Tensor) -> bool:
+        base = self.model.base if self.customised else self.model
+        if self.customised and self.model.adapts_trunk and len(self.model.adapter.names) > 1:
+            return False  # a composition's streams meet in the model
+        return can_pack(base, int(attention_mask.sum(1).max())) is None
+
+    def _packed_streams(
+        self, input_ids: Tensor, attention_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        model, batch = self.model, (input_ids, attention_mask)
+        if not self.customised:
+            (hidden,) = hidden_rows(lambda x: [hidden_states(model, x, packed=True)], *batch)
+            return hidden, hidden
+        memo, run = model.trunk_memo, functools.partial(model.packed_hidden, packed=True)
+        rows = functools.partial(hidden_rows, device=input_device(model.base))
+
+        def base_rows(*batch: Tensor) -> Tensor:
+            return rows(lambda x: [run(x, base_stream=True)], *batch)[0]
+
+        def both(packing: Packing) -> list[Tensor]:
+            """What lies below the adapted blocks is the same in both."""
+            entering = None
+            if model.split_trunk is not None:
+                entering = run(packing, base_stream=True, below=True)
+            return [
+                run(packing, base_stream=stream, entering_ND=entering) for stream in (False, True)
+            ]
+
+        two_runs = model.adapts_trunk and not self.is_base
+        if two_runs and memo is None:
+            adapter_hidden, base_hidden = rows(both, *batch)
+            return adapter_hidden, base_hidden
+        if memo is None:
+            base_hidden = base_rows(*batch)
+        else:
+            base_hidden = memo(base_rows, *batch, dtype=model.base.dtype)
+        if two_runs:
+            return rows(lambda x: [run(x)], *batch)[0], base_hidden
+        return base_hidden if self.is_base else model.adapter(base_hidden), base_hidden
 
     def score(
         self, adapter_hidden: Tensor, base_hidden: Tensor, actions: Tensor

@@ -279,21 +279,26 @@ def _entering(ids: Tensor, entering: Tensor | None) -> dict[str, Tensor]:
 
 
 def hidden_rows(
-    base: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, packed: bool
-) -> Tensor:
-    """The base's last hidden states of a padded batch, [B, T, D]; 0 at padding, which is not run.
+    run: Callable[[Packing], Sequence[Tensor]], input_ids: Tensor, attention_mask: Tensor,
+    device: torch.device | str | None = None,
+) -> list[Tensor]:
+    """Hidden states of a padded batch, [B, T, D]; 0 at padding, which is not run.
 
     Args:
+        run: from the batch's packing to states of its tokens, [N, D] each: of one stream or more.
         input_ids: [B, T]; attention_mask: [B, T], 1 on one stretch of each row.
-        packed: as ``hidden_states``'.
+        device: of the packing; default: the ids'.
     """
     mask_BT = attention_mask.bool()
     texts = [ids[mask] for ids, mask in zip(input_ids.cpu(), mask_BT.cpu(), strict=True)]
-    packing = Packing.of(texts, input_ids.device)
-    hidden_ND = hidden_states(base, packing, packed=packed)
-    hidden_BTD = hidden_ND.new_zeros(*input_ids.shape, hidden_ND.shape[-1])
-    hidden_BTD[mask_BT] = hidden_ND[torch.cat(packing.lines).to(hidden_ND.device)]
-    return hidden_BTD
+    packing = Packing.of(texts, device or input_ids.device)
+    line_M = torch.cat(packing.lines)
+    rows = []
+    for hidden_ND in run(packing):
+        hidden_BTD = hidden_ND.new_zeros(*input_ids.shape, hidden_ND.shape[-1])
+        hidden_BTD[mask_BT.to(hidden_ND.device)] = hidden_ND[line_M.to(hidden_ND.device)]
+        rows.append(hidden_BTD)
+    return rows
 
 
 # --- whether it is the base's own -----------------------------------------------------------

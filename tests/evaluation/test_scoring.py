@@ -1,5 +1,7 @@
 """Scores of states: beside the definition in float64, whatever the head; and what they cost."""
 
+import numpy as np
+import peft
 import pytest
 import torch
 from tiny_models import tiny_adapter, tiny_base, tiny_llama, tokenized
@@ -7,6 +9,7 @@ from tiny_models import tiny_adapter, tiny_base, tiny_llama, tokenized
 from qadapter import AdapterConfig, ObjectiveConfig, QAdapterModel
 from qadapter.evaluation import evaluate_preferences, evaluate_retention, scoring
 from qadapter.evaluation.scoring import Scorer, evaluating
+from qadapter.trunk.memo import TrunkMemo
 from qadapter_kernels import reference
 
 ARCHITECTURES = ("llama", "phi", "gemma2", "granite", "cohere")
@@ -157,3 +160,107 @@ def test_a_plain_model_is_scored_by_its_head_alone():
     torch.testing.assert_close(
         found.base_logprob.double(), exact.gather(1, IDS[0, :, None])[:, 0], atol=3e-5, rtol=3e-6
     )
+
+
+# --- the trunk under a LoRA -------------------------------------------------------------------
+
+
+def lora(trained=True, layers=None, base=None, **changes):
+    base = tiny_llama(num_hidden_layers=3, **changes) if base is None else base
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], layers_to_transform=layers)
+    model = QAdapterModel.from_base(base, config)
+    if trained:
+        torch.manual_seed(1)
+        for parameter in model.adapter.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def tokens_run(model):
+    """How many tokens each block is given, by call."""
+    seen = [[] for _ in model.base.model.layers]
+    for calls, block in zip(seen, model.base.model.layers, strict=True):
+        block.register_forward_pre_hook(
+            lambda module, args, calls=calls: calls.append(args[0].shape[0] * args[0].shape[1])
+        )
+    return seen
+
+
+def beginnings(dataset):
+    texts = [pair["prompt_ids"] + pair[f"{side}_ids"]
+             for pair in dataset for side in ("chosen", "rejected")]
+    return len({tuple(text[:end]) for text in texts for end in range(1, len(text) + 1)})
+
+
+@pytest.mark.parametrize("layers, below", [(None, 0), ([1, 2], 1), ([2], 2)])
+def test_a_lora_s_streams_run_without_padding_and_share_what_is_not_adapted(layers, below):
+    model, dataset = lora(layers=layers), tokenized()
+    evaluate_preferences(model, dataset, batch_size=len(dataset), num_resamples=5)  # probes
+    seen = tokens_run(model)
+    evaluate_preferences(model, dataset, batch_size=len(dataset), num_resamples=5)
+    once = beginnings(dataset)
+    assert seen == [[once] * (1 if number < below else 2) for number in range(3)]
+
+
+@pytest.mark.parametrize("layers", [None, [2]])
+def test_a_lora_s_scores_are_those_of_the_padded_run(layers, monkeypatch):
+    model, dataset = lora(layers=layers), tokenized()
+    packed = evaluate_preferences(model, dataset, batch_size=5, num_resamples=5).pairs
+    kept = evaluate_retention(model, TEXTS, num_resamples=5).texts
+    monkeypatch.setattr(Scorer, "_packs", lambda *_: False)
+    padded = evaluate_preferences(model, dataset, batch_size=3, num_resamples=5).pairs
+    expected = evaluate_retention(model, TEXTS, num_resamples=5).texts
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    for found, wanted in ((packed, padded), (kept, expected)):
+        for name, x in vars(wanted).items():
+            if x.dtype.kind == "f":
+                np.testing.assert_allclose(getattr(found, name), x, **close, err_msg=name)
+
+
+TEXTS = [[5, 6, 7, 8, 9], [5, 6, 7, 10], [11, 12]]
+
+
+@pytest.mark.parametrize("layers", [None, [2]])
+def test_an_untrained_lora_is_the_base_to_the_last_bit(layers):
+    model, dataset = lora(trained=False, layers=layers), tokenized()
+    for strength in (0.0, 0.5, 1.0):
+        pairs = evaluate_preferences(model, dataset, strength=strength, num_resamples=5)
+        assert pairs.answer_kl_per_token.value == 0 and pairs.reward_margin.value == 0
+        assert not pairs.pairs.chosen_reward.any()
+        kept = evaluate_retention(model, TEXTS, strength=strength, num_resamples=5)
+        assert kept.kl_per_token.value == 0 and kept.perplexity == kept.perplexity_base
+
+
+def test_a_lora_at_strength_zero_runs_the_base_alone_for_retention():
+    model = lora(layers=[2])
+    expected = evaluate_retention(model, TEXTS, num_resamples=5)
+    seen = tokens_run(model)
+    found = evaluate_retention(model, TEXTS, strength=0.0, num_resamples=5)
+    assert found.perplexity == found.perplexity_base == expected.perplexity_base
+    assert [len(calls) for calls in seen] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("kind", ["head", "lora"])
+def test_what_a_memo_remembers_is_not_run_again(kind):
+    model = tiny_adapter(trained=True) if kind == "head" else lora()
+    dataset = tokenized()
+    wanted = evaluate_preferences(model, dataset, num_resamples=5)
+    model.trunk_memo = TrunkMemo()
+    first = evaluate_preferences(model, dataset, num_resamples=5)
+    seen = tokens_run(model)
+    again = evaluate_preferences(model, dataset, num_resamples=5)
+    assert [len(calls) for calls in seen] == [0 if kind == "head" else 2] * len(seen)
+    for found in (first, again):
+        np.testing.assert_allclose(
+            found.pairs.chosen_reward, wanted.pairs.chosen_reward, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_pairs_of_a_prompt_are_read_together():
+    """Wherever they stand in the data."""
+    model, dataset = tiny_adapter(trained=True), tokenized()
+    spread = dataset.select([*range(0, 16, 2), *range(1, 16, 2)])
+    seen = tokens_run(model)
+    for data in (dataset, spread):
+        evaluate_preferences(model, data, batch_size=2, num_resamples=5)
+    assert sum(seen[0][-8:]) == sum(seen[0][-16:-8])

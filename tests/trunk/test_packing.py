@@ -158,7 +158,7 @@ def test_rows_of_a_padded_batch_come_back_in_place():
     for row, text in enumerate(texts):  # on the left, in turn with the right
         place = slice(0, len(text)) if row % 2 else slice(longest - len(text), longest)
         ids[row, place], mask[row, place] = text, 1
-    rows = hidden_rows(base, ids, mask, packed=True)
+    (rows,) = hidden_rows(lambda x: [hidden_states(base, x, packed=True)], ids, mask)
     for row, states in enumerate(padded(base, texts)):
         assert_close(rows[row][mask[row].bool()], states, rtol=1e-10, atol=1e-10)
         assert not rows[row][~mask[row].bool()].any()
