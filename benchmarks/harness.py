@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from report import FAILED
 
 from qadapter.trunk.base_dtype import choose_for, dtype_name
 from qadapter_kernels import cpu_backend
@@ -43,8 +44,6 @@ PACKAGES = (
 )
 MEBIBYTE = 1 << 20
 WARM_ROWS = 32
-FAILED = "failed: "
-"""Begins the status of a row whose fast path did not serve."""
 L2_FLUSH_BYTES = 256 * MEBIBYTE
 
 

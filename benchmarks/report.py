@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import FAILED
 from rich.console import Console
 from rich.table import Table
 
 Record = dict[str, Any]
+FAILED = "failed: "
+"""Begins the status of a row whose fast path did not serve."""
 OURS, GRID = "#c2410c", "#d4d4d8"
 OTHERS = ("#334155", "#64748b", "#0f766e", "#5eead4", "#7c3aed", "#2563eb", "#a16207", "#93c5fd")
 
