@@ -164,6 +164,7 @@ sanitized=(
     [ "$device" = cuda ] && echo 128256 || echo 1040)]"
 )
 if [ "$device" = cuda ]; then
+  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null
   if stage a; then
     # Only this GPU's architecture, with what it has beyond the plain one of its number.
     QADAPTER_CUDA_ARCHS=$("$PYTHON" -c '
@@ -173,7 +174,7 @@ special = {(9, 0): "90a", (10, 0): "100f", (10, 3): "100f"}
 print(special.get((major, minor), f"{major}{minor}"))')
     export QADAPTER_CUDA_ARCHS
     run build 75 "$PYTHON" setup.py --quiet build_native --inplace
-    run served_by 30 "$PYTHON" benchmarks/served_by.py --device cuda
+    run served_by 45 "$PYTHON" benchmarks/served_by.py --device cuda
     run real_sizes 60 "${test[@]}" -m gpu tests/kernels/test_real_sizes.py
     workers=()  # Triton's compiler keeps a core busy while the GPU waits
     if "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi

@@ -400,14 +400,22 @@ def check_compiles(options: argparse.Namespace, rows: int) -> None:
         raise Unavailable(f"not compiled{at}, as asked")
 
 
+def need_device(device: str) -> None:
+    """
+    Raises:
+        SystemExit: it is not there.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("error: --device cuda, but PyTorch sees no GPU")
+
+
 def start(options: argparse.Namespace, kernel: str) -> Recorder:
     """Applies the common options; ``options.dtype`` becomes torch's.
 
     Raises:
         SystemExit: CUDA was asked for and there is none.
     """
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("error: --device cuda, but PyTorch sees no GPU")
+    need_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
     if os.environ.get("ONEDNN_MAX_CPU_ISA") == "AVX2":

@@ -15,7 +15,7 @@ from unittest import mock
 
 import report
 import torch
-from harness import parser
+from harness import need_device, parser
 
 from qadapter_kernels import (
     bradley_terry,
@@ -118,6 +118,7 @@ def observe(device: str, dtype: torch.dtype) -> list[tuple[dispatch.Serving, str
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser(__doc__.splitlines()[0]).parse_args(arguments)
+    need_device(options.device)
     dtype = torch.float32 if options.dtype == "float32" else torch.bfloat16
     rows = observe(options.device, dtype)
     report.print_table(
