@@ -17,6 +17,7 @@ Shapes: N packed tokens, M keys of all lines, H heads, d of a head; S sequences 
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ from qadapter.errors import QAdapterError
 from qadapter.trunk.gathering import gather, pick
 
 if TYPE_CHECKING:
-    from qadapter.trunk.packing import Packing
+    from qadapter.trunk.layout import Packing
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -41,6 +42,8 @@ except ImportError:  # torch < 2.10
 PACKS = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 """Attention functions that packing can stand in front of."""
 _FLEX_MULTIPLE = 128
+_FLEX_FLOAT32 = {f"BLOCK_{side}{step}": 32 for side in "MN" for step in ("", "1", "2")}
+"""Tiles that fit a GPU's shared memory in float32."""
 _UNSERVED = ("position_bias", "s_aux", "head_mask")
 
 
@@ -148,10 +151,11 @@ def by_flex(
     def capped(score: Tensor, *place: Tensor) -> Tensor:
         return torch.tanh(score / softcap) * softcap
 
-    attended = _flex()(
+    attended = flex_attention(
         query, key, value, score_mod=None if softcap is None else capped,
         block_mask=packing.flex_mask(missing, window), scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
+        kernel_options=_FLEX_FLOAT32 if query.dtype == torch.float32 else None,
     )
     return attended[:, :, :tokens].transpose(1, 2)
 
@@ -182,13 +186,14 @@ def kernels_for(device: torch.device, dtype: torch.dtype, softcap: bool) -> list
     return ["varlen", "flex", "blocks"] if half else ["blocks"]
 
 
-_compiled_flex: list[Callable[..., Tensor]] = []
+@functools.cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention as uncompiled
+
+    return torch.compile(uncompiled, dynamic=True)  # once for all lengths
 
 
-def _flex() -> Callable[..., Tensor]:
-    """FlexAttention, compiled once for all lengths."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    if not _compiled_flex:
-        _compiled_flex.append(torch.compile(flex_attention, dynamic=True))
-    return _compiled_flex[0]
+def flex_attention(*args: Any, **options: Any) -> Tensor:
+    # One code, compiled for each window, cap and mode; beyond the limit of 8 it would run eagerly.
+    with torch._dynamo.config.patch(recompile_limit=64):
+        return _compiled_flex()(*args, **options)
