@@ -3,7 +3,8 @@
 Greedy decoding of SmolLM2-135M-Instruct (CPU) or of random weights in the shape of Llama-3.2-1B or
 Llama-3.1-8B (GPU), by transformers' generate; the prompt is in the cache before the clock
 starts. The base; head adapters; a LoRA where one stream is the policy, as it is and merged; a LoRA
-at another strength, which takes both streams; the merged export. Two passes: the two models one
+at another strength, which takes both streams; the same in the top quarter of the blocks, where the
+streams share all below; the merged export. Two passes: the two models one
 after the other, each with its own cache, in a loop without any of generate's other work, and their
 logits meet in PyTorch. The adapted one is PEFT's model, or a merged one, the fastest there can be.
 
@@ -34,6 +35,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Cache, LlamaConfig, PreTrainedModel
 
 from qadapter import AdapterConfig, ObjectiveConfig, QAdapterModel
+from qadapter.adapters.lora import preset
 from qadapter.exporting.trunk import merged_trunk
 from qadapter.trunk.caches import CACHE
 from qadapter.trunk.loading import load_base
@@ -74,10 +76,14 @@ def base_of(name: str, device: str, dtype: torch.dtype) -> PreTrainedModel:
 
 
 @functools.cache
-def lora_of(name: str, device: str, dtype: torch.dtype) -> QAdapterModel:
-    """The authors' LoRA, on a copy of the base."""
+def lora_of(name: str, device: str, dtype: torch.dtype, share: int = 1) -> QAdapterModel:
+    """The authors' LoRA, on a copy of the base; in one of ``share`` of its blocks, at the top."""
     base = copy.deepcopy(base_of(name, device, dtype))
-    model = QAdapterModel.from_base(base, "paper", POLICY).eval()
+    config = preset("paper")
+    if share > 1:
+        depth = base.config.num_hidden_layers
+        config.layers_to_transform = list(range(depth - max(1, depth // share), depth))
+    model = QAdapterModel.from_base(base, config, POLICY).eval()
     torch.manual_seed(1)
     for parameter in model.adapter.parameters():
         torch.nn.init.normal_(parameter, std=0.01)
@@ -170,6 +176,7 @@ def cases(
         "ours, LoRA merged in place": build(merged_in_place),
         "merged export": build(lambda: merged_of(name, device, dtype)),
         "ours, LoRA at strength 0.5": build(lora, STRENGTH),
+        "ours, top quarter at strength 0.5": build(functools.partial(lora, share=4), STRENGTH),
         "two passes, PEFT": twice(lambda: lora().adapter.peft_model),
         "two passes, merged": twice(lambda: merged_of(name, device, dtype)),
     }

@@ -29,7 +29,7 @@ def test_every_provider_runs(tmp_path):
     generation.main(["--dry-run", "--device", "cpu", "--output", str(tmp_path)])
     rows = [json.loads(line) for line in (tmp_path / "generation.jsonl").read_text().splitlines()]
     assert (tmp_path / "generation.cpu.png").exists()
-    assert {r["status"] for r in rows} == {"ok"} and len(rows) == 2 * 9
+    assert {r["status"] for r in rows} == {"ok"} and len(rows) == 2 * 10
     for row in rows:
         assert row["shape"]["B"] * row["shape"]["new_tokens"] / row["ms"] * 1e3 == pytest.approx(
             row["tokens_per_s"], rel=1e-3

@@ -26,11 +26,13 @@ from qadapter.trunk.memo import TrunkMemo
 POLICY = ObjectiveConfig(alpha_0=0.5, alpha_tilde=2.0)
 EQUAL = ObjectiveConfig(alpha_0=0.5, alpha_tilde=0.5)
 LORA = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], lora_dropout=0.1)
+TOP = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], layers_to_transform=[1])
 KINDS = {
     "linear": ("llama", AdapterConfig(rank=4)),
     "mlp": ("phi", AdapterConfig(form="mlp", rank=4)),  # its head has a bias
     "softcap": ("gemma2", AdapterConfig(rank=4)),
     "lora": ("llama", LORA),
+    "top lora": ("mistral", TOP),
     "heads": ("granite", AdapterConfig(rank=3)),
     "loras": ("llama", LORA),
 }
@@ -58,7 +60,10 @@ def batch() -> dict[str, torch.Tensor]:
     ids = torch.randint(1, 96, (4, 7), generator=torch.Generator().manual_seed(3))
     mask = torch.zeros_like(ids)
     mask[:, 3:] = 1
-    return {"input_ids": ids, "completion_mask": mask, "attention_mask": torch.ones_like(ids)}
+    return {
+        "input_ids": ids, "completion_mask": mask, "attention_mask": torch.ones_like(ids),
+        "rows": torch.arange(2),
+    }
 
 
 def everything(model: QAdapterModel, device: str = "cpu") -> dict[str, torch.Tensor]:
@@ -158,7 +163,7 @@ def split(model: QAdapterModel) -> None:
             model.heads.to(SECOND)
 
 
-@pytest.mark.parametrize("kind", ["linear", "lora"])
+@pytest.mark.parametrize("kind", ["linear", "lora", "top lora"])
 def test_other_weights_in_place_and_assigned(kind):
     model, other = build(kind), build(kind)
     for parameter in other.parameters():

@@ -33,8 +33,10 @@ from qadapter.adapters.gating import (
 )
 from qadapter.adapters.streams import BASE
 from qadapter.errors import QAdapterError
+from qadapter.trunk.checkpointing import checkpoints_reentrantly
 from qadapter.trunk.lm_head import input_device, trunk
 from qadapter.trunk.loading import shell_of
+from qadapter.trunk.split import SplitTrunk, lowest_adapted
 
 PRESETS = {
     "paper": {
@@ -98,6 +100,9 @@ class LoraAdapter:
                 self.peft_model = peft.get_peft_model(base, _trainable(config))
         except (ValueError, NotImplementedError, TypeError) as error:
             raise QAdapterError(f"PEFT can't adapt {name}: {error}") from error
+        if not checkpoints_reentrantly(base):
+            # PEFT asks for them as transformers does: see QAdapterModel.
+            base.disable_input_require_grads()
         self.config = self.peft_model.peft_config["default"]
         self.names = ["default"]
         """Of the adapters, as PEFT calls them."""
@@ -136,6 +141,7 @@ class LoraAdapter:
         ]
         for layer in self.layers:
             self._gate_rows(layer)
+        self._split: tuple[SplitTrunk | None, str] | None = None
 
     # --- the streams ------------------------------------------------------------------------
 
@@ -171,6 +177,29 @@ class LoraAdapter:
             yield
         finally:
             self._rows.clear()
+
+    @property
+    def split(self) -> SplitTrunk | None:
+        """The base's trunk in two parts, all adapted layers in the upper one, made when it is first
+        asked for. None where nothing lies below them, or the trunk can't be run in parts."""
+        return self._split_or_refusal[0]
+
+    @property
+    def split_refused(self) -> str:
+        """Why the trunk can't be run in parts, though its lower blocks are not adapted; or ''."""
+        return self._split_or_refusal[1]
+
+    @property
+    def _split_or_refusal(self) -> tuple[SplitTrunk | None, str]:
+        if self._split is None:
+            base = self.peft_model.get_base_model()
+            first, self._split = lowest_adapted(base), (None, "")
+            if first:
+                try:
+                    self._split = SplitTrunk.of(base, first), ""
+                except QAdapterError as error:
+                    self._split = None, str(error)
+        return self._split
 
     def merge(self) -> None:
         """Add the adapter to the weights it adapts; the frozen ones are kept, on the CPU."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from qadapter.adapters.head_adapter import AdapterConfig, HeadAdapter
 from qadapter.adapters.lora import LoraAdapter
+from qadapter.adapters.streams import BASE
 from qadapter.errors import QAdapterError
 from qadapter.objective import ObjectiveConfig
 from qadapter.policy import storage
@@ -85,14 +86,15 @@ class ComposedModel(QAdapterModel):
         """(h_a, h_b), each [B, T, D], with Σ wᵢ·qᵢ = W·(c_a·h_a + c_b·h_b)."""
         if not self.adapts_trunk:
             return super().hidden_streams(input_ids, attention_mask)
-        base_hidden = self.base_hidden(input_ids, attention_mask)
         # The weights of a policy that is q itself: α₀ = 0, α̃ = 1.
         q_only = ComposedPolicy(self.objective, 1.0, 0.0, 1.0, self.policy.parts, self.weights)
         *weights, base_weight = q_only.trunk_weights()
+        streams = self._trunk_streams((BASE, *range(len(weights))), input_ids, attention_mask)
+        base_hidden = next(streams)
         exact = accumulation_dtype(base_hidden.dtype)
         total = (base_weight - self.objective.base_coef) * base_hidden.to(exact)
-        for stream, weight in enumerate(weights):
-            total += weight * self._trunk_hidden(stream, input_ids, attention_mask)
+        for weight, hidden in zip(weights, streams, strict=True):
+            total += weight * hidden
         return total / self.objective.adapter_coef, base_hidden
 
     def adapter_hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:

@@ -1,7 +1,8 @@
 """Continuous batching of several streams: each has layers of its own in transformers' paged cache.
 
 The cache is built for a model of S·L layers, so that a request's blocks hold all its streams; the
-streams of a step run one after the other over the same packed tokens.
+streams of a step run one after the other over the same packed tokens, each through the whole trunk:
+its blocks of memory have one size for all layers, shared or not.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 the adapted one first, the base's last.
 
 The weights are read once; adapters are gated per row (``qadapter.adapters.gating``), and the
-hidden states meet in one product with the head (design §2, fact 5).
+hidden states meet in one product with the head (design §2, fact 5). Blocks below the lowest that an
+adapter adapts do the same for every stream: they run once, on B rows, and keep B rows in the cache.
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from qadapter.adapters.head_adapter import HeadAdapter
 from qadapter.adapters.streams import BASE
 from qadapter.errors import QAdapterError
+from qadapter.policy.stream_cache import StreamCache, repeated
 from qadapter.trunk.caches import CACHE, is_paged, name_of_cache, take_cache
 from qadapter.trunk.lm_head import input_device, trunk
 
 if TYPE_CHECKING:
     from transformers.generation.continuous_batching import PagedAttentionCache
+
+    from qadapter.trunk.split import SplitTrunk
 
 CONTINUOUS_BATCHING = "5.19"
 """The first transformers whose continuous batching runs this model right."""
@@ -38,57 +42,12 @@ _FILLED: weakref.WeakKeyDictionary[Cache, tuple[int, ...]] = weakref.WeakKeyDict
 """Which streams the caches hold that callers keep between turns."""
 
 
-class StreamCache(Cache):
-    """Keys and values of S streams: row i of a batch of B has its s-th stream in row s·B + i of
-    every layer.
-
-    Args:
-        cache: a new ``DynamicCache``, ``StaticCache``, … whose layers are taken over.
-        streams: S.
-    """
-
-    def __init__(self, cache: Cache, streams: int = 2):
-        if not cache.layers:
-            raise QAdapterError("the cache has no layers yet: make it with config=model.config")
-        super().__init__(
-            layers=cache.layers, offloading=cache.offloading,
-            offload_only_non_sliding=getattr(cache, "only_non_sliding", True),
-        )
-        self.streams = streams
-        self.rows = 0
-        """B, once something is in."""
-
-    @property
-    def batch_size(self) -> int:
-        rows = super().batch_size
-        return rows // self.streams if rows > 0 else rows
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(self._every(beam_idx))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(self._every(indices))
-        self.rows = len(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self.rows *= repeats
-
-    def _every(self, indices: Tensor) -> Tensor:
-        return torch.cat([indices + stream * self.rows for stream in range(self.streams)])
+_RECORDED = {"hidden_states": True, "attentions": False}
+"""What a trunk may record of its blocks; whether the last of a part's is the next part's first."""
 
 
-def repeated(inputs: dict[str, Any], rows: int, times: int) -> dict[str, Any]:
-    """A forward's keyword arguments for more rows: tensors with B rows, also in dicts, as often."""
-    return {name: _repeated(value, rows, times) for name, value in inputs.items()}
-
-
-def _repeated(value: Any, rows: int, times: int) -> Any:
-    if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == rows:
-        return torch.cat([value] * times)
-    if isinstance(value, dict):
-        return repeated(value, rows, times)
-    return value
+def _first(recorded: Sequence[Tensor | None], rows: int) -> tuple[Tensor | None, ...]:
+    return tuple(None if x is None else x[:rows] for x in recorded)
 
 
 def _named(streams: Sequence[int]) -> str:
@@ -140,10 +99,15 @@ class StreamedGeneration(GenerationMixin):
         return tuple(s for s, w in weights.items() if isinstance(w, Tensor) or w != 0) or (BASE,)
 
     def _run(
-        self, streams: tuple[int, ...], *, cache: Any = None, **inputs: Any
+        self, streams: tuple[int, ...], *, cache: Any = None, part: nn.Module | None = None,
+        **inputs: Any,
     ) -> BaseModelOutputWithPast:
-        """The trunk, for S streams with S·B rows."""
-        body = trunk(self.base)
+        """The trunk, for S streams with S·B rows.
+
+        Args:
+            part: the part of it to run, of a single stream.
+        """
+        body = trunk(self.base) if part is None else part
         shaped = inputs["input_ids"]
         if shaped is None:
             shaped = inputs["inputs_embeds"]
@@ -154,8 +118,10 @@ class StreamedGeneration(GenerationMixin):
         if count > 1 and cache is None and self._uses_cache(inputs["use_cache"]):
             cache = StreamCache(DynamicCache(config=self.base.config), count)
         self._check_cache(streams, cache)
+        split = self._shared_trunk() if count > 1 else None
         if isinstance(cache, StreamCache):
             cache.rows = rows
+            cache.share(split.first_block if split is not None else 0)
         # Attention looks for a paged cache by that name, whatever the trunk calls its own.
         name = "cache" if is_paged(cache) else self._trunk_cache
         if streams == (BASE,):
@@ -165,10 +131,36 @@ class StreamedGeneration(GenerationMixin):
         with self.adapter.on(streams, count * rows, tokens):
             if count == 1:
                 return body(**{name: cache}, **inputs)
+            if split is not None:
+                return self._run_shared(split, cache, rows, count, **inputs)
             outputs = body(**{name: cache}, **repeated(inputs, rows, count))
-        for name in ("hidden_states", "attentions"):
-            if outputs.get(name) is not None:  # the customised model's: its adapted stream
-                outputs[name] = tuple(x[:rows] for x in outputs[name])
+        for recorded in _RECORDED:  # the customised model's: its adapted stream
+            if outputs.get(recorded) is not None:
+                outputs[recorded] = _first(outputs[recorded], rows)
+        return outputs
+
+    def _shared_trunk(self) -> SplitTrunk | None:
+        """The trunk in two parts, where that spares streams their common blocks."""
+        if self._keeps_a_state:
+            return None
+        split = self.split_trunk
+        return split if split is not None and split.decodes else None
+
+    def _run_shared(
+        self, split: SplitTrunk, cache: StreamCache | None, rows: int, count: int, **inputs: Any
+    ) -> BaseModelOutputWithPast:
+        """The blocks that all streams have in common on B rows, the others on S·B."""
+        name = self._trunk_cache
+        if inputs.get("output_hidden_states"):  # some, by numbers that the parts don't know: all
+            inputs["output_hidden_states"] = True
+        common = split.below(**{name: cache and cache.below}, **inputs)
+        inputs |= {"input_ids": None, "inputs_embeds": common.last_hidden_state}
+        outputs = split.above(**{name: cache and cache.above}, **repeated(inputs, rows, count))
+        outputs[name] = cache
+        for recorded, ends in _RECORDED.items():
+            if outputs.get(recorded) is not None:
+                lower = common[recorded][:-1] if ends else common[recorded]
+                outputs[recorded] = (*lower, *_first(outputs[recorded], rows))
         return outputs
 
     def _uses_cache(self, asked: bool | None) -> bool:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,14 +28,14 @@ from qadapter.adapters.streams import BASE
 from qadapter.errors import QAdapterError
 from qadapter.objective import ObjectiveConfig, find_actions, sequence_loss
 from qadapter.policy import storage
-from qadapter.policy.decoding import StreamedGeneration
+from qadapter.policy.decoding import StreamedGeneration, keeps_a_state
 from qadapter.policy.dial import Policy
 from qadapter.trunk.caches import CACHE, name_of_cache, take_cache
+from qadapter.trunk.checkpointing import checkpoints_reentrantly
 from qadapter.trunk.lm_head import LanguageModelHead, trunk
 from qadapter.trunk.loading import LoadedBase, as_loaded
 from qadapter.trunk.memo import TrunkMemo
 from qadapter.trunk.packing import Packing, hidden_states
-from qadapter.trunk.split import SplitTrunk, lowest_adapted
 from qadapter_kernels import linear_soft_value, soft_value
 from qadapter_kernels.reference import Coefficients, accumulation_dtype
 
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
     from qadapter.adapters.lora import LoraAdapter
+    from qadapter.trunk.split import SplitTrunk
 
 # Where pipelines look up which classes generate text; any other name is logged as an error.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["qadapter"] = "QAdapterModel"
@@ -81,8 +82,8 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         self.trunk_memo: TrunkMemo | None = None
         self.chat_template: str | None = None
         self.head = LanguageModelHead.of(base)
-        self._split: tuple[SplitTrunk | None, str] | None = None
         self._trunk_cache = name_of_cache(trunk(base))
+        self._keeps_a_state = keeps_a_state(base)
         self.generation_config = copy.deepcopy(base.generation_config)
         self.all_tied_weights_keys = {}
         self.supports_gradient_checkpointing = self.adapts_trunk
@@ -393,7 +394,7 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
 
     def base_hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The frozen base's last hidden states [B, T, D], after the final norm."""
-        run = functools.partial(self._trunk_hidden, BASE)
+        run = partial(self._trunk_hidden, BASE)
         if self.trunk_memo is None:
             return run(input_ids, attention_mask)
         return self.trunk_memo(run, input_ids, attention_mask, dtype=self.base.dtype)
@@ -408,30 +409,22 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """(h_a, h_b), each [B, T, D]; gradients reach the adapter through h_a alone."""
-        base_hidden = self.base_hidden(input_ids, attention_mask)
         if self.adapts_trunk:
-            return self.adapter_hidden(input_ids, attention_mask), base_hidden
+            adapter_hidden, base_hidden = self._trunk_streams((0, BASE), input_ids, attention_mask)
+            return adapter_hidden, base_hidden
+        base_hidden = self.base_hidden(input_ids, attention_mask)
         return self.adapter(base_hidden), base_hidden
 
     @property
     def split_trunk(self) -> SplitTrunk | None:
         """The trunk in two parts, the upper one from the first block that the adapter changes; None
         where there is no part below, or the trunk can't be run in parts (then it runs whole)."""
-        if self._split is None:
-            split, refused = None, ""
-            first = lowest_adapted(self.base) if self.adapts_trunk else None
-            if first:
-                try:
-                    split = SplitTrunk.of(self.base, first)
-                except QAdapterError as error:
-                    refused = str(error)
-            self._split = split, refused
-        return self._split[0]
+        return self.adapter.split if self.adapts_trunk else None
 
     @property
     def split_refused(self) -> str:
         """Why the trunk can't be run in parts, though its lower blocks are not adapted; or ''."""
-        return "" if self.split_trunk is not None else self._split[1]
+        return self.adapter.split_refused if self.adapts_trunk else ""
 
     def packed_hidden(
         self, packing: Packing, *, packed: bool, base_stream: bool = False, below: bool = False,
@@ -457,12 +450,30 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
                 self.base, packing, packed=packed, trunk=trunk, entering_ND=entering_ND
             )
         return hidden_MD.to(self.head.weight.device)
+    def _trunk_streams(
+        self, streams: Sequence[int], input_ids: Tensor, attention_mask: Tensor | None
+    ) -> Iterator[Tensor]:
+        """Last hidden states [B, T, D] of streams that differ in the trunk, one run after the
+        other. Without gradients, blocks that they have in common run once."""
+        split = None if torch.is_grad_enabled() or self.trunk_memo else self.split_trunk
+        if split is None:
+            for stream in streams:
+                run = self.base_hidden if stream == BASE else partial(self._trunk_hidden, stream)
+                yield run(input_ids, attention_mask)
+            return
+        states = split.below(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
+        for stream in streams:
+            yield self._trunk_hidden(stream, None, attention_mask, states, split.above)
 
     def _trunk_hidden(
-        self, stream: int, input_ids: Tensor, attention_mask: Tensor | None
+        self, stream: int, input_ids: Tensor | None, attention_mask: Tensor | None,
+        inputs_embeds: Tensor | None = None, part: nn.Module | None = None,
     ) -> Tensor:
         hidden = self._run(
-            (stream,), input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+            (stream,), part=part, input_ids=input_ids, inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask, use_cache=False,
         ).last_hidden_state
         return hidden.to(self.head.weight.device)  # another one's, where a device_map splits them
 
@@ -506,6 +517,12 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         if self.adapts_trunk:
             self.adapter.train(mode)
         return self
+
+    def enable_input_require_grads(self) -> None:
+        """Only where checkpoints of activations need it: transformers asks for it with every kind,
+        and gradients would run down to the embeddings through blocks that hold no adapter."""
+        if checkpoints_reentrantly(self.base):
+            super().enable_input_require_grads()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.base.get_input_embeddings()

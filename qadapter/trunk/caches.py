@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -48,3 +48,25 @@ def take_cache(arguments: dict[str, Any]) -> Any:
     if len(given) > 1:
         raise QAdapterError(f"{' and '.join(given)} are two names of one thing: give one of them")
     return next(iter(given.values()), None)
+
+
+class CachePart(Cache):
+    """The layers of a cache that a part of a trunk fills, as that part sees them: lengths are its
+    own layers'; blocks write where they do in the whole.
+
+    Args:
+        cache: of the whole trunk.
+        first, stop: numbers of the part's blocks there.
+    """
+
+    def __init__(self, cache: Cache, first: int, stop: int):
+        own = cache.layers[first:stop]
+        # Blocks are numbered as in the whole; the trunk around them asks from number 0 on.
+        super().__init__(layers=own[:1] * first + own)
+        self.cache = cache
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """By the whole, which may keep its layers elsewhere meanwhile."""
+        return self.cache.update(key_states, value_states, layer_idx, *args, **kwargs)

@@ -16,13 +16,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from qadapter.errors import QAdapterError
+from qadapter.trunk.caches import CachePart, name_of_cache
+from qadapter.trunk.checkpointing import checkpoints_reentrantly
 from qadapter.trunk.lm_head import input_device, trunk
 
 _PROBE_TOKENS = 12
 _PADDING, _FIRST_POSITION = 3, 5
+_PROBE_STEPS = 8, 9, _PROBE_TOKENS
+"""Where the steps of a decoding end: a prompt, a token, and several at once."""
 _PROBE_WINDOW = 4
 _REPEATED = 4.0
 _WINDOWS = ("sliding_window", "attention_chunk_size")
@@ -42,6 +46,8 @@ class SplitTrunk:
     ``last_hidden_state`` [B, T, D]."""
     above: PreTrainedModel
     """From those, as ``inputs_embeds``, to the trunk's ``last_hidden_state`` [B, T, D]."""
+    decodes: bool
+    """Whether they are the whole with a cache, too, each seeing a ``CachePart`` of it."""
 
     @classmethod
     def of(cls, base: PreTrainedModel, first_block: int) -> SplitTrunk:
@@ -62,15 +68,19 @@ class SplitTrunk:
                 ending = _ending(base, name)
                 below = _shell(body, name, 0, first_block, without=ending)
                 above = _shell(body, name, first_block, len(blocks))
-                alike = _alike(base, body, below, above)
+                above.register_forward_pre_hook(_reach_checkpoints, with_kwargs=True)
+                probed = body, below, above
+                alike = _alike(base, *probed)
                 windows = _small_windows(base)
                 if alike and windows:
                     # A window is mostly longer than a probe should be: all get a small one.
-                    alike = _alike(
-                        base, _shell(body, name, 0, len(blocks), changes=windows),
+                    probed = (
+                        _shell(body, name, 0, len(blocks), changes=windows),
                         _shell(body, name, 0, first_block, without=ending, changes=windows),
                         _shell(body, name, first_block, len(blocks), changes=windows),
                     )
+                    alike = _alike(base, *probed)
+                decodes = alike and _decode_alike(base, *probed, first_block)
         except QAdapterError:
             raise
         except Exception as error:  # whatever a model's code needs of the blocks it misses
@@ -79,7 +89,7 @@ class SplitTrunk:
         if not alike:
             reason = "they give other states than the whole (it scales embeddings, or adds to them)"
             raise QAdapterError(_refusal(base, first_block, reason))
-        return cls(first_block, below, above)
+        return cls(first_block, below, above, decodes)
 
 
 def _refusal(base: PreTrainedModel, first_block: int, reason: str) -> str:
@@ -204,6 +214,18 @@ def _copied(module: nn.Module, without: frozenset[nn.Module], configs: _Configs)
     return shell
 
 
+def _reach_checkpoints(
+    module: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    """Forward pre-hook of an upper part: the states it is given are constants, and some checkpoints
+    give no gradients to blocks whose input needs none."""
+    states = kwargs.get("inputs_embeds")
+    if torch.is_grad_enabled() and states is not None and not states.requires_grad:
+        if checkpoints_reentrantly(module):
+            kwargs = kwargs | {"inputs_embeds": states.detach().requires_grad_()}
+    return args, kwargs
+
+
 class _Configs:
     """Configurations of a part: the whole's, as they are at each forward (its attention may be set
     anew), but for what is said of each block."""
@@ -269,6 +291,37 @@ def _alike(
         if not _same(ours, run, inputs.get("attention_mask")):
             return False
     return True
+
+
+def _decode_alike(
+    base: PreTrainedModel, whole: nn.Module, below: nn.Module, above: nn.Module, first_block: int
+) -> bool:
+    """The same with a cache, over a few steps."""
+    inputs, name = _probes(base)[1], name_of_cache(whole)
+    mask = inputs.pop("attention_mask")
+
+    def run(split: bool) -> Tensor:
+        cache, states, start = DynamicCache(config=whole.config), [], 0
+        parts = [(whole, cache)]
+        if split:
+            depth = len(cache.layers)
+            parts = [(below, CachePart(cache, 0, first_block)),
+                     (above, CachePart(cache, first_block, depth))]
+        for stop in _PROBE_STEPS:
+            given = {n: x[:, start:stop] for n, x in inputs.items()}
+            for part, seen in parts:
+                states_BTD = part(
+                    **{name: seen}, **given, attention_mask=mask[:, :stop], use_cache=True
+                ).last_hidden_state
+                given |= {"input_ids": None, "inputs_embeds": states_BTD}
+            states.append(states_BTD)
+            start = stop
+        return torch.cat(states, dim=1)
+
+    try:
+        return _same(run(True), lambda: run(False), mask)
+    except Exception:  # a cache of another kind
+        return False
 
 
 def _same(ours: Tensor, run: Callable[[], Tensor], mask: Tensor | None) -> bool:

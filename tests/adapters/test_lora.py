@@ -122,8 +122,10 @@ def test_dropout_is_the_adapters_alone():
     assert torch.equal(first[0], second[0])
 
 
-def test_a_copy_has_its_own_gates():
-    model = model_of().eval()
+@pytest.mark.parametrize("layers", [None, [1]])
+def test_a_copy_has_its_own_gates(layers):
+    model = model_of(peft.LoraConfig(**QV, lora_dropout=0.3, layers_to_transform=layers)).eval()
+    assert (model.adapter.split is None) == (layers is None)
     other = copy.deepcopy(model)
     expected = model(IDS, strength=0.4).logits
     assert torch.equal(other(IDS, strength=0.4).logits, expected)
@@ -234,6 +236,28 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
     assert losses_a == pytest.approx(losses_b, abs=1e-6)
     for a, b in zip(weights_a, weights_b, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_no_block_below_an_adapter_builds_a_graph(before, reentrant):
+    """But for checkpoints that would give no gradients otherwise."""
+    base = tiny_llama(num_hidden_layers=4)
+    options = None if reentrant is None else {"use_reentrant": reentrant}
+    if before:
+        base.gradient_checkpointing_enable(options)
+        base.disable_input_require_grads()  # PEFT asks for them again
+    model = model_of(peft.LoraConfig(**QV, layers_to_transform=[2]), base=base).train()
+    if not before:
+        model.gradient_checkpointing_enable(options)
+        model.train()
+    graphs = []
+    for block in base.model.layers:
+        block.register_forward_hook(lambda module, args, out: graphs.append(out.requires_grad))
+    hidden = model.adapter_hidden(IDS)
+    assert graphs == [bool(reentrant)] * 2 + [True] * 2
+    hidden.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.adapter.parameters())
 
 
 def test_checkpointed_layers_that_drop_activations_are_refused():

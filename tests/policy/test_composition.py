@@ -130,12 +130,14 @@ LORAS = {
     "dora": {"r": 2, "target_modules": ["q_proj", "k_proj"], "use_dora": True},
     "norm": {"r": 2, "target_modules": ["o_proj"], "modules_to_save": ["norm"]},
     "weight": {"r": 2, "target_modules": [], "target_parameters": ["q_proj.weight"]},
+    "second": {"r": 3, "target_modules": ["q_proj"], "layers_to_transform": [1]},
+    "third": {"r": 2, "target_modules": ["v_proj", "up_proj"], "layers_to_transform": [2, 3]},
 }
 
 
-def loras(*objectives, kinds=("lora", "mlp", "lora"), architecture="llama"):
+def loras(*objectives, kinds=("lora", "mlp", "lora"), architecture="llama", **changes):
     """Models, each on a base of its own, and the same adapters in stock PEFT."""
-    models, theirs, base = [], [], tiny_base(architecture)
+    models, theirs, base = [], [], tiny_base(architecture, **changes)
     for number, (objective, kind) in enumerate(zip(objectives, kinds, strict=False)):
         config = peft.LoraConfig(**LORAS[kind])
         stock = peft.get_peft_model(copy.deepcopy(base), config).eval()
@@ -247,6 +249,42 @@ def test_adapters_of_other_kinds_compose(kinds):
             composed(**inputs, strength=strength).logits.log_softmax(-1)[real],
             naive(**inputs, strength=strength).logits.log_softmax(-1)[real], atol=1e-4, rtol=0,
         )
+
+
+def test_blocks_below_all_of_the_loras_run_once():
+    weights, inputs = (0.4, 0.9), left_padded(ROWS)
+    models, theirs, base = loras(AUTHORS, AUTHORS, kinds=("third", "second"), num_hidden_layers=4)
+    assert models[0].adapter.split.first_block == 2
+    models[0].adapter.add(models[1].adapter_config, models[1].adapter.state_dict())
+    assert models[0].adapter.split.first_block == 1
+    models, *_ = loras(AUTHORS, AUTHORS, kinds=("third", "second"), num_hidden_layers=4)
+    composed = compose(models, weights)
+    naive = NaiveSum(theirs, base, (AUTHORS, AUTHORS), weights, AUTHORS)
+    real = inputs["attention_mask"].bool()
+    rows = [[] for _ in base.model.layers]
+    for block, seen in zip(composed.base.model.layers, rows, strict=True):
+        block.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(len(args[0])))
+    for strength in (1.3, torch.tensor([[0.3, 0.9], [1.0, 0.0], [0.0, 0.0]])):
+        composed(**inputs, strength=strength)  # the first one probes
+        for seen in rows:
+            seen.clear()
+        ours = composed(**inputs, strength=strength).logits.log_softmax(-1)
+        assert rows == [[3], [9], [9], [9]]
+        torch.testing.assert_close(
+            ours[real], naive(**inputs, strength=strength).logits.log_softmax(-1)[real],
+            atol=1e-4, rtol=0,
+        )
+        for settings in ({}, {"num_beams": 2}, {"cache_implementation": "static"}):
+            settings = LENGTH | settings | {"strength": strength}
+            assert torch.equal(
+                composed.generate(**inputs, **settings),
+                naive.generate(**inputs, **uncached(settings)),
+            )
+    expected = composed.hidden_streams(**inputs)
+    with torch.no_grad():
+        found = composed.hidden_streams(**inputs)
+    for ours, wanted in zip(found, expected, strict=True):
+        assert torch.equal(ours[real], wanted[real])
 
 
 def test_loras_are_switched_for_each_row():

@@ -45,12 +45,29 @@ ADAPTERS = {
         "mlp.experts.gate_up_proj", "mlp.experts.down_proj",
     ]},
     "parameters": {"r": 4, "target_modules": [], "target_parameters": ["q_proj.weight"]},
+    "top": LORA | {"layers_to_transform": [2, 3]},
+    "top dora": LORA | {"layers_to_transform": [3], "use_dora": True},
+    "top experts": {"r": 4, "target_modules": [], "target_parameters": [
+        "layers.3.mlp.experts.gate_up_proj", "layers.3.mlp.experts.down_proj",
+    ]},
 }
+"""Those of the top are for bases of four blocks."""
+SHARING = {
+    "llama": {}, "qwen3": {}, "phi": {}, "granite": {}, "cohere": {},
+    "mixtral": {}, "mistral": {"sliding_window": 6}, "gemma2": {"sliding_window": 6},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 6,
+                    "layer_types": ["sliding_attention"] * 3 + ["full_attention"]},
+    "cohere2": {"sliding_window": 6,
+                "layer_types": ["full_attention", "full_attention"] + ["sliding_attention"] * 2},
+}
+"""Bases whose blocks below an adapter run once: windows in one part alone, or in both."""
 
 
-def lora_pair(objective=POLICY, adapter="lora", architecture="llama", seed=0):
+def lora_pair(objective=POLICY, adapter="lora", architecture="llama", seed=0, **changes):
     """Our model, and the definition of its policy by stock PEFT."""
-    base = tiny_base(architecture, seed)
+    if adapter.startswith("top"):
+        changes["num_hidden_layers"] = 4
+    base = tiny_base(architecture, seed, **changes)
     theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**ADAPTERS[adapter])).eval()
     torch.manual_seed(seed + 1)
     for parameter in theirs.parameters():
@@ -65,9 +82,22 @@ def lora_pair(objective=POLICY, adapter="lora", architecture="llama", seed=0):
     return model, NaivePolicy(theirs, base, objective)
 
 
-@pytest.fixture(scope="module", params=["policy", "authors"])
+@pytest.fixture(scope="module", params=["policy", "authors", "top", "top windows"])
 def pair(request):
+    if request.param == "top windows":
+        return lora_pair(POLICY, "top", "gemma3_text", **SHARING["gemma3_text"])
+    if request.param == "top":
+        return lora_pair(AUTHORS, "top")
     return lora_pair(POLICY if request.param == "policy" else AUTHORS)
+
+
+def block_rows(model) -> list[list[int]]:
+    """Rows of every forward of each block from here on."""
+    blocks = model.base.model.layers
+    rows: list[list[int]] = [[] for _ in blocks]
+    for block, seen in zip(blocks, rows, strict=True):
+        block.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(len(args[0])))
+    return rows
 
 
 def trunk_rows(model) -> list[int]:
@@ -82,7 +112,7 @@ def trunk_rows(model) -> list[int]:
 # --- logits ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("adapter", [name for name in ADAPTERS if name != "experts"])
+@pytest.mark.parametrize("adapter", [n for n in ADAPTERS if "experts" not in n])
 @pytest.mark.parametrize("objective", [POLICY, AUTHORS], ids=["policy", "q"])
 def test_policy_of_every_kind_of_adapter(objective, adapter):
     model, naive = lora_pair(objective, adapter)
@@ -112,7 +142,7 @@ def test_policy_of_every_architecture(architecture):
 
 @pytest.mark.parametrize("architecture, adapter", [
     ("gpt_neox", "all linear"), ("mixtral", "all linear"), ("mixtral", "experts"),
-    ("qwen3_moe", "all linear"), ("qwen3_moe", "experts"),
+    ("qwen3_moe", "all linear"), ("qwen3_moe", "experts"), ("qwen3_moe", "top experts"),
 ])
 def test_policy_of_other_layers(architecture, adapter):
     """Fused projections; routers, which give tuples; experts, which see all tokens of a batch as
@@ -157,6 +187,84 @@ def test_outputs_are_those_of_the_adapted_stream():
     real = inputs["attention_mask"].bool()
     for ours, theirs in zip(outputs.hidden_states, expected, strict=True):
         torch.testing.assert_close(ours[real], theirs[real], atol=1e-5, rtol=1e-5)
+
+
+# --- blocks that all streams have in common ---------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", SHARING)
+def test_common_blocks_run_once_for_all_streams(architecture):
+    model, naive = lora_pair(AUTHORS, "top", architecture, **SHARING[architecture])
+    rows, inputs = block_rows(model), left_padded(ROWS)
+    real = inputs["attention_mask"].bool()
+    assert model.adapter.split.decodes  # probed, with rows of its own
+    for seen in rows:
+        seen.clear()
+    ours = model(**inputs, strength=0.7).logits.log_softmax(-1)[real]
+    assert rows == [[3], [3], [6], [6]]
+    theirs = naive(**inputs, strength=0.7).logits.log_softmax(-1)[real]
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    for settings in (LENGTH, LENGTH | {"num_beams": 2}):
+        settings = settings | {"strength": 0.7}
+        expected = naive.generate(**inputs, **settings)
+        assert torch.equal(model.generate(**inputs, **settings), expected)
+    assert all(max(seen) == most for seen, most in zip(rows, (6, 6, 12, 12), strict=True))
+
+
+def test_the_cost_of_a_dial_is_that_of_the_blocks_above():
+    """1 + k/L of one stream, with k adapted blocks at the top of L."""
+    batch, depth, adapted = 8, 4, 1
+    model, _ = lora_pair(POLICY, "top dora")
+    rows, ids = block_rows(model), torch.randint(1, 96, (batch, 5))
+    costs = []
+    for strength in (1.0, 0.5):
+        model.generate(ids, **LENGTH, strength=strength)  # the first one probes
+        for seen in rows:
+            seen.clear()
+        model.generate(ids, **LENGTH, strength=strength)
+        costs.append(sum(map(sum, rows)))
+    assert costs[1] == costs[0] * (1 + adapted / depth)
+
+
+def test_a_base_that_can_not_be_split_runs_whole():
+    model, naive = lora_pair(AUTHORS, "top", "granite", embedding_multiplier=3.0)
+    rows, inputs = block_rows(model), left_padded(ROWS)
+    assert model.split_trunk is None and "GraniteForCausalLM can't be run" in model.split_refused
+    for seen in rows:
+        seen.clear()
+    ours = model.generate(**inputs, **LENGTH, strength=0.4)
+    assert torch.equal(ours, naive.generate(**inputs, **LENGTH, strength=0.4))
+    assert all(set(seen) == {6} for seen in rows)
+
+
+def test_hidden_streams_share_blocks_without_gradients():
+    model, naive = lora_pair(AUTHORS, "top")
+    inputs = left_padded(ROWS)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    expected = model.hidden_streams(ids, mask)
+    assert expected[0].requires_grad
+    rows = block_rows(model)
+    with torch.no_grad():
+        model.hidden_streams(ids, mask)
+        for seen in rows:
+            seen.clear()
+        found = model.hidden_streams(ids, mask)
+    assert rows == [[3], [3], [3, 3], [3, 3]]
+    real = mask.bool()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours[real], theirs[real])
+    assert torch.equal(found[1][real], naive.base.model(**inputs).last_hidden_state[real])
+
+
+@pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions"])
+def test_recorded_outputs_are_those_of_the_adapted_stream(asked):
+    model, _ = lora_pair(AUTHORS, "top", attn_implementation="eager")
+    ids = torch.tensor([ROWS[0], ROWS[0][::-1]])
+    outputs = model(ids, **{asked: True})
+    name = asked.removeprefix("output_")
+    expected = model._run((0,), input_ids=ids, **{asked: True})[name]
+    for ours, theirs in zip(outputs[name], expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 # --- generate -------------------------------------------------------------------------------
@@ -303,6 +411,28 @@ def test_forward_by_hand_keeps_both_streams(pair):
     torch.testing.assert_close(ours, expected.expand_as(ours), atol=1e-4, rtol=0)
 
 
+@torch.no_grad()
+def test_common_layers_hold_one_stream():
+    model, _ = lora_pair(POLICY, "top")
+    ids = torch.tensor([ROWS[0], ROWS[0]])
+    for make in (DynamicCache, lambda config: StaticCache(config=config, max_cache_len=16)):
+        cache = StreamCache(make(config=model.config), 2)
+        model(ids, strength=0.4, past_key_values=cache)
+        assert [len(layer.keys) for layer in cache.layers] == [2, 2, 4, 4]
+        assert cache.get_seq_length() == ids.shape[1] and cache.rows == 2
+        assert cache.batch_size in (2, -1)
+        model(ids[:, :1], strength=0.4, past_key_values=copy.deepcopy(cache))
+        assert cache.get_seq_length() == ids.shape[1]
+
+
+def test_a_cache_filled_with_other_common_layers_is_refused():
+    (model, _), (other, _) = lora_pair(POLICY, "top"), lora_pair(POLICY, "top dora")
+    ids, cache = torch.tensor([ROWS[0]]), StreamCache(DynamicCache(config=model.config))
+    model(ids, strength=0.4, past_key_values=cache)
+    with pytest.raises(QAdapterError, match="filled with 2 layers common"):
+        other(ids, strength=0.4, past_key_values=cache)
+
+
 def test_reordered_caches_keep_streams_apart():
     layers = DynamicCache(config=tiny_base().config)
     cache = StreamCache(layers)
@@ -312,6 +442,23 @@ def test_reordered_caches_keep_streams_apart():
     cache.update(marks, marks, 1)
     cache.reorder_cache(torch.tensor([1, 1]))
     assert cache.layers[0].keys.flatten().tolist() == [1, 1, 3, 3]
+
+
+def test_rows_of_common_layers_are_the_batchs():
+    cache = StreamCache(DynamicCache(config=tiny_base().config))
+    cache.share(1)
+    cache.rows = 2
+    marks = torch.arange(4.0).view(4, 1, 1, 1)
+    cache.below.update(marks[:2], marks[:2], 0)
+    cache.above.update(marks, marks, 1)
+    keys = [layer.keys for layer in cache.layers]
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert [layer.keys.flatten().tolist() for layer in cache.layers] == [[1, 0], [1, 0, 3, 2]]
+    cache.batch_repeat_interleave(2)
+    assert cache.rows == 4
+    cache.batch_select_indices(torch.tensor([0, 3]))
+    assert [layer.keys.flatten().tolist() for layer in cache.layers] == [[1, 0], [1, 0, 3, 2]]
+    assert keys[0].shape[0] == 2 and cache.rows == 2
 
 
 def test_wrong_caches_are_refused():

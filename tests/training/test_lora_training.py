@@ -332,7 +332,7 @@ def test_evaluation_reads_the_same_cache(make_trainer, dataset):
 def test_retention_runs_the_upper_blocks_alone(dataset):
     texts = [([1, 2, 3], [4, 5, 6, 7]), ([1, 2, 3], [8, 9]), ([5], [6] * 12), ([], [9, 8, 7])]
     whole, upper = (lora_model(layers=[2]) for _ in range(2))
-    whole._split = None, ""
+    whole.adapter._split = None, ""
     losses = []
     for model in (whole, upper):
         states = RetentionStates(model, None, texts)

@@ -14,23 +14,24 @@ from transformers import DynamicCache
 
 from qadapter import AdapterConfig, ObjectiveConfig, QAdapterError, QAdapterModel
 from qadapter.policy.decoding import StreamCache
-from qadapter.trunk.caches import CACHE, is_paged, name_of_cache, take_cache
+from qadapter.trunk.caches import CACHE, CachePart, is_paged, name_of_cache, take_cache
 
 NAMES = ("past_key_values", "cache")
 IDS = torch.tensor([ROWS[0]])
 
 
-@pytest.fixture(scope="module", params=["head", "one stream", "two streams"])
+@pytest.fixture(scope="module", params=["head", "one stream", "two streams", "shared below"])
 def model(request):
     adapter = AdapterConfig(rank=4)
     if request.param != "head":
-        adapter = peft.LoraConfig(r=4, target_modules=["q_proj"])
+        layers = [1] if request.param == "shared below" else None
+        adapter = peft.LoraConfig(r=4, target_modules=["q_proj"], layers_to_transform=layers)
     objective = ObjectiveConfig(alpha_0=0.5, alpha_tilde=2.0)
     model = QAdapterModel.from_base(tiny_base("qwen3"), adapter, objective).eval()
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.2)
-    model.set_policy(strength=0.4 if request.param == "two streams" else 1.0)
+    model.set_policy(strength=1.0 if request.param in ("head", "one stream") else 0.4)
     return model
 
 
@@ -108,3 +109,25 @@ def test_a_paged_cache_is_told_by_its_type():
 @pytest.mark.parametrize("architecture", ["llama", "phi", "mixtral"])
 def test_attention_models_call_it_what_transformers_does(architecture):
     assert name_of_cache(tiny_base(architecture).model) == CACHE
+
+
+def test_a_part_sees_its_own_layers():
+    """By their numbers in the whole, or from 0 on, as a trunk asks about its mask."""
+    types = ["full_attention", "full_attention", "sliding_attention", "full_attention"]
+    config = tiny_base(
+        "gemma3_text", num_hidden_layers=4, head_dim=8, sliding_window=3, layer_types=types
+    ).config
+    whole = DynamicCache(config=config)
+    below, above = CachePart(whole, 0, 2), CachePart(whole, 2, 4)
+    keys = torch.zeros(1, 1, 5, 8)
+    below.update(keys, keys, 0)
+    assert below.get_seq_length() == 5 and above.get_seq_length() == 0
+    assert above.update(keys[:, :, :2], keys[:, :, :2], 3)[0].shape[2] == 2
+    assert whole.get_seq_length(3) == above.get_seq_length(3) == 2
+    assert [below.get_seq_length(n) for n in (0, 1)] == [5, 0]
+    above.update(keys, keys, 2)
+    assert above.get_seq_length() == 5
+    windowed = above.is_sliding.index(True)
+    assert above.get_mask_sizes(1, windowed) == whole.get_mask_sizes(1, 2) == (3, 3)
+    full = above.is_sliding.index(False)
+    assert above.get_mask_sizes(1, full) == whole.get_mask_sizes(1, 3) == (3, 0)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 
+import accelerate
 import peft
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from second_device import SECOND, SecondDevice
 from tiny_models import tiny_base
 from torch import nn
 
@@ -121,6 +124,25 @@ def test_a_forward_that_was_replaced_is_refused():
         SplitTrunk.of(base, 2)
 
 
+def test_a_base_that_accelerate_placed_is_split_by_its_blocks_hooks():
+    """Its forwards are replaced on purpose: inputs are brought to where each module is."""
+    base = deep_base()
+    plain = trunk(base)(**texts(), use_cache=False).last_hidden_state
+    hooked = accelerate.dispatch_model(base, {"": "cpu"}, force_hooks=True)
+    split = SplitTrunk.of(hooked, 2)
+    assert torch.equal(through(split, **texts())[0], plain[0])
+    accelerate.hooks.remove_hook_from_submodules(base)
+    parts = [base.model.embed_tokens, *base.model.layers, base.model.norm, base.model]
+    with SecondDevice():
+        for part, device in zip(parts, ["cpu"] * 3 + [SECOND] * 3 + ["cpu"], strict=True):
+            if part is not base.model:
+                part.to(device)
+            add_hook_to_module(part, AlignDevicesHook(device, io_same_device=part is base.model))
+        assert trunk(base)(**texts(), use_cache=False).last_hidden_state.device.type == "cpu"
+        ours = through(SplitTrunk.of(base, 2), **texts())
+        torch.testing.assert_close(ours.cpu()[0], plain[0], atol=1e-5, rtol=1e-5)
+
+
 def test_lists_of_blocks_are_told_by_their_length():
     base = deep_base("mixtral", num_local_experts=DEPTH)  # lists of experts are inside of blocks
     assert_whole(base, SplitTrunk.of(base, 2))
@@ -184,8 +206,10 @@ def test_adapters_are_in_the_parts():
         base, target_modules=["q_proj"], layers_to_transform=[2], lora_dropout=0.5
     )
     adapter.train()  # probing takes place without dropout, and leaves it as it is
+    modes, (dropout,) = [], adapter.layers[0].lora_dropout.values()
+    dropout.register_forward_pre_hook(lambda module, args: modes.append(module.training))
     split = SplitTrunk.of(base, 2)
-    assert adapter.layers[0].training
+    assert modes and not any(modes) and dropout.training
     adapter.train(False)
     adapted = through(split, **texts())
     assert (adapted - plain).abs().max() > 1e-3
@@ -201,33 +225,28 @@ def test_adapters_are_in_the_parts():
 # --- training -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_of_the_upper_part_are_those_of_the_whole(checkpointing):
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_gradients_of_the_upper_part_are_those_of_the_whole(reentrant):
     base = deep_base()
     adapter = with_lora(base, target_modules=["q_proj", "down_proj"], layers_to_transform=[2, 3])
     split = SplitTrunk.of(base, lowest_adapted(base))
-    found = []
     inputs = texts()
     with torch.no_grad():
         states = split.below(**inputs, use_cache=False).last_hidden_state
     whole = trunk(base)(**inputs, use_cache=False).last_hidden_state
-    whole.square().sum().backward()
-    expected = [p.grad for p in adapter.parameters()]
-    if checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
+    expected = torch.autograd.grad(whole.square().sum(), list(adapter.parameters()))
+    if reentrant is not None:
+        base.gradient_checkpointing_enable({"use_reentrant": reentrant})
         adapter.train()
     runs = []
     for block in base.model.layers:
         block.mlp.register_forward_pre_hook(lambda module, args: runs.append(module))
-    for parameter in adapter.parameters():
-        parameter.grad = None
     inputs.pop("input_ids")
     ours = split.above(inputs_embeds=states, **inputs, use_cache=False).last_hidden_state
     ours.square().sum().backward()
-    found = [p.grad for p in adapter.parameters()]
-    for mine, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
-    assert len(runs) == (4 if checkpointing else 2)
+    for parameter, theirs in zip(adapter.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, theirs, atol=1e-5, rtol=1e-5)
+    assert len(runs) == (2 if reentrant is None else 4) and not states.requires_grad
 
 
 # --- the lowest adapted block ---------------------------------------------------------------
