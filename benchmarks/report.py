@@ -277,18 +277,21 @@ def draw_decoding(records: Sequence[Record], folder: Path) -> None:
 
 
 def print_training_step(records: Sequence[Record]) -> None:
-    """One table a length."""
+    """One table of one data set, a way a row."""
     shape = records[0]["shape"]
+    again = ", activations recomputed" if shape["gradient_checkpointing"] else ""
     done = [r for r in records if r["status"] == "ok"]
     print_table(
-        f"training step, {shape['model']}, {shape['pairs']} pairs of up to {shape['T']:,} tokens "
-        f"({shape['tokens']:,} in all, {shape['padded_tokens']:,} padded, N = {shape['N']:,})",
-        ("provider", "ms", "quartiles", "tokens/s", "authors' / it", "of it the loss", "peak MiB",
-         "with weights"),
+        f"training step, {shape['model']}, {shape['pairs']} pairs of {shape['lengths']} cut at "
+        f"{shape['T']:,}, {shape['pairs_a_step']} a step ({shape['tokens']:,} tokens, "
+        f"{shape['padded_tokens']:,} padded, N = {shape['N']:,}){again}",
+        ("provider", "ms", "quartiles", "tokens/s", "authors' / it", "TRL's / it",
+         "of it the loss", "peak MiB", "with weights"),
         [
             (r["provider"], number(r["ms"]), spread(r), number(r["tokens_per_s"]),
-             number(r.get("speedup_over_authors"), "×"), number(r.get("loss_percent"), "%"),
-             number(r.get("peak_extra_mib")), number(_whole_peak(r)))
+             number(r.get("speedup_over_authors"), "×"), number(r.get("speedup_over_trl"), "×"),
+             number(r.get("loss_percent"), "%"), number(r.get("peak_extra_mib")),
+             number(_whole_peak(r)))
             for r in done
         ],
     )
@@ -303,16 +306,17 @@ def _whole_peak(record: Record) -> float | None:
 
 
 def draw_training_step(records: Sequence[Record], folder: Path) -> None:
-    """Tokens a second and peak memory with the weights, at the longest length."""
+    """Tokens a second and peak memory with the weights, of the last table."""
     usable = [r for r in records if r["status"] == "ok"]
     if not usable:
         return
-    shape = max((r["shape"] for r in usable), key=lambda shape: shape["T"])
+    last = max(usable, key=lambda r: r["environment"]["date"])
+    shape = last["shape"]
     at = {r["provider"]: r for r in usable if r["shape"] == shape}
-    figure, (speed, memory) = _figure(2, (11, 3.4))
+    figure, (speed, memory) = _figure(2, (11, 3.8))
     bars(speed, {name: r["tokens_per_s"] for name, r in at.items()}, list(at), "tokens a second")
     speed.set_xscale("log")
     bars(memory, {name: _whole_peak(r) / 1024 for name, r in at.items() if _whole_peak(r)},
          list(at), "peak memory with the weights, GiB")
-    what = f"{shape['model']}, {shape['pairs']} pairs of up to {shape['T']:,} tokens"
+    what = f"{shape['model']}, {shape['pairs_a_step']} pairs of {shape['lengths']} a step"
     _save(figure, usable, f"Training step: {what}", folder)

@@ -1,43 +1,28 @@
-"""What does a training step cost: time, memory, and the loss's share of it?
+"""What does a training step of a whole model cost, lever by lever?
 
-Llama-3.1-8B's architecture (on a CPU SmolLM2-135M's) with random weights, four
-preference pairs whose longest sequence has 512 or 2,048 tokens, one optimizer step: forward,
-backward, AdamW.
+Steps of a LoRA on real pairs' lengths, by everybody with the same loss: eager as the authors wrote
+it, eager with the one-product algebra, TRL's DPOTrainer, and ours through the trainer: its fused
+loss alone, + the base's part cached, + no padding, + each prompt once, + the upper blocks alone;
+and a head adapter. Tokens a second are counted on the padded batch, in which every prompt stands
+twice, for all of them alike. Weights are random, in a model's shape.
 
-LoRA of rank 8 on q and v:
-  eager, authors       all positions' logits of both streams in float32, both streams in a graph
-  eager, one product   answers' states only, W·h_z once with a graph, the base without one
-  ours, padded         the library's own batch_loss on a padded batch
-  ours, packed         no padding, a prompt run once for both of its answers
-A linear head adapter:
-  ours, head           batch_loss on a padded batch; the trunk runs without a graph
-  ours, head, cached   batch_loss on cached features: no trunk at all
-
-Each minimises the same loss. *trunk* is the step without head and loss, in the same run; what it
-leaves of the step is the loss's share.
-
-    python benchmarks/training_step.py
-    python benchmarks/training_step.py --device cpu --lengths 256
+    python benchmarks/training_step.py --lengths dsp hh_rlhf_harmless --longest 512 1024
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import peft
 import report
 import torch
-import torch.nn.functional as F
 from generation import SHAPES
 from harness import (
     MEBIBYTE,
     Case,
     Recorder,
     Timing,
-    Unavailable,
     chosen,
     free,
     interleave,
@@ -47,16 +32,21 @@ from harness import (
     reason,
     start,
 )
+from step_cases import (
+    LENGTHS,
+    OBJECTIVE,
+    WAYS,
+    Setting,
+    Way,
+    draw_pairs,
+    tokenized,
+    tokenizer_of,
+)
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from qadapter import AdapterConfig, ObjectiveConfig, QAdapterModel
-from qadapter.data.collation import PreferenceCollator
-from qadapter.objective import find_actions, sequence_loss
-from qadapter.training.losses import batch_loss
-from qadapter.trunk.lm_head import trunk
-from qadapter.trunk.packing import Packing, can_pack, hidden_states
-from qadapter_kernels import linear_logsumexp
+from qadapter.objective import sequence_loss
+from qadapter_kernels import linear_soft_value
 
 MODELS = SHAPES | {
     "SmolLM2-135M": {
@@ -65,291 +55,134 @@ MODELS = SHAPES | {
         "tie_word_embeddings": True,
     },
 }
-DEFAULT = {"cpu": ("SmolLM2-135M", (512,)), "cuda": ("Llama-3.1-8B", (512, 2048))}
-PROVIDERS = (
-    "ours, padded", "ours, packed", "eager, authors", "eager, one product", "ours, head",
-    "ours, head, cached",
-)
-PAIRS = 4
-ALPHA = 0.5
-OBJECTIVE = ObjectiveConfig(
-    alpha_0=ALPHA, alpha_tilde=ALPHA, parametrization="q", bootstrap="current",
-    length_normalization="completion",
-)
-LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
-
-Batch = dict[str, Tensor]
-Streams = tuple[Tensor, Tensor]
-"""Adapted and base hidden states."""
+DEFAULT = {"cpu": "SmolLM2-135M", "cuda": "Llama-3.1-8B"}
+AUTHORS, TRL = "eager, authors", "TRL DPOTrainer"
 
 
-def draw_pairs(length: int, vocabulary: int) -> list[dict[str, Tensor]]:
-    """Prompts of 10 to 60% of the length; answers' lengths log-normal around a third of what is
-    left, as chats' are skewed; one answer fills its sequence."""
-    generator = torch.Generator().manual_seed(0)
-    pairs = []
-    for number in range(PAIRS):
-        prompt = int(length * (0.1 + 0.5 * torch.rand((), generator=generator)))
-        room = length - prompt
-        sizes = (room / 3 * (0.7 * torch.randn(2, generator=generator)).exp()).int()
-        sizes = sizes.clamp(8, room).tolist()
-        if number == 0:
-            sizes[1] = room
-        pairs.append({
-            f"{name}_ids": torch.randint(vocabulary, (size,), generator=generator)
-            for name, size in zip(("prompt", "chosen", "rejected"), (prompt, *sizes), strict=True)
-        })
-    return pairs
+def make_setting(
+    model: str, lengths: str, longest: int, pairs: int, pairs_a_step: int, checkpointed: bool,
+    device: str, dtype: torch.dtype,
+) -> Setting:
+    torch.manual_seed(0)
+    config = LlamaConfig(**MODELS[model], max_position_embeddings=8192, pad_token_id=0,
+                         bos_token_id=None, eos_token_id=1)
+    with torch.device(device):
+        base = AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False)
+    vocabulary = config.vocab_size
+    return Setting(
+        base.eval(), draw_pairs(lengths, pairs, longest, vocabulary), tokenizer_of(vocabulary),
+        pairs_a_step, longest, checkpointed,
+    )
 
 
-class Step(NamedTuple):
-    """What one optimizer step is made of."""
-
-    loss: Callable[[], Tensor]
-    trunk: str
-    """Which of the trunks it runs."""
-    around: Callable[[], Any] = contextlib.nullcontext
-    """Entered before the step and left within it."""
-
-
-class Bench:
-    """A model with one adapter, a batch, and the steps that train it."""
-
-    def __init__(
-        self, name: str, kind: str, length: int, device: str, dtype: torch.dtype = torch.bfloat16
-    ):
-        torch.manual_seed(0)
-        config = LlamaConfig(**MODELS[name], max_position_embeddings=8192)
-        with torch.device(device):
-            base = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        adapter = peft.LoraConfig(**LORA) if kind == "lora" else AdapterConfig()
-        self.model = QAdapterModel.from_base(base, adapter, OBJECTIVE).train()
-        self.device = device
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5)
-        self.checkpointed = False
-        self.set_length(length)
-
-    def set_length(self, length: int, checkpointed: bool = False) -> None:
-        model = self.model
-        self.pairs = draw_pairs(length, model.config.vocab_size)
-        batch = PreferenceCollator(pad_token_id=0)(self.pairs)
-        self.tokens = int(batch["attention_mask"].sum())
-        self.batch = {name: x.to(self.device) for name, x in batch.items()}
-        self.actions = find_actions(self.batch["input_ids"], self.batch["completion_mask"])
-        if checkpointed and model.adapts_trunk and not self.checkpointed:
-            model.gradient_checkpointing_enable()
-            model.train()
-            self.checkpointed = True
-        if model.adapts_trunk:
-            self.packing, self.packed_states_N = self._pack()
-        else:
-            self.features = self._features()
-
-    def _pack(self) -> tuple[Packing, Tensor]:
-        """The pairs in one row, and where in it each action's state is."""
-        texts = [
-            torch.cat([pair["prompt_ids"], pair[f"{side}_ids"]])
-            for pair in self.pairs for side in ("chosen", "rejected")
+def counts(setting: Setting) -> dict[str, int]:
+    """Of all steps: tokens, those of padded batches, and actions."""
+    found = {"tokens": 0, "padded_tokens": 0, "N": 0}
+    for part in setting.parts(tokenized(setting)):
+        sizes = [
+            len(pair["prompt_ids"]) + len(pair[f"{side}_ids"])
+            for pair in part for side in ("chosen", "rejected")
         ]
-        packing = Packing.of(texts, torch.device(self.device))
-        states = [
-            line[len(pair["prompt_ids"]) - 1 : -1]
-            for side in range(2)
-            for pair, line in zip(self.pairs, packing.lines[side::2], strict=True)
-        ]
-        return packing, torch.cat(states).to(self.device)
+        found["tokens"] += sum(sizes)
+        found["padded_tokens"] += len(sizes) * max(sizes)
+        found["N"] += sum(len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in part)
+    return found
 
-    @torch.no_grad()
-    def _features(self) -> Batch:
-        """What the library's feature cache keeps of this batch."""
-        hidden = self.model.base_hidden(self.batch["input_ids"], self.batch["attention_mask"])
-        (hidden_ND,) = self.scored(hidden)
-        tokens_N = self.actions.token_N
-        return {
-            "hidden": hidden_ND, "tokens": tokens_N, "offsets": self.actions.offsets_S1,
-            "base_logsumexp": linear_logsumexp(hidden_ND, self.model.head.weight, tokens_N),
-            "padded_length": hidden.shape[1],
-        }
 
-    # --- trunks: hidden states of the adapted stream and of the base -------------------------
+def case_of(way: Way) -> Case:
+    def run(_: None) -> None:
+        for step in way.steps:
+            step()
 
-    def padded(self) -> Streams:
-        return self.model.hidden_streams(self.batch["input_ids"], self.batch["attention_mask"])
+    return Case(run)
 
-    def both_in_graphs(self) -> Streams:
-        """As in the authors' code: the embeddings require gradients, so the base's pass builds a
-        graph as well; only its result is detached."""
-        model, inputs = self.model, (self.batch["input_ids"], self.batch["attention_mask"])
-        model.base.enable_input_require_grads()
-        try:
-            body = functools.partial(trunk(model.base), *inputs, use_cache=False)
-            adapter_hidden = body().last_hidden_state
-            with model.adapter.off():
-                base_hidden = body().last_hidden_state
-        finally:
-            model.base.disable_input_require_grads()
-        return adapter_hidden, base_hidden
 
-    def packed(self) -> Streams:
-        adapter_hidden = hidden_states(self.model.base, self.packing, packed=True)
-        with torch.no_grad(), self.model.adapter.off():
-            return adapter_hidden, hidden_states(self.model.base, self.packing, packed=True)
+def loss_alone(setting: Setting, actions: int, cached: bool) -> Case:
+    """Of all steps at once: from hidden states to their gradient."""
+    weight, width = setting.base.get_output_embeddings().weight, setting.base.config.hidden_size
+    h_a, h_b = (
+        torch.randn(actions, width, device=setting.device, dtype=weight.dtype) for _ in range(2)
+    )
+    tokens = torch.arange(actions, device=setting.device) % len(weight)
+    offsets = torch.tensor([0, actions // 2, actions], device=setting.device)
+    known = torch.zeros(actions, device=setting.device)
 
-    @contextlib.contextmanager
-    def packed_attention(self) -> Iterator[None]:
-        longest = self.batch["input_ids"].shape[1]
-        if (reason := can_pack(self.model.base, longest, gradients=True)) is not None:
-            raise Unavailable(reason)
-        yield
-
-    # --- losses -------------------------------------------------------------------------------
-
-    def eager_authors(self) -> Tensor:
-        adapter_hidden, base_hidden = self.both_in_graphs()
-        head = self.model.base.get_output_embeddings()
-        q_STV = head(adapter_hidden).float()
-        base_logprobs_STV = head(base_hidden).float().log_softmax(-1).detach()
-        value_ST = ALPHA * ((q_STV + ALPHA * base_logprobs_STV) / ALPHA).logsumexp(-1)
-        tokens_ST = self.batch["input_ids"][:, 1:]
-        q_ST = q_STV[:, :-1].gather(-1, tokens_ST[..., None])[..., 0]
-        mask_ST = self.batch["completion_mask"][:, 1:]
-        rewards_ST = (q_ST - value_ST[:, :-1]) * mask_ST
-        return eager_loss(rewards_ST.sum(1), rewards_ST, mask_ST.sum(1))
-
-    def eager_one_product(self) -> Tensor:
-        adapter_ND, base_ND = self.scored(*self.padded())
-        weight, actions = self.model.head.weight, self.actions
-        policy_ND = (adapter_ND / ALPHA + base_ND).to(weight.dtype)
-        policy_lse_N = F.linear(policy_ND, weight).float().logsumexp(-1)
-        with torch.no_grad():
-            base_lse_N = F.linear(base_ND, weight).float().logsumexp(-1)
-        q_N = (adapter_ND.float() * weight[actions.token_N].float()).sum(-1)
-        rewards_N = q_N - ALPHA * (policy_lse_N - base_lse_N)
-        return eager_loss(actions.sum(rewards_N), rewards_N, actions.offsets_S1.diff())
-
-    def scored(self, *streams: Tensor) -> list[Tensor]:
-        return [h[self.actions.sequence_N, self.actions.state_N] for h in streams]
-
-    def ours_packed(self) -> Tensor:
-        adapter_ND, base_ND = (h[self.packed_states_N] for h in self.packed())
-        soft, _ = self.model.soft_value(
-            adapter_ND, base_ND, self.actions.token_N, return_statistics=True
+    def run(hidden: Tensor) -> None:
+        base = {"base_action_logit": known, "base_logsumexp": known} if cached else {}
+        soft = linear_soft_value(
+            hidden, None if cached else h_b, weight, tokens, **OBJECTIVE.coefficients._asdict(),
+            **base,
         )
-        return sequence_loss(soft, self.actions.offsets_S1, OBJECTIVE).loss
+        sequence_loss(soft, offsets, OBJECTIVE).loss.backward()
 
-    # --- steps --------------------------------------------------------------------------------
-
-    def steps(self) -> dict[str, Step]:
-        if self.model.adapts_trunk:
-            return {
-                "ours, padded": Step(lambda: batch_loss(self.model, self.batch).loss, "padded"),
-                "ours, packed": Step(self.ours_packed, "packed", self.packed_attention),
-                "eager, authors": Step(self.eager_authors, "both in graphs"),
-                "eager, one product": Step(self.eager_one_product, "padded"),
-            }
-        return {
-            "ours, head": Step(lambda: batch_loss(self.model, self.batch).loss, "base"),
-            "ours, head, cached": Step(lambda: batch_loss(self.model, self.features).loss, "none"),
-        }
-
-    def trunks(self) -> dict[str, Step]:
-        """Each trunk's own part of a step, as a step of its own."""
-        def through(streams: Callable[[], Streams]) -> Callable[[], Tensor]:
-            return lambda: streams()[0].float().mean()
-
-        def base() -> Tensor:  # its adapter belongs to the loss
-            self.model.base_hidden(self.batch["input_ids"], self.batch["attention_mask"])
-            return nothing()
-
-        def nothing() -> Tensor:
-            return sum(p.sum() for p in self.parameters) * 0.0
-
-        if self.model.adapts_trunk:
-            return {
-                "padded": Step(through(self.padded), "padded"),
-                "packed": Step(through(self.packed), "packed", self.packed_attention),
-                "both in graphs": Step(through(self.both_in_graphs), "both in graphs"),
-            }
-        return {"base": Step(base, "base"), "none": Step(nothing, "none")}
-
-    def case(self, step: Step) -> Case:
-        def prepare() -> contextlib.ExitStack:
-            stack = contextlib.ExitStack()
-            stack.enter_context(step.around())
-            return stack
-
-        def run(stack: contextlib.ExitStack) -> None:
-            with stack:
-                step.loss().backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-
-        return Case(run, prepare)
+    return Case(run, lambda: h_a.clone().requires_grad_())
 
 
-def eager_loss(sums_S: Tensor, rewards: Tensor, counts_S: Tensor) -> Tensor:
-    """Bradley–Terry over mean rewards, and χ²."""
-    chosen_B, rejected_B = (sums_S / counts_S).tensor_split(2)
-    squares = rewards.square().sum() / counts_S.sum()
-    return -F.logsigmoid(chosen_B - rejected_B).mean() + OBJECTIVE.chi2_coef * squares
+def one_step(provider: str, arguments: tuple, pairs: int) -> Case:
+    """The first step of a way, from nothing. At module level, for a fresh process to find it."""
+    model, lengths, longest, pairs_a_step, *rest = arguments
+    way = WAYS[provider](make_setting(model, lengths, longest, pairs, pairs_a_step, *rest))
+    return Case(lambda _: way.steps[0]())
 
 
-def build(
-    name: str, kind: str, dtype: torch.dtype, provider: str, device: str, checkpointed: bool,
-    length: int,
-) -> Case:
-    """One case from nothing. At module level, for a fresh process to find it."""
-    bench = Bench(name, kind, length, device, dtype)
-    bench.set_length(length, checkpointed)
-    return bench.case(bench.steps()[provider])
-
-
-def peak_mib(bench: Bench, name: str, kind: str, provider: str, length: int) -> float | None:
-    """Beyond weights, optimizer state and batch, MiB."""
+def peak_mib(provider: str, way: Way | None, arguments: tuple, device: str) -> float | None:
+    """Beyond weights, optimizer state, batch and what is cached, MiB."""
     try:
-        if bench.device == "cuda":
-            free(bench.device)
-            return peak_cuda(bench.case(bench.steps()[provider])) / MEBIBYTE
-        arguments = name, kind, bench.model.base.dtype, provider, bench.device, bench.checkpointed
-        return peak_extra_memory(build, arguments, length, bench.device, True) / MEBIBYTE
+        if device == "cuda":
+            free(device)
+            return peak_cuda(Case(lambda _: way.steps[0]())) / MEBIBYTE
+        pairs_a_step = arguments[3]
+        return peak_extra_memory(
+            one_step, (provider, arguments), pairs_a_step, device, True
+        ) / MEBIBYTE
     except Exception as error:
         print(f"{provider}: peak memory not measured: {reason(error)}")
         return None
 
 
 def measure(
-    bench: Bench, name: str, kind: str, length: int, options: Any, recorder: Recorder,
-    authors_ms: dict[int, float],
+    arguments: tuple, providers: Sequence[str], options: Any, recorder: Recorder
 ) -> list[dict[str, Any]]:
-    """Records of one adapter at one length; ``authors_ms`` by length is filled and used."""
-    steps, trunks = bench.steps(), bench.trunks()
-    wanted = [n for n in steps if n in options.providers]
-    needed = {steps[n].trunk for n in wanted}
-    cases = {n: functools.partial(bench.case, steps[n]) for n in wanted}
-    cases |= {("trunk", n): functools.partial(bench.case, trunks[n]) for n in trunks if n in needed}
-    timings = interleave(cases, bench.device, budget=options.budget, max_rounds=options.rounds)
-    weights = sum(p.nbytes for p in bench.model.parameters()) / MEBIBYTE
-    if isinstance(authors := timings.get("eager, authors"), Timing):
-        authors_ms[length] = authors.ms
-    rows, padded = len(bench.actions.token_N), bench.batch["input_ids"].numel()
-    shape = {"model": name, "pairs": PAIRS, "T": length, "tokens": bench.tokens,
-             "padded_tokens": padded, "N": rows}
+    """Records of one table; ``arguments``: model, lengths, longest, pairs a step, checkpointed,
+    device, dtype."""
+    model, lengths, longest, pairs_a_step, checkpointed, device, _ = arguments
+    setting = make_setting(model, lengths, longest, options.pairs, *arguments[3:])
+    counted = counts(setting)
+    ways: dict[str, Way] = {}
+
+    def build(name: str) -> Case:
+        ways[name] = WAYS[name](setting)
+        return case_of(ways[name])
+
+    cases: dict[Any, Callable[[], Case]] = {n: functools.partial(build, n) for n in providers}
+    for cached in (False, True):
+        cases["loss", cached] = functools.partial(loss_alone, setting, counted["N"], cached)
+    timings = interleave(cases, device, budget=options.budget, max_rounds=options.rounds,
+                         min_rounds=min(3, options.rounds))
+    weights = sum(p.nbytes for p in setting.base.parameters()) / MEBIBYTE
+    shape = {
+        "model": model, "lengths": lengths, "T": longest, "pairs": len(setting.pairs),
+        "pairs_a_step": pairs_a_step, "gradient_checkpointing": checkpointed, **counted,
+    }
+    peers = {n: timings[n].ms for n in (AUTHORS, TRL) if isinstance(timings.get(n), Timing)}
     records = []
-    for provider in wanted:
-        outcome, trunk_outcome = timings[provider], timings["trunk", steps[provider].trunk]
-        record = {"provider": provider, "mode": "step", "shape": shape,
-                  "gradient_checkpointing": bench.checkpointed}
+    for provider in providers:
+        outcome = timings[provider]
+        record = {"provider": provider, "mode": "step", "shape": shape}
         if isinstance(outcome, Timing):
-            record |= {"status": "ok", **outcome._asdict(), "weights_mib": weights,
-                       "tokens_per_s": bench.tokens / outcome.ms * 1e3}
-            if length in authors_ms:
-                record["speedup_over_authors"] = authors_ms[length] / outcome.ms
-            if isinstance(trunk_outcome, Timing):
-                record["trunk_ms"] = trunk_outcome.ms
-                record["loss_percent"] = 100 * max(0.0, 1 - trunk_outcome.ms / outcome.ms)
+            record |= {
+                "status": "ok", **outcome._asdict(), "weights_mib": weights,
+                "tokens_per_s": counted["padded_tokens"] / outcome.ms * 1e3,
+                "read_once_s": ways[provider].read_once,
+            }
+            for key, peer in (("speedup_over_authors", AUTHORS), ("speedup_over_trl", TRL)):
+                if peer in peers:
+                    record[key] = peers[peer] / outcome.ms
+            loss = timings["loss", "every step" not in provider]
+            if provider.startswith("ours") and isinstance(loss, Timing):
+                record["loss_percent"] = 100 * loss.ms / outcome.ms
             if not options.no_memory:
-                record["peak_extra_mib"] = peak_mib(bench, name, kind, provider, length)
+                record["peak_extra_mib"] = peak_mib(provider, ways[provider], arguments, device)
         else:
             record["status"] = outcome
         records.append(recorder.add(**record))
@@ -359,31 +192,34 @@ def measure(
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--model", choices=MODELS)
-    options.add_argument("--lengths", nargs="*", type=int)
-    options.add_argument("--checkpoint_from", type=int, default=2048, metavar="LENGTH",
-                         help="recompute activations from this length on, in every LoRA case: "
-                              "eager's would not fit otherwise")
-    options.add_argument("--rounds", type=int, default=8, help="at most so many steps of each")
+    options.add_argument("--lengths", nargs="*", choices=sorted(p.stem for p in LENGTHS.iterdir()),
+                         default=["dsp"], help="of which pairs")
+    options.add_argument("--longest", nargs="*", type=int, default=[1024], metavar="TOKENS",
+                         help="where they are cut")
+    options.add_argument("--pairs", type=int, default=8, help="in all")
+    options.add_argument("--pairs_a_step", type=int, default=4)
+    options.add_argument("--checkpointing", nargs="*", choices=("off", "on"), default=["off"],
+                         help="of activations, in every LoRA case")
+    options.add_argument("--rounds", type=int, default=8, help="at most so many of each")
     options.add_argument("--providers", nargs="*", metavar="NAME")
     options.add_argument("--no-memory", action="store_true", help="skip the peak memory")
     options = options.parse_args(arguments)
     recorder = start(options, "training_step")
-    name, lengths = DEFAULT[options.device]
+    model = options.model or DEFAULT[options.device]
     if options.dry_run:
-        name, lengths, options.checkpoint_from = "tiny", (64, 96), 96
-    name, lengths = options.model or name, sorted(options.lengths or lengths)
-    options.providers = chosen(options.providers, PROVIDERS, "provider")
-    found: dict[int, list[dict[str, Any]]] = {length: [] for length in lengths}
-    authors_ms: dict[int, float] = {}
-    for kind in ("lora", "head"):  # one after the other: a second copy of the weights may not fit
-        bench = Bench(name, kind, lengths[0], options.device, options.dtype)
-        for length in lengths:
-            bench.set_length(length, length >= options.checkpoint_from)
-            found[length] += measure(bench, name, kind, length, options, recorder, authors_ms)
-        del bench
-        free(options.device)
-    for records in found.values():
-        report.print_training_step(records)
+        model, options.longest, options.pairs, options.pairs_a_step = "tiny", [96], 4, 2
+        options.checkpointing = ["off", "on"]
+    providers = chosen(options.providers, WAYS, "provider")
+    for lengths in options.lengths:
+        for longest in options.longest:
+            for checkpointing in options.checkpointing:
+                records = measure(
+                    (model, lengths, longest, options.pairs_a_step, checkpointing == "on",
+                     options.device, options.dtype),
+                    providers, options, recorder,
+                )
+                report.print_training_step(records)
+                free(options.device)
     latest = report.latest(recorder.output, options.device, recorder.dtype)
     report.draw_training_step(latest, options.output)
 

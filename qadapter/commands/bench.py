@@ -18,7 +18,7 @@ QUESTIONS = {
     "logits_loss": "the logits-level loss beside a copy",
     "scaling": "time over rows and over the vocabulary",
     "decoding": "two streams to one token",
-    "training_step": "a training step of a whole model: eager, padded, packed, on the head",
+    "training_step": "a training step of a whole model, lever by lever",
     "generation": "decoding one stream or two through generate",
 }
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
