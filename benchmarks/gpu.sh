@@ -53,7 +53,7 @@ declare -A limits=([a]=150 [b]=200 [c]=200 [d]=100)
 declare -A parts=(
   [a]="build served_by real_sizes tests sampling sanitizer"
   [b]="linear_loss logits_loss linear_loss_1b linear_loss_compiled linear_loss_forward"
-  [c]="training_step"
+  [c]="training_step training_step_1b"
   [d]="decoding generation generation_8b"
 )
 
@@ -206,7 +206,8 @@ print(special.get((major, minor), f"{major}{minor}"))')
     pack
   fi
   if stage c; then
-    bench training_step 200 --budget 4
+    bench training_step 130 --budget 5 --checkpointing on off
+    script training_step_1b training_step 70 --model Llama-3.2-1B --budget 3 --no-memory
     pack
   fi
   if stage d; then
