@@ -240,6 +240,40 @@ def draw_generation(records: Sequence[Record], folder: Path) -> None:
     _save(figure, mine, f"Greedy decoding through generate: {model}, {mine[-1]['dtype']}", folder)
 
 
+def print_evaluation(title: str, records: Sequence[Record]) -> None:
+    """One table a mode."""
+    for mode in dict.fromkeys(record["mode"] for record in records):
+        mine = [record for record in records if record["mode"] == mode]
+        print_table(
+            f"{title}, {mode}",
+            ("provider", "ms", "quartiles", "/ ours", "of products", "peak MiB", "largest error"),
+            [
+                (r["provider"], number(r["ms"]), spread(r), number(r.get("times_ours"), "×"),
+                 number(r.get("percent_of_products"), "%"), number(r.get("peak_extra_mib")),
+                 number(r.get("largest_error")))
+                for r in mine if r["status"] == "ok"
+            ],
+        )
+        for record in mine:
+            if record["status"] != "ok":
+                print(refusal(record["provider"], record["status"]))
+
+
+def draw_evaluation(records: Sequence[Record], folder: Path) -> None:
+    """Time of each mode, at the last shape."""
+    usable = [r for r in records if r["status"] == "ok" and r["shape"] == records[-1]["shape"]]
+    if not usable:
+        return
+    modes = list(dict.fromkeys(r["mode"] for r in usable))
+    names = list(dict.fromkeys(r["provider"] for r in usable))
+    figure, axes = _figure(len(modes), (4.2 * len(modes), 2.6))
+    for axis, mode in zip(axes, modes, strict=True):
+        bars(axis, {r["provider"]: r["ms"] for r in usable if r["mode"] == mode}, names, mode)
+        axis.set_xlabel("milliseconds")
+    shape = usable[0]["shape"]
+    _save(figure, usable, f"Scores of {shape['N']:,} states, {shape['head']}", folder)
+
+
 def draw_scaling(sweeps: Sequence[Record], records: Sequence[Record], folder: Path) -> None:
     """Time over N and over V with the fitted line."""
     figure, axes = _figure(2, (10, 4))

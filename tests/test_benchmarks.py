@@ -23,6 +23,7 @@ if not FOLDER.exists():
 sys.path.insert(0, str(FOLDER))
 
 import decoding
+import evaluation
 import harness
 import hidden_level
 import linear_loss
@@ -251,6 +252,28 @@ def test_decoding(tmp_path):
     torch.testing.assert_close(
         decoding.combine_fused(a, b), decoding.combine_eager(a, b), atol=1e-4, rtol=1e-5
     )
+
+
+def test_evaluation(tmp_path):
+    rows = run(evaluation.main, tmp_path, "--no-memory", "--rows", "34")
+    assert {r["mode"] for r in rows} == set(evaluation.MODES) and {r["dtype"] for r in rows} == {
+        "float32"}
+    for row in rows:
+        assert row["status"] == "ok"
+        assert row["provider"] == evaluation.PRODUCTS or row["largest_error"] < 1e-4
+    with pytest.raises(SystemExit, match="products are float32"):
+        evaluation.main(["--dry-run", "--dtype", "bfloat16"])
+
+
+@pytest.mark.parametrize("mode", evaluation.MODES)
+def test_everybody_gives_a_state_the_same_scores(mode, monkeypatch):
+    """Several chunks of eager's, the last one uneven."""
+    monkeypatch.setattr(evaluation, "WORKSPACE_MB", 1)
+    x, mode = evaluation.make_inputs("tiny", 150, "cpu"), evaluation.MODES[mode]
+    exact = evaluation.exact(x, mode)
+    for provider in evaluation.PROVIDERS.values():
+        for found, wanted in zip(provider(x, mode), exact, strict=True):
+            torch.testing.assert_close(found.to(wanted.dtype), wanted, atol=3e-5, rtol=1e-5)
 
 
 def test_who_serves_is_seen_and_not_only_said(monkeypatch, capsys):

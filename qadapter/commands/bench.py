@@ -17,6 +17,7 @@ QUESTIONS = {
                    "cut-cross-entropy",
     "logits_loss": "the logits-level loss beside a copy",
     "scaling": "time over rows and over the vocabulary",
+    "evaluation": "scores of held-out states beside eager PyTorch",
     "decoding": "two streams to one token",
     "training_step": "a training step of a whole model, lever by lever",
     "generation": "decoding one stream or two through generate",
