@@ -16,7 +16,7 @@ from accelerate.utils import send_to_device
 from naive import batched_in_small_steps
 from tiny_models import batches_continuously, tiny_base
 from torch.testing import assert_close
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -215,6 +215,19 @@ def test_states_may_enter_instead_of_tokens(packed):
         hidden_states(base, packing, packed=packed, trunk=trunk(base), entering_ND=entering_ND),
         hidden_states(base, packing, packed=packed), rtol=1e-10, atol=1e-10,
     )
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mistral"])
+def test_no_mask_of_the_whole_row_is_made(name, monkeypatch):
+    def made(**kwargs):
+        raise AssertionError(f"a mask of {kwargs['q_length']} tokens")
+
+    base, packing = trained(name), Packing.of(ids_of(TEXTS["pairs"]))
+    expected = hidden_states(base, packing, packed=True)  # checked by now
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "sdpa", made)
+    assert torch.equal(hidden_states(base, packing, packed=True), expected)
+    with pytest.raises(AssertionError, match="a mask of 13 tokens"):
+        padded(base, ids_of(TEXTS["pairs"]))
 
 
 def test_rows_of_a_padded_batch_come_back_in_place():
