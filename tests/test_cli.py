@@ -12,6 +12,8 @@ from PIL import Image
 from tiny_models import cli, preference_rows, save_tiny, write_jsonl
 
 from qadapter import QAdapterModel
+from qadapter.commands import measuring
+from qadapter.evaluation import evaluate_preferences
 from qadapter_kernels import dispatch
 
 
@@ -148,6 +150,21 @@ def test_a_lora_is_trained_when_asked_for(place, tmp_path):
     assert summary["preference_accuracy"] > 0.9
     model = QAdapterModel.from_pretrained(tmp_path / "run")
     assert model.adapts_trunk
+
+
+@pytest.mark.parametrize("strategy", ["steps", "no"])
+def test_measuring_does_not_read_what_training_has_read(place, tmp_path, monkeypatch, strategy):
+    """The held-out pairs, where training has evaluated on them."""
+    given = []
+
+    def noted(*args, base_states=None, **kwargs):
+        given.append(base_states)
+        return evaluate_preferences(*args, base_states=base_states, **kwargs)
+
+    monkeypatch.setattr(measuring, "evaluate_preferences", noted)
+    flags = (*train_flags(place, steps=2), "--eval_strategy", strategy)
+    assert cli("train", *flags, "--output_dir", tmp_path) == 0
+    assert [states is not None for states in given] == [strategy == "steps"]
 
 
 def test_resume_continues_and_overwrite_replaces(place, tmp_path):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset
 from rich.console import Console
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qadapter.commands.arguments import MeasureArguments
@@ -134,6 +136,7 @@ def measure(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset,
     arguments: MeasureArguments, texts: list[str], console: Console, *,
     pairs: Dataset | None = None,
+    base_states: Callable[[int], tuple[Tensor, Tensor]] | None = None,
 ) -> Measurements:
     """Preferences on held-out pairs; retention on texts the user named and on the base's own
     answers to held-out prompts; answers of both models.
@@ -142,13 +145,16 @@ def measure(
         dataset: tokenized pairs.
         texts: what ``read_measures`` gave.
         pairs: the same before tokenizing; its prompts are shown as they were written.
+        base_states: as ``evaluate_preferences``'.
     """
     resampling = {
         "num_resamples": arguments.bootstrap_resamples, "seed": arguments.measure_seed,
         "batch_size": arguments.measure_batch_size,
     }
     with progress_bar(console, "held-out pairs", "pairs") as progress:
-        preferences = evaluate_preferences(model, dataset, progress=progress, **resampling)
+        preferences = evaluate_preferences(
+            model, dataset, progress=progress, base_states=base_states, **resampling
+        )
     customised = isinstance(model, QAdapterModel)
     comparisons, retentions = [], {}
     if texts:

@@ -6,11 +6,13 @@ import contextlib
 import dataclasses
 import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import typer
 from datasets import Dataset
 from rich.console import Console
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -45,6 +47,7 @@ from qadapter.evaluation.report import Section, pictures_markdown, write_json
 from qadapter.policy import storage
 from qadapter.training import QAdapterConfig, QAdapterTrainer, checks
 from qadapter.training.checkpoints import find_checkpoint
+from qadapter.training.feature_set import FeatureSet
 from qadapter.trunk.base_dtype import dtype_of
 from qadapter.trunk.loading import load_tokenizer
 
@@ -199,7 +202,8 @@ def run(
     measured = (
         None if test_dataset is None
         else measure(
-            model, tokenizer, test_dataset, measures, measured_texts, console, pairs=test_pairs
+            model, tokenizer, test_dataset, measures, measured_texts, console, pairs=test_pairs,
+            base_states=_base_states(trainer),
         )
     )
     with telling_full_disk(folder):
@@ -210,6 +214,13 @@ def run(
         f"wrote {folder} in {time.monotonic() - start:.0f} s, peak memory "
         f"{peak_rss_bytes() / 2**30:.2f} GiB", highlight=False,
     )
+
+
+def _base_states(trainer: QAdapterTrainer) -> Callable[[int], tuple[Tensor, Tensor]] | None:
+    """What training has read of the held-out pairs, where that is all that measuring wants."""
+    held_out, model = trainer.eval_dataset, trainer.model
+    alike = not model.adapts_trunk and model.objective.mask_alignment == "action"
+    return held_out.base_states if alike and isinstance(held_out, FeatureSet) else None
 
 
 def _tokenize(

@@ -145,6 +145,7 @@ def evaluate_preferences(
     model: PreTrainedModel, dataset: Dataset, *, batch_size: int = 8,
     strength: float | None = None, num_resamples: int = 2000, seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    base_states: Callable[[int], tuple[Tensor, Tensor]] | None = None,
 ) -> PreferenceResult:
     """Accuracy, margins and calibration of a model's preferences on held-out pairs.
 
@@ -159,6 +160,9 @@ def evaluate_preferences(
             Rewards are the trained objective's and do not move with it.
         num_resamples, seed: of the bootstrap over prompts (95% intervals).
         progress: called with (pairs done, pairs in all).
+        base_states: the base's last hidden states at the actions of a pair's chosen and rejected
+            answer, [K, D] each, by its place in the dataset, where training has read them: nothing
+            is then read again. For adapters on the head and ``mask_alignment="action"``.
 
     Raises:
         QAdapterError: an empty dataset; a token that the model does not know; a model without a
@@ -168,7 +172,7 @@ def evaluate_preferences(
         raise QAdapterError("there are no pairs to evaluate on")
     check_pairs(dataset, model)
     with evaluating(model):
-        pairs = _score_pairs(model, dataset, batch_size, strength, progress)
+        pairs = _score_pairs(model, dataset, batch_size, strength, progress, base_states)
     bootstrap = ClusterBootstrap(pairs.prompt_id, num_resamples=num_resamples, seed=seed)
     lengths = pairs.chosen_tokens - pairs.rejected_tokens
     customised = not np.isnan(pairs.chosen_reward).any()
@@ -244,6 +248,7 @@ def _calibrate(margin_P: np.ndarray, bootstrap: ClusterBootstrap) -> Calibration
 def _score_pairs(
     model: PreTrainedModel, dataset: Dataset, batch_size: int, strength: float | None,
     progress: Callable[[int, int], None] | None,
+    base_states: Callable[[int], tuple[Tensor, Tensor]] | None,
 ) -> PairScores:
     scorer = Scorer(model, strength=strength)
     collate = PreferenceCollator(pad_token_id=0)
@@ -253,7 +258,11 @@ def _score_pairs(
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         batch = collate([examples[i] for i in indices])
-        sums[:, :, indices] = _batch_sums(scorer, batch).reshape(6, 2, len(indices))
+        known = None
+        if base_states is not None:
+            chosen, rejected = zip(*map(base_states, indices), strict=True)
+            known = torch.cat([*chosen, *rejected])
+        sums[:, :, indices] = _batch_sums(scorer, batch, known).reshape(6, 2, len(indices))
         if progress is not None:
             progress(start + len(indices), len(order))
     tokens, base_logp, policy_logp, kl_base_policy, kl_policy_base, reward = sums
@@ -268,8 +277,14 @@ def _score_pairs(
     )
 
 
-def _batch_sums(scorer: Scorer, batch: dict[str, Tensor]) -> np.ndarray:
-    """Sums over each of the 2B answers, [6, 2B]: tokens, log π, log π̃, both KLs, R."""
+def _batch_sums(
+    scorer: Scorer, batch: dict[str, Tensor], base_ND: Tensor | None = None
+) -> np.ndarray:
+    """Sums over each of the 2B answers, [6, 2B]: tokens, log π, log π̃, both KLs, R.
+
+    Args:
+        base_ND: h_b at the states that are scored, if known.
+    """
     input_ids, attention_mask, completion_mask = (
         batch[name].to(scorer.device) for name in ("input_ids", "attention_mask", "completion_mask")
     )
@@ -284,10 +299,11 @@ def _batch_sums(scorer: Scorer, batch: dict[str, Tensor]) -> np.ndarray:
     sequence_N, state_N = rows = states_BT.nonzero(as_tuple=True)
     number_BT = states_BT.flatten().cumsum(0).view_as(states_BT) - 1
 
-    adapter_hidden, base_hidden = scorer.hidden_streams(input_ids, attention_mask)
-    scores = scorer.score(
-        adapter_hidden[rows], base_hidden[rows], input_ids[sequence_N, state_N + 1]
-    )
+    if base_ND is not None:
+        streams = scorer.adapted(base_ND.to(scorer.device))
+    else:
+        streams = (x[rows] for x in scorer.hidden_streams(input_ids, attention_mask))
+    scores = scorer.score(*streams, input_ids[sequence_N, state_N + 1])
 
     def at(actions: Actions, x_N: Tensor) -> Tensor:
         return x_N[number_BT[actions.sequence_N, actions.state_N]]

@@ -154,7 +154,11 @@ class Scorer:
             base_hidden = memo(base_rows, *batch, dtype=model.base.dtype)
         if two_runs:
             return rows(lambda x: [run(x)], *batch)[0], base_hidden
-        return base_hidden if self.is_base else model.adapter(base_hidden), base_hidden
+        return self.adapted(base_hidden)
+
+    def adapted(self, base_hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(h_a, h_b) [..., D] from h_b, of an adapter on the head."""
+        return base_hidden if self.is_base else self.model.adapter(base_hidden), base_hidden
 
     def score(
         self, adapter_hidden: Tensor, base_hidden: Tensor, actions: Tensor

@@ -143,6 +143,11 @@ class FeatureSet(torch.utils.data.Dataset):
             for name in ("ids", "entering") if (x := getattr(shard, name)) is not None
         }
 
+    def base_states(self, index: int) -> tuple[Tensor, Tensor]:
+        """h_b [K, D] at the actions of a pair's chosen and of its rejected answer."""
+        pair = self[index]
+        return pair.hidden.split(pair.num_actions)
+
     def select(self, indices: Sequence[int]) -> FeatureSet:
         """A copy of these pairs' features, in this order, in memory."""
         pairs = [self[i] for i in indices]

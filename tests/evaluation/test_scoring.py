@@ -9,6 +9,7 @@ from tiny_models import tiny_adapter, tiny_base, tiny_llama, tokenized
 from qadapter import AdapterConfig, ObjectiveConfig, QAdapterModel
 from qadapter.evaluation import evaluate_preferences, evaluate_retention, scoring
 from qadapter.evaluation.scoring import Scorer, evaluating
+from qadapter.training.features import compute_features
 from qadapter.trunk.memo import TrunkMemo
 from qadapter_kernels import reference
 
@@ -160,6 +161,23 @@ def test_a_plain_model_is_scored_by_its_head_alone():
     torch.testing.assert_close(
         found.base_logprob.double(), exact.gather(1, IDS[0, :, None])[:, 0], atol=3e-5, rtol=3e-6
     )
+
+
+@pytest.mark.parametrize("batch_size", [3, 16])
+def test_what_training_has_read_is_not_read_again(batch_size):
+    model, dataset = tiny_adapter(trained=True), tokenized()
+    wanted = evaluate_preferences(model, dataset, batch_size=batch_size, num_resamples=5)
+    features = compute_features(model, dataset)
+    seen = tokens_run(model)
+    found = evaluate_preferences(
+        model, dataset, batch_size=batch_size, num_resamples=5, base_states=features.base_states
+    )
+    assert not any(seen)
+    for name, x in vars(wanted.pairs).items():
+        if x.dtype.kind == "f":
+            np.testing.assert_allclose(
+                getattr(found.pairs, name), x, rtol=1e-4, atol=1e-4, err_msg=name
+            )
 
 
 # --- the trunk under a LoRA -------------------------------------------------------------------
