@@ -42,6 +42,8 @@ _FILLED: weakref.WeakKeyDictionary[Cache, tuple[int, ...]] = weakref.WeakKeyDict
 """Which streams the caches hold that callers keep between turns."""
 
 
+_TEXT = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position"}
+"""Tensors by which a trunk is given a text."""
 _RECORDED = {"hidden_states": True, "attentions": False}
 """What a trunk may record of its blocks; whether the last of a part's is the next part's first."""
 
@@ -118,7 +120,7 @@ class StreamedGeneration(GenerationMixin):
         if count > 1 and cache is None and self._uses_cache(inputs["use_cache"]):
             cache = StreamCache(DynamicCache(config=self.base.config), count)
         self._check_cache(streams, cache)
-        split = self._shared_trunk() if count > 1 else None
+        split = self._shared_trunk(cache, inputs) if count > 1 else None
         if isinstance(cache, StreamCache):
             cache.rows = rows
             cache.share(split.first_block if split is not None else 0)
@@ -139,9 +141,12 @@ class StreamedGeneration(GenerationMixin):
                 outputs[recorded] = _first(outputs[recorded], rows)
         return outputs
 
-    def _shared_trunk(self) -> SplitTrunk | None:
-        """The trunk in two parts, where that spares streams their common blocks."""
-        if self._keeps_a_state:
+    def _shared_trunk(self, cache: Any, inputs: dict[str, Any]) -> SplitTrunk | None:
+        """The trunk in two parts, where that spares streams their common blocks: not for a cache
+        that was begun otherwise, or with inputs that the parts were not seen with (images)."""
+        begun_whole = isinstance(cache, StreamCache) and cache.shared == 0
+        others = any(isinstance(x, Tensor) for n, x in inputs.items() if n not in _TEXT)
+        if self._keeps_a_state or begun_whole or others:
             return None
         split = self.split_trunk
         return split if split is not None and split.decodes else None

@@ -33,26 +33,29 @@ class StreamCache(Cache):
         self.streams = streams
         self.rows = 0
         """B, once something is in."""
-        self.shared = 0
-        """How many layers, from the lowest on, hold what the streams have in common."""
+        self.shared: int | None = None
+        """How many layers, from the lowest on, hold what the streams have in common; once something
+        is in."""
         self.below: Cache | None = None
         self.above: Cache | None = None
         """Those layers, and the others, where there are any; as parts of a trunk see them."""
 
     def share(self, layers: int) -> None:
-        """Let the lowest layers hold one stream for all, before anything is in.
+        """Let the lowest layers hold one stream for all; said before anything is in.
 
         Raises:
-            QAdapterError: something is in, and another number of them is shared.
+            QAdapterError: another number of them is shared.
         """
         if layers == self.shared:
             return
-        if self.get_seq_length():
+        if self.shared is not None:
             raise QAdapterError(
                 f"the cache was filled with {self.shared} layers common to its streams, and this "
-                f"model's have {layers}: make a new one"
+                f"forward has {layers}: make a new one"
             )
         self.shared = layers
+        if layers == 0:
+            return
         self.below, self.above = (
             CachePart(self, 0, layers), CachePart(self, layers, len(self.layers)),
         )
@@ -82,7 +85,7 @@ class StreamCache(Cache):
         """Every layer, and which of its rows a batch's are."""
         every = torch.cat([indices + stream * self.rows for stream in range(self.streams)])
         for number, layer in enumerate(self.layers):
-            yield layer, indices if number < self.shared else every
+            yield layer, indices if number < (self.shared or 0) else every
 
 
 def repeated(inputs: dict[str, Any], rows: int, times: int) -> dict[str, Any]:

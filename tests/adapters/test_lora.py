@@ -251,11 +251,11 @@ def test_no_block_below_an_adapter_builds_a_graph(before, reentrant):
     if not before:
         model.gradient_checkpointing_enable(options)
         model.train()
-    graphs = []
+    graphs = []  # of what enters each block
     for block in base.model.layers:
-        block.register_forward_hook(lambda module, args, out: graphs.append(out.requires_grad))
+        block.register_forward_pre_hook(lambda module, args: graphs.append(args[0].requires_grad))
     hidden = model.adapter_hidden(IDS)
-    assert graphs == [bool(reentrant)] * 2 + [True] * 2
+    assert graphs == [bool(reentrant)] * 3 + [True]
     hidden.square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in model.adapter.parameters())
 

@@ -433,6 +433,21 @@ def test_a_cache_filled_with_other_common_layers_is_refused():
         other(ids, strength=0.4, past_key_values=cache)
 
 
+def test_inputs_beside_a_text_run_whole():
+    """What is merged into embeddings (images) must not meet states of the upper part."""
+    model, _ = lora_pair(POLICY, "top")
+    ids, beside = torch.tensor([ROWS[0]]), {"images": torch.ones(1, 3)}
+    expected = model(ids, strength=0.4).logits
+    rows = block_rows(model)
+    first = model(ids[:, :-1], strength=0.4, use_cache=True, **beside)
+    second = model(ids[:, -1:], strength=0.4, past_key_values=first[CACHE])
+    assert rows == [[2, 2]] * 4
+    torch.testing.assert_close(second.logits, expected[:, -1:], atol=1e-5, rtol=1e-5)
+    cache = model(ids[:, :-1], strength=0.4, use_cache=True)[CACHE]
+    with pytest.raises(QAdapterError, match="filled with 2 layers common"):
+        model(ids[:, -1:], strength=0.4, past_key_values=cache, **beside)
+
+
 def test_reordered_caches_keep_streams_apart():
     layers = DynamicCache(config=tiny_base().config)
     cache = StreamCache(layers)
