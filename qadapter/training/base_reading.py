@@ -76,6 +76,8 @@ class BaseReading(Trainer):
                 self.model, self.processing_class, self._retention_texts, self.args.max_length
             )
         if self.caches_features:
+            self._tell("entropy and KL are not logged: no step computes the base's logits "
+                       "(cache_features none does)", logging.INFO)
             held_out: dict[str, Any] = {}
             if self.args.eval_strategy != "no" and self.eval_dataset is not None:
                 named = isinstance(self.eval_dataset, dict)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qadapter.errors import QAdapterError
 from qadapter.policy.model import QAdapterModel
 from qadapter.trunk.packing import Packing
 
@@ -46,6 +47,14 @@ class Kept(NamedTuple):
             hidden=model.objective.coefficients.base_weight != 0, ids=True,
             first_block=None if split is None else split.first_block,
         )
+
+    def __str__(self) -> str:
+        parts = ["hidden states" if self.hidden else "two numbers a token"]
+        if self.ids:
+            parts.append("token ids")
+        if self.first_block is not None:
+            parts.append(f"the states that enter block {self.first_block}")
+        return ", ".join(parts)
 
 
 class Shard(NamedTuple):
@@ -104,8 +113,8 @@ class FeatureSet(torch.utils.data.Dataset):
     Build with ``compute_features`` or ``qadapter.training.feature_store.load_or_compute``.
     """
 
-    def __init__(self, shards: Sequence[Shard]) -> None:
-        self.shards = list(shards)
+    def __init__(self, shards: Sequence[Shard], kept: Kept) -> None:
+        self.shards, self.kept = list(shards), kept
         self._starts = np.cumsum([0, *(len(s.rows) for s in self.shards)]).tolist()
         self._line_starts = [
             None if s.lines is None else np.cumsum([0, *s.lengths.tolist()]) for s in self.shards
@@ -162,14 +171,29 @@ class FeatureSet(torch.utils.data.Dataset):
             joined |= {"ids": packing.ids_N.int(), "lines": torch.cat(packing.lines).int()}
             if pairs[0].entering is not None:
                 joined["entering"] = packing.collect([x for p in pairs for x in p.entering])
-        return FeatureSet([
-            Shard(
-                **joined,
-                offsets=torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
-                lengths=torch.tensor([pair.lengths for pair in pairs], dtype=torch.int32).flatten(),
-                rows=torch.tensor([pair.row for pair in pairs]),
+        shard = Shard(
+            **joined,
+            offsets=torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
+            lengths=torch.tensor([pair.lengths for pair in pairs], dtype=torch.int32).flatten(),
+            rows=torch.tensor([pair.row for pair in pairs]),
+        )
+        return FeatureSet([shard], self.kept)
+
+    def check(self, model: QAdapterModel, what: str) -> None:
+        """Whether these are features for a model's adapter.
+
+        Args:
+            what: they are, for the error's text.
+
+        Raises:
+            QAdapterError: other parts of what the base says were kept.
+        """
+        wanted = Kept.of(model)
+        if self.kept != wanted:
+            raise QAdapterError(
+                f"{what} are features that keep {self.kept}, this adapter needs {wanted}: compute "
+                "them for a model with this adapter"
             )
-        ])
 
     @property
     def num_actions(self) -> int:

@@ -73,7 +73,7 @@ def load_or_compute(
     )
     spans = list(_spans(dataset, model, shard_mb))
     if (found := _Store(folder).load_all(len(spans))) is not None:
-        return FeatureSet(found)
+        return FeatureSet(found, Kept.of(model))
     try:
         with exclusive(folder / INDEX_NAME, say):
             store = _Store(folder)  # read again: another process may just have written it
@@ -83,7 +83,8 @@ def load_or_compute(
             for number, part in parts.items():
                 shard = compute_shard(model, part, batch_tokens, pad_token_id, packed, done)
                 store.write(number, len(spans), shard)
-            return FeatureSet([store.load(number, len(spans)) for number in range(len(spans))])
+            shards = [store.load(number, len(spans)) for number in range(len(spans))]
+            return FeatureSet(shards, Kept.of(model))
     except OSError as error:
         raise _cannot_cache(folder, error) from error
 

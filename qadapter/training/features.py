@@ -57,7 +57,8 @@ def compute_features(
             rate means the same in every run.
     """
     done = Tokens(int(token_counts(dataset).sum()), progress)
-    return FeatureSet([compute_shard(model, dataset, batch_tokens, pad_token_id, packed, done)])
+    shard = compute_shard(model, dataset, batch_tokens, pad_token_id, packed, done)
+    return FeatureSet([shard], Kept.of(model))
 
 
 class Tokens:

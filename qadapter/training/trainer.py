@@ -206,6 +206,7 @@ class QAdapterTrainer(BaseReading, AdapterCheckpoints):
 
     def _prepare(self, dataset: Any, name: str) -> Dataset | FeatureSet:
         if isinstance(dataset, FeatureSet):
+            dataset.check(self.model, f"the {name} data")
             return dataset
         if isinstance(dataset, TokenizedPreferences):
             tokenized, self.reports[name] = dataset

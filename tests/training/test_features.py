@@ -58,9 +58,10 @@ def open_cache(tmp_path, tokenizer, tokenized, monkeypatch):
 
 def copied(cached):
     """In memory: what follows may write into the mapped files."""
-    return type(cached)([
+    shards = [
         type(s)(**{name: x.clone() for name, x in s.parts().items()}) for s in cached.shards
-    ])
+    ]
+    return type(cached)(shards, cached.kept)
 
 
 def assert_same(ours, theirs, same=torch.equal):

@@ -178,6 +178,19 @@ def test_a_trunk_in_one_piece_runs_whole(make_trainer, dataset):
     assert "block 2" in line
 
 
+def test_features_of_another_adapter_are_refused(make_trainer, dataset):
+    found = compute_features(lora_model(layers=[1, 2], dtype=torch.float32), dataset)
+    make_trainer(lora_model(layers=[1, 2], dtype=torch.float32), found)
+    for model, needs in (
+        (lora_model(layers=[2], dtype=torch.float32), "block 2"),
+        (lora_model(dtype=torch.float32), "two numbers a token, token ids: compute"),
+        (lora_model(layers=[1, 2], objective=OBJECTIVES[-1], dtype=torch.float32), "hidden states"),
+        (build_model(), "needs hidden states: compute"),
+    ):
+        with pytest.raises(QAdapterError, match=f"the train data are .* block 1, .*{needs}"):
+            make_trainer(model, found)
+
+
 # --- on disk ----------------------------------------------------------------------------------
 
 

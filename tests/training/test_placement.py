@@ -68,7 +68,8 @@ def test_more_than_the_memory_goes_to_disk_and_trains_alike(make_trainer, pairs,
     trainer = make_trainer(train=pairs, feature_cache_dir=str(tmp_path / "cache"),
                            say=lines.append)
     trainer.train()
-    [line] = lines
+    logs, line = lines
+    assert "entropy and KL are not logged" in logs
     assert "kept on disk" in line and "1,000 bytes of memory" in line
     assert list((tmp_path / "cache").rglob("*.safetensors"))
     assert [h.get("loss") for h in trainer.state.log_history] == [
