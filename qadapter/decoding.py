@@ -1,5 +1,5 @@
 """Caches of several streams: ``StreamCache``."""
 
-from qadapter.policy.decoding import StreamCache
+from qadapter.policy.stream_cache import StreamCache
 
 __all__ = ["StreamCache"]

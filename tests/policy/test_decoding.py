@@ -29,7 +29,7 @@ from qadapter import ObjectiveConfig, QAdapterError, QAdapterModel
 from qadapter.adapters.lora import LoraAdapter
 from qadapter.adapters.streams import BASE
 from qadapter.policy.continuous_batching import PagedStreams
-from qadapter.policy.decoding import StreamCache
+from qadapter.policy.stream_cache import StreamCache
 from qadapter.trunk.caches import CACHE
 
 POLICY = ObjectiveConfig(alpha_0=0.5, alpha_tilde=2.0)

@@ -13,7 +13,7 @@ from tiny_models import tiny_base
 from transformers import DynamicCache
 
 from qadapter import AdapterConfig, ObjectiveConfig, QAdapterError, QAdapterModel
-from qadapter.policy.decoding import StreamCache
+from qadapter.policy.stream_cache import StreamCache
 from qadapter.trunk.caches import CACHE, CachePart, is_paged, name_of_cache, take_cache
 
 NAMES = ("past_key_values", "cache")
