@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -37,6 +36,7 @@ from qadapter.training.features import (
     feature_bytes,
     token_counts,
 )
+from qadapter.trunk.base_dtype import autocast_dtype
 from qadapter.trunk.hashing import file_sha256
 from qadapter.trunk.identity import sampled
 from qadapter.trunk.loading import cache_dir as default_cache_dir
@@ -144,9 +144,8 @@ def cache_identity(model: QAdapterModel, pad_token_id: int) -> dict[str, Any]:
 
 def _autocast(device: str) -> dict[str, str]:
     """Under autocast the base gives other numbers."""
-    if not torch.is_autocast_enabled(device):
-        return {}
-    return {"autocast": str(torch.get_autocast_dtype(device))}
+    dtype = autocast_dtype(device)
+    return {} if dtype is None else {"autocast": str(dtype)}
 
 
 class _Store:

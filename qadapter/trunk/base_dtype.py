@@ -135,3 +135,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 def dtype_of(model: PreTrainedModel) -> str:
     """What a model's head, and so its base, computes in; for results."""
     return dtype_name(model.get_output_embeddings().weight.dtype)
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What products on a kind of device are computed in under the autocast that is on, or None."""
+    if not torch.amp.is_autocast_available(device_type):
+        return None
+    on = torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if on else None

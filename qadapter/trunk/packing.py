@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qadapter.errors import QAdapterError
+from qadapter.trunk.base_dtype import autocast_dtype
 from qadapter.trunk.layout import Packing
 from qadapter.trunk.lm_head import input_device
 from qadapter.trunk.lm_head import trunk as trunk_of
@@ -173,9 +174,7 @@ def _verdict(base: PreTrainedModel, gradients: bool) -> _Verdict:
     config, device = base.config, input_device(base)
     name = config._attn_implementation
     gradients = gradients and any(p.requires_grad for p in base.parameters())
-    dtype = base.dtype
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
+    dtype = autocast_dtype(device.type) or base.dtype
     known = _verdicts.setdefault(base, {})
     key = name, device, dtype, gradients
     if key not in known:

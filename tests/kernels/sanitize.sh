@@ -25,4 +25,5 @@ compiler=${CXX:-g++}
 LD_PRELOAD="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libstdc++.so)" \
   ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$folder" OMP_NUM_THREADS=2 \
   "$python" -m pytest -q --capture=no -p no:cacheprovider tests/kernels/test_cpu_backend.py \
+  tests/kernels/test_state_scores.py \
   -k "not beyond_2_to_the_31" "${@:2}"
