@@ -180,16 +180,16 @@ def test_a_peer_that_is_not_there_is_not_a_failed_row(monkeypatch):
         assert report.refusal(name, harness.reason(caught.value)).startswith("  not run: ")
 
 
-def test_what_would_run_eagerly_after_too_many_shapes_fails(monkeypatch):
+def test_what_would_run_eagerly_after_too_many_shapes_fails():
     import torch._dynamo
 
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", False)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
-    harness.forget_compiled()
-    twice = torch.compile(lambda x: 2 * x, dynamic=False, backend="eager")
-    twice(torch.ones(2))
-    with pytest.raises(Exception, match="recompile"):
-        twice(torch.ones(3))
+    # Not by monkeypatch, which deletes what it puts back: these settings are then gone for good.
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=False, recompile_limit=1):
+        harness.forget_compiled()
+        twice = torch.compile(lambda x: 2 * x, dynamic=False, backend="eager")
+        twice(torch.ones(2))
+        with pytest.raises(Exception, match="recompile"):
+            twice(torch.ones(3))
     torch._dynamo.reset()
 
 

@@ -68,13 +68,13 @@ class BaseReading(Trainer):
         Raises:
             QAdapterError: it does not fit where it is to be kept; nothing was run then.
         """
-        self._settle_packing(self.train_dataset)
-        if self.model.split_refused:
-            self._tell(f"the whole trunk runs at every step: {self.model.split_refused}")
         if self._retention_texts is not None:  # what is wrong with them is told first
             token_sequences(
                 self.model, self.processing_class, self._retention_texts, self.args.max_length
             )
+        self._settle_packing(self.train_dataset)
+        if self.model.split_refused:
+            self._tell(f"the whole trunk runs at every step: {self.model.split_refused}")
         if self.caches_features:
             self._tell("entropy and KL are not logged: no step computes the base's logits "
                        "(cache_features none does)", logging.INFO)
