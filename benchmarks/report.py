@@ -340,13 +340,13 @@ def _whole_peak(record: Record) -> float | None:
 
 
 def draw_training_step(records: Sequence[Record], folder: Path) -> None:
-    """Tokens a second and peak memory with the weights, of the last table."""
+    """Tokens a second and peak memory with the weights, of the fullest table, the last of them."""
     usable = [r for r in records if r["status"] == "ok"]
     if not usable:
         return
-    last = max(usable, key=lambda r: r["environment"]["date"])
-    shape = last["shape"]
-    at = {r["provider"]: r for r in usable if r["shape"] == shape}
+    tables = [[r for r in usable if r["shape"] == shape] for shape in (r["shape"] for r in usable)]
+    fullest = max(tables, key=lambda table: (len(table), table[0]["environment"]["date"]))
+    shape, at = fullest[0]["shape"], {r["provider"]: r for r in fullest}
     figure, (speed, memory) = _figure(2, (11, 3.8))
     bars(speed, {name: r["tokens_per_s"] for name, r in at.items()}, list(at), "tokens a second")
     speed.set_xscale("log")
