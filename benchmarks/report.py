@@ -350,6 +350,7 @@ def draw_training_step(records: Sequence[Record], folder: Path) -> None:
     figure, (speed, memory) = _figure(2, (11, 3.8))
     bars(speed, {name: r["tokens_per_s"] for name, r in at.items()}, list(at), "tokens a second")
     speed.set_xscale("log")
+    speed.xaxis.set_minor_formatter("")  # the bars say their numbers
     bars(memory, {name: _whole_peak(r) / 1024 for name, r in at.items() if _whole_peak(r)},
          list(at), "peak memory with the weights, GiB")
     what = f"{shape['model']}, {shape['pairs_a_step']} pairs of {shape['lengths']} a step"
