@@ -7,16 +7,27 @@ import os
 import sys
 from pathlib import Path
 
+import peft
 import torch
 from training_tiny import build_model, build_pairs, build_tokenizer
 
 from qadapter.training import QAdapterConfig, QAdapterTrainer
 
+ADAPTERS = {
+    "head": None,
+    "lora": peft.LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1]),
+}
 
-def run(folder: Path, batch_size: int, cache_features: str) -> None:
-    """Three epochs over 16 pairs with an optimizer that is linear in the gradient."""
-    model = build_model()
-    optimizer = torch.optim.SGD(model.adapter.parameters(), lr=1.0)
+
+def run(folder: Path, batch_size: int, cache_features: str, adapter: str) -> None:
+    """Three epochs over 16 pairs with an optimizer that is linear in the gradient.
+
+    Args:
+        adapter: a head adapter, or a LoRA in the upper of two blocks.
+    """
+    model = build_model(ADAPTERS[adapter])
+    rate = 1.0 if adapter == "head" else 0.1
+    optimizer = torch.optim.SGD(model.adapter.parameters(), lr=rate)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     arguments = QAdapterConfig(
         output_dir=str(folder), use_cpu=True, disable_tqdm=True, logging_steps=1, seed=0,
@@ -41,4 +52,4 @@ def run(folder: Path, batch_size: int, cache_features: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    run(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

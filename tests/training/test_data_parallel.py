@@ -18,13 +18,14 @@ SCRIPT = Path(__file__).with_name("data_parallel_run.py")
 
 
 @pytest.mark.slow
-def test_two_processes_train_and_evaluate_like_one(tmp_path):
+@pytest.mark.parametrize("adapter", ["head", "lora"])
+def test_two_processes_train_and_evaluate_like_one(tmp_path, adapter):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     processes = [
         subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(tmp_path), "2", "disk"],
+            [sys.executable, str(SCRIPT), str(tmp_path), "2", "disk", adapter],
             env={
                 **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
                 "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
@@ -36,7 +37,7 @@ def test_two_processes_train_and_evaluate_like_one(tmp_path):
     alone = tmp_path / "alone"
     alone.mkdir()
     try:
-        run(alone, 4, "memory")
+        run(alone, 4, "memory", adapter)
         for process in processes:
             output, _ = process.communicate()
             assert process.returncode == 0, output
