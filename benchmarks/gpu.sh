@@ -206,8 +206,8 @@ print(special.get((major, minor), f"{major}{minor}"))')
     pack
   fi
   if stage c; then
-    bench training_step 130 --budget 5 --checkpointing on off
-    script training_step_1b training_step 70 --model Llama-3.2-1B --budget 3 --no-memory
+    bench training_step 130 --budget 5 --pairs 8 --checkpointing on off
+    script training_step_1b training_step 70 --model Llama-3.2-1B --pairs 8 --budget 3 --no-memory
     pack
   fi
   if stage d; then

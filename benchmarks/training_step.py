@@ -6,7 +6,7 @@ loss alone, + the base's part cached, + no padding, + each prompt once, + the up
 and a head adapter. Tokens a second are counted on the padded batch, in which every prompt stands
 twice, for all of them alike. Weights are random, in a model's shape.
 
-    python benchmarks/training_step.py --lengths dsp hh_rlhf_harmless --longest 512 1024
+    python benchmarks/training_step.py --lengths dsp hh_rlhf_harmless --longest 512 1024 --pairs 8
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                          default=["dsp"], help="of which pairs")
     options.add_argument("--longest", nargs="*", type=int, default=[1024], metavar="TOKENS",
                          help="where they are cut")
-    options.add_argument("--pairs", type=int, default=8, help="in all")
+    options.add_argument("--pairs", type=int, default=4, help="in all")
     options.add_argument("--pairs_a_step", type=int, default=4)
     options.add_argument("--checkpointing", nargs="*", choices=("off", "on"), default=["off"],
                          help="of activations, in every LoRA case")
