@@ -213,8 +213,10 @@ def test_scorers_made_before_the_move(kind):
     before = scores("cpu")
     with SecondDevice():
         model.to(SECOND)
-        for ours, theirs in zip(scores("meta"), before, strict=True):
-            if theirs is None:
+        for name, ours in scores("meta")._asdict().items():
+            theirs = getattr(before, name)
+            if name == "same_top1":  # which of two alike is the larger may round either way
+                assert theirs is None or ours.shape == theirs.shape
                 continue
             # bfloat16 products of another device: 2⁻⁸ of logits of a few nats.
             torch.testing.assert_close(ours.cpu(), theirs, atol=0.05, rtol=0.05)
