@@ -137,12 +137,8 @@ class Scorer:
 
         def both(packing: Packing) -> list[Tensor]:
             """What lies below the adapted blocks is the same in both."""
-            entering = None
-            if model.split_trunk is not None:
-                entering = run(packing, base_stream=True, below=True)
-            return [
-                run(packing, base_stream=stream, entering_ND=entering) for stream in (False, True)
-            ]
+            base_hidden, entering = model.packed_base(packing, packed=True)
+            return [run(packing, entering_ND=entering), base_hidden]
 
         two_runs = model.adapts_trunk and not self.is_base
         if two_runs and memo is None:

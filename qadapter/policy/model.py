@@ -426,6 +426,14 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         """Why the trunk can't be run in parts, though its lower blocks are not adapted; or ''."""
         return self.adapter.split_refused if self.adapts_trunk else ""
 
+    def packed_base(self, packing: Packing, *, packed: bool) -> tuple[Tensor, Tensor | None]:
+        """What the frozen base says of all packed tokens: its last hidden states [M, D], and the
+        states that enter ``split_trunk``'s first block, where there is one; arguments as
+        ``packed_hidden``'s."""
+        run = partial(self.packed_hidden, packing, packed=packed, base_stream=True)
+        entering_MD = None if self.split_trunk is None else run(below=True)
+        return run(entering_ND=entering_MD), entering_MD
+
     def packed_hidden(
         self, packing: Packing, *, packed: bool, base_stream: bool = False, below: bool = False,
         entering_ND: Tensor | None = None,

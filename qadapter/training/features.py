@@ -6,7 +6,6 @@ one run of tokens (``qadapter.trunk.packing``).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -156,7 +155,9 @@ def compute_shard(
     packed = packed and can_pack(base, max(len(answer.ids) for answer in answers)) is None
     start = 0
     for packing, members in batches:
-        hidden_MD, entering_MD = _read(model, kept, packing.to(input_device(base)), packed)
+        hidden_MD, entering_MD = model.packed_base(
+            packing.to(input_device(base)), packed=packed
+        )
         if entering_MD is not None:
             table["entering"][start : start + len(entering_MD)] = entering_MD.to("cpu")
             start += len(entering_MD)
@@ -177,17 +178,6 @@ def compute_shard(
         ),
         **numbers, **table,
     )
-
-
-def _read(
-    model: QAdapterModel, kept: Kept, packing: Packing, packed: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The base's last hidden states [M, D], and the states that enter the first adapted block."""
-    run = functools.partial(model.packed_hidden, packing, packed=packed, base_stream=True)
-    if kept.first_block is None:
-        return run(), None
-    entering_MD = run(below=True)
-    return run(entering_ND=entering_MD), entering_MD
 
 
 def _token_table(

@@ -14,7 +14,6 @@ Shapes: M states of all texts, D hidden.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -116,18 +115,13 @@ class RetentionStates:
     @torch.no_grad()
     def _read(self, model: QAdapterModel, progress: Progress | None) -> list[Tensor]:
         """The base's last hidden states at the states that count, of each text."""
-        split, device = model.split_trunk, input_device(model.base)
+        device = input_device(model.base)
         hidden: list[Tensor] = []
         entering: list[Tensor] = []
         for texts in _batches(self.texts):
             packing = Packing.of(texts, device)
-            run = functools.partial(model.packed_hidden, packing, packed=self.packed,
-                                    base_stream=True)
-            if split is None:
-                hidden_MD = run()
-            else:
-                entering_MD = run(below=True)
-                hidden_MD = run(entering_ND=entering_MD)
+            hidden_MD, entering_MD = model.packed_base(packing, packed=self.packed)
+            if entering_MD is not None:
                 entering += [entering_MD.to("cpu")[line] for line in packing.lines]
             for line in packing.lines:
                 first = self.first[len(hidden)]
