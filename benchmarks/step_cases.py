@@ -16,6 +16,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,6 +155,21 @@ class Way(NamedTuple):
     read_once: float | None = None
     """Seconds that the base took for all pairs before the first step."""
 
+    @classmethod
+    def of(
+        cls, model: nn.Module, count: int, loss: Callable[[int], Tensor],
+        backward: Callable[[int], Any], optimizer: torch.optim.Optimizer,
+        read_once: float | None = None,
+    ) -> Way:
+        """``count`` steps, each a backward and an update."""
+        def step(number: int) -> None:
+            backward(number)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return cls([partial(step, number) for number in range(count)], loss, trained, read_once)
+
 
 # --- ours -----------------------------------------------------------------------------------
 
@@ -213,18 +229,13 @@ def ours(
             name: x.to(setting.device) if hasattr(x, "to") else x for name, x in found.items()
         }
 
-    def step(number: int) -> None:
+    def backward(number: int) -> None:
         batches, totals = trainer.get_batch_samples(iter([batch(number)]), 1, setting.device)
         trainer.training_step(model, batches[0], totals)
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
 
-    def loss(number: int) -> Tensor:
-        return trainer.compute_loss(model, batch(number))
-
-    return Way(
-        [lambda n=n: step(n) for n in range(len(parts))], loss,
-        [p for p in model.parameters() if p.requires_grad], seconds,
+    return Way.of(
+        model, len(parts), lambda n: trainer.compute_loss(model, batch(n)), backward,
+        trainer.optimizer, seconds,
     )
 
 
@@ -245,8 +256,7 @@ def eager(setting: Setting, step_loss: Callable[[QAdapterModel, dict[str, Tensor
     if setting.checkpointed:
         model.gradient_checkpointing_enable()
     model.train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     ids = tokenized(setting)
     parts = list(setting.parts(ids))
 
@@ -254,12 +264,7 @@ def eager(setting: Setting, step_loss: Callable[[QAdapterModel, dict[str, Tensor
         batch = PreferenceCollator(0)(parts[number])
         return step_loss(model, {name: x.to(setting.device) for name, x in batch.items()})
 
-    def step(number: int) -> None:
-        loss(number).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return Way([lambda n=n: step(n) for n in range(len(parts))], loss, parameters)
+    return Way.of(model, len(parts), loss, lambda n: loss(n).backward(), optimizer)
 
 
 def tokenized(setting: Setting) -> Dataset:
@@ -338,17 +343,9 @@ def trl(setting: Setting) -> Way:
     def batch(number: int) -> dict[str, Any]:
         return trainer._prepare_inputs(trainer.data_collator(parts[number]))
 
-    def step(number: int) -> None:
-        trainer.training_step(model, batch(number))
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
-
-    def loss(number: int) -> Tensor:
-        return trainer.compute_loss(model, batch(number))
-
-    return Way(
-        [lambda n=n: step(n) for n in range(len(parts))], loss,
-        [p for p in model.parameters() if p.requires_grad], seconds,
+    return Way.of(
+        model, len(parts), lambda n: trainer.compute_loss(model, batch(n)),
+        lambda n: trainer.training_step(model, batch(n)), trainer.optimizer, seconds,
     )
 
 
