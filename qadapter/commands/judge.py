@@ -45,8 +45,8 @@ from qadapter.evaluation.judges.contest import COLUMNS, Verdict, verdict_cells
 from qadapter.evaluation.judges.endpoint import EndpointJudge, check_url
 from qadapter.evaluation.judges.trained import TrainedJudge
 from qadapter.evaluation.report import Section, Value, format_value, write_json, write_report
+from qadapter.system.hashing import file_sha256
 from qadapter.trunk.base_dtype import dtype_of
-from qadapter.trunk.hashing import file_sha256
 
 GROUPS = (
     Group(args.AdapterArguments, "Model", (

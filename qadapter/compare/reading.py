@@ -30,7 +30,7 @@ from qadapter.compare.config import (
 )
 from qadapter.console import strict_yaml
 from qadapter.errors import QAdapterError, nearest
-from qadapter.trunk.hashing import file_sha256
+from qadapter.system.hashing import file_sha256
 
 
 def read_config(path: str | Path) -> CompareConfig:

@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from qadapter.data import fingerprint
 from qadapter.errors import QAdapterError
 from qadapter.policy.model import QAdapterModel
+from qadapter.system.hashing import file_sha256
 from qadapter.system.locking import exclusive
 from qadapter.system.progress import Progress
 from qadapter.system.room import require_writable
@@ -37,7 +38,6 @@ from qadapter.training.features import (
     token_counts,
 )
 from qadapter.trunk.base_dtype import autocast_dtype
-from qadapter.trunk.hashing import file_sha256
 from qadapter.trunk.identity import sampled
 from qadapter.trunk.loading import cache_dir as default_cache_dir
 

@@ -29,9 +29,9 @@ from transformers import (
 )
 
 from qadapter.errors import QAdapterError
+from qadapter.system.hashing import file_sha256
 from qadapter.system.locking import exclusive
 from qadapter.trunk.base_dtype import choose_dtype, dtype_name, on_cpu
-from qadapter.trunk.hashing import file_sha256
 
 SMOLLM2 = "smollm2"
 """Name of the demo's base, SmolLM2-135M-Instruct (Llama architecture, Apache-2.0)."""
