@@ -379,7 +379,7 @@ def test_no_space_for_the_summary_keeps_the_adapter(place, tmp_path, fails, monk
     assert line.startswith(f"error: {tmp_path}: no space left on the device; what was written")
     assert (tmp_path / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "summary.json").exists()
-    assert not list(tmp_path.glob(".writing-*"))
+    assert not list(tmp_path.glob(".qadapter-*"))
 
 
 def test_no_space_for_the_tokenizer_which_rust_tells_as_text(place, tmp_path, fails, monkeypatch):

@@ -20,6 +20,7 @@ from qadapter.evaluation.report import write_json
 from qadapter.exporting.export import export
 from qadapter.objective import ObjectiveConfig
 from qadapter.policy.model import QAdapterModel
+from qadapter.system.scratch import scratch_folder
 from qadapter.training import QAdapterConfig, QAdapterTrainer
 from qadapter.trunk.loading import LoadedBase
 
@@ -37,9 +38,9 @@ def teach_first(
         ObjectiveConfig(alpha_0=spec.beta, alpha_tilde=spec.beta, chi2_coef=0.0),
     )
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder(tempfile.gettempdir(), "training") as scratch:
         trainer = QAdapterTrainer(model, QAdapterConfig(
-            output_dir=scratch, seed=spec.seed, learning_rate=spec.learning_rate,
+            output_dir=str(scratch), seed=spec.seed, learning_rate=spec.learning_rate,
             num_train_epochs=spec.num_train_epochs, cache_features="disk",
             retention_coef=0.0,
             per_device_train_batch_size=spec.per_device_train_batch_size,

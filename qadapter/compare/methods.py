@@ -12,6 +12,7 @@ import importlib.util
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from qadapter.data import PlainText, Prompt, messages_of
 from qadapter.errors import QAdapterError
 from qadapter.objective import ObjectiveConfig
 from qadapter.policy.model import QAdapterModel
+from qadapter.system.scratch import scratch_folder
 from qadapter.training import QAdapterConfig, QAdapterTrainer
 
 Probe = Callable[[QAdapterModel], dict[str, Any]]
@@ -51,7 +53,7 @@ def train(bench: Workbench, method: Method, seed: int, probe: Probe) -> Trained:
     """
     model = bench.model(method, _objective(method), seed)
     recorder = _Recorder(model, probe, bench.config.training.curve_points)
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder(tempfile.gettempdir(), "training") as folder:
         trainer, name = _trainer(bench, method, seed, model, folder)
         for callback in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(callback)
@@ -104,11 +106,11 @@ def require_trl(config: CompareConfig, methods: Iterable[Method]) -> None:
 
 
 def _trainer(
-    bench: Workbench, method: Method, seed: int, model: QAdapterModel, folder: str
+    bench: Workbench, method: Method, seed: int, model: QAdapterModel, folder: Path
 ) -> tuple[Trainer, str]:
     spec = bench.config.training
     shared = {
-        "output_dir": folder, "seed": seed, "learning_rate": method.learning_rate
+        "output_dir": str(folder), "seed": seed, "learning_rate": method.learning_rate
         or spec.learning_rate, "lr_scheduler_type": spec.lr_scheduler_type,
         "warmup_steps": spec.warmup_steps, "max_grad_norm": spec.max_grad_norm,
         "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "logging_steps": 1,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.table import Table
 
 from qadapter.evaluation.bootstrap import Estimate
+from qadapter.system.scratch import scratch_folder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -195,8 +195,8 @@ def write_text(path: str | Path, text: str) -> None:
     """Replace a file whole, or leave it as it was."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as scratch:
-        written = Path(scratch) / path.name
+    with scratch_folder(path.parent, "writing") as scratch:
+        written = scratch / path.name
         written.write_text(text, encoding="utf-8")
         os.replace(written, path)
 
@@ -310,8 +310,8 @@ def _new_axes(title: str, x_label: str, y_label: str) -> Axes:
 
 def _save(axes: Axes, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as scratch:
-        written = Path(scratch) / path.name
+    with scratch_folder(path.parent, "writing") as scratch:
+        written = scratch / path.name
         axes.figure.savefig(written)
         os.replace(written, path)
     return path

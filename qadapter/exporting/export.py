@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from qadapter.exporting.card import write_card
 from qadapter.exporting.head import LinearPolicy
 from qadapter.exporting.trunk import merged_trunk, reference_logits, write_adapter
 from qadapter.exporting.verification import Check, Reference, check_export, check_states
+from qadapter.system.scratch import scratch_folder
 from qadapter.trunk.loading import shell_of
 
 if TYPE_CHECKING:
@@ -90,11 +90,11 @@ def export(
         exporter = _plan_head(model, form, approximate, texts, tokenizer)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".exporting-") as scratch:
+        with scratch_folder(target.parent, "exporting") as scratch:
             report = _write_and_check(
-                exporter, Path(scratch), target, tokenizer, template_chosen, max_shard_size
+                exporter, scratch, target, tokenizer, template_chosen, max_shard_size
             )
-            os.rename(Path(scratch) / "export", target)  # onto nothing, or an empty folder
+            os.rename(scratch / "export", target)  # onto nothing, or an empty folder
     except (OSError, SafetensorError) as error:
         raise QAdapterError(f"{target}: the export can't be written: {error}") from error
     return report

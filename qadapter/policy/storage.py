@@ -12,7 +12,6 @@ import dataclasses
 import importlib.metadata
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,7 @@ from transformers.utils import CHAT_TEMPLATE_FILE
 from qadapter.adapters.head_adapter import AdapterConfig, HeadAdapter
 from qadapter.errors import QAdapterError
 from qadapter.objective import ObjectiveConfig
+from qadapter.system.scratch import scratch_folder
 from qadapter.system.textfiles import read_text
 from qadapter.trunk.identity import BaseIdentity
 
@@ -90,10 +90,10 @@ def write(
     weights = {name: x.detach().to("cpu").contiguous() for name, x in weights.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
-            save_file(weights, Path(scratch) / WEIGHTS_NAME, metadata={"format": "pt"})
+        with scratch_folder(folder, "saving") as scratch:
+            save_file(weights, scratch / WEIGHTS_NAME, metadata={"format": "pt"})
             text = _description(describe(adapter), objective, base)
-            (Path(scratch) / CONFIG_NAME).write_text(text, encoding="utf-8")
+            (scratch / CONFIG_NAME).write_text(text, encoding="utf-8")
             names = [WEIGHTS_NAME, CONFIG_NAME]
             if not isinstance(adapter, AdapterConfig):
                 inactive = copy.copy(adapter)
@@ -101,7 +101,7 @@ def write(
                 inactive.save_pretrained(scratch)
                 names.append(PEFT_CONFIG_NAME)
             for name in names:
-                os.replace(Path(scratch) / name, folder / name)
+                os.replace(scratch / name, folder / name)
     except (OSError, SafetensorError) as error:
         raise QAdapterError(f"{folder}: the adapter can't be saved: {error}") from error
 
@@ -122,8 +122,8 @@ def write_composition(
         write(folder / name, tensors, config, own, base)
     adapter = {"kind": "composition", "adapters": names, "weights": list(weights)}
     try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
-            file = Path(scratch) / CONFIG_NAME
+        with scratch_folder(folder, "saving") as scratch:
+            file = scratch / CONFIG_NAME
             file.write_text(_description(adapter, objective, base), encoding="utf-8")
             os.replace(file, folder / CONFIG_NAME)
     except OSError as error:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 from qadapter.errors import QAdapterError
 from qadapter.system.hashing import file_sha256
+from qadapter.system.scratch import scratch_folder
 
 MANIFEST_NAME = "manifest.json"
 
@@ -80,8 +80,8 @@ def write(folder: str | Path, names: Iterable[str]) -> None:
     """
     folder = Path(folder)
     files = {name: dataclasses.asdict(Entry.of(folder / name)) for name in sorted(names)}
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
-        listed = Path(scratch) / MANIFEST_NAME
+    with scratch_folder(folder, "saving") as scratch:
+        listed = scratch / MANIFEST_NAME
         with open(listed, "w", encoding="utf-8") as file:
             file.write(json.dumps({"files": files}, indent=1) + "\n")
             file.flush()

