@@ -1,23 +1,45 @@
 """The one exception that users are meant to see, and what its messages share."""
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+
+_MOST_CHARACTERS = 4000
 
 
 class QAdapterError(Exception):
     """An error a person can act on; the CLI prints it as one line and exits with code 2.
 
     The message names the file, row, option or model at fault and says what would do instead. It
-    holds no line breaks: `QAdapterError("a\\nb")` reads as ``a b``.
+    holds no line breaks: `QAdapterError("a\\nb")` reads as ``a b``. Of a very long one the middle
+    is left out.
     """
 
     def __init__(self, message: str) -> None:
         text = " ".join(str(message).split())
+        if len(text) > _MOST_CHARACTERS:
+            half = _MOST_CHARACTERS // 2
+            text = f"{text[:half]} … {text[-half:]}"
         # Names of files and columns may hold what no terminal can print: half a character.
         super().__init__(text.encode("utf-8", "backslashreplace").decode())
 
 
+def shown(value: object, most: int = 100) -> str:
+    """``repr(value)``, shortened to ``most`` characters or so without making more of it first."""
+    try:
+        text = _SHORT.repr(value)
+    except Exception:  # of a class of the user's, or a number too long for Python to print
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``; did you mean 'x'?``, or nothing."""
+    if len(name) > 100:
+        return ""  # compared letter by letter
     found = difflib.get_close_matches(name, list(known), 1, cutoff=0.5)
     return f"; did you mean {found[0]!r}?" if found else ""

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from rich.markup import escape
 from typer.core import TyperCommand
 
-from qadapter.console import strict_yaml
 from qadapter.errors import QAdapterError, nearest
+from qadapter.system.documents import parse_yaml, read_yaml
 
 _METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT", None: "YAML"}
 _NONE = ("none", "null")
@@ -143,7 +142,7 @@ def read_config(path: str | Path, known: Mapping[str, Option]) -> dict[str, Any]
         QAdapterError: missing, not YAML (with its line), not a mapping, an unknown key (with the
             nearest known one), a value of the wrong type.
     """
-    values = strict_yaml.read(path) or {}
+    values = read_yaml(path) or {}
     if not isinstance(values, dict):
         raise QAdapterError(f"{path} holds a {type(values).__name__}; it must map names to values")
     keys = {option.flag: option for option in known.values()} | known
@@ -299,8 +298,8 @@ def _convert(value: Any, kind: type | None) -> Any:
 
 def _from_yaml(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return parse_yaml(text, "the value")
+    except QAdapterError:
         return text
 
 

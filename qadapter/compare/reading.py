@@ -28,8 +28,8 @@ from qadapter.compare.config import (
     folder_name,
     swept,
 )
-from qadapter.console import strict_yaml
 from qadapter.errors import QAdapterError, nearest
+from qadapter.system.documents import read_yaml
 from qadapter.system.hashing import file_sha256
 
 
@@ -41,7 +41,7 @@ def read_config(path: str | Path) -> CompareConfig:
             names the key.
     """
     path = Path(path).expanduser()
-    written = strict_yaml.read(path)
+    written = read_yaml(path)
     if not isinstance(written, dict):
         raise QAdapterError(f"{path}: expected keys and values, got {type(written).__name__}")
     config = _build(CompareConfig, written, str(path), "")

@@ -198,7 +198,7 @@ def _read_parquet(file: Path, read: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return read(file, *arguments)
     except (pa.ArrowException, OSError) as error:
-        raise QAdapterError(f"{file} cannot be read as Parquet: {error}") from error
+        raise QAdapterError(f"{file} can't be read as Parquet: {error}") from error
 
 
 def _read_span(file: Path, columns: list[str], rows: range) -> pa.Table:

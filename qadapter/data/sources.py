@@ -1,8 +1,6 @@
 """Reading preference data: JSON, JSON Lines, Parquet, folders of them, or a hub dataset."""
 
-import json
 import os
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from huggingface_hub import HfApi, constants
 from qadapter.data.rows import ArrowRows, ListRows, ParquetRows, Row, Rows
 from qadapter.data.split_files import choose_files, files_of_readme
 from qadapter.errors import QAdapterError
+from qadapter.system.documents import parse_json
 from qadapter.system.textfiles import decode, read_bytes, split_lines
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
@@ -140,13 +139,9 @@ def _read_json(file: Path, limit: int | None) -> list[Row]:
     """A JSON list of objects, or one object a line; told apart by the first character."""
     if not file.name.endswith(SUFFIXES):
         raise QAdapterError(f"{file}: unknown kind of file; known are {', '.join(SUFFIXES)}")
-    try:
-        data = read_bytes(file)
-    except (OSError, EOFError, zlib.error) as error:
-        raise QAdapterError(f"{file} cannot be read: {error}") from error
-    text = decode(data, file, errors="surrogatepass")
+    text = decode(read_bytes(file), file, errors="surrogatepass")
     if text.lstrip()[:1] == "[":
-        rows = _parse(text, file, 1)
+        rows = parse_json(text, file, line=1, surrogates=True)
         for index, row in enumerate(rows[:limit]):
             if not isinstance(row, dict):
                 raise QAdapterError(f"{file}: row {index} is a {type(row).__name__}, not an object")
@@ -158,7 +153,7 @@ def _read_json(file: Path, limit: int | None) -> list[Row]:
         if not line.strip():
             continue
         try:
-            row = _parse(line, file, number)
+            row = parse_json(line, file, line=number, surrogates=True)
         except QAdapterError:
             if not rows:
                 _refuse_single_object(text, file)
@@ -169,22 +164,11 @@ def _read_json(file: Path, limit: int | None) -> list[Row]:
     return rows
 
 
-def _parse(text: str, file: Path, line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line += error.lineno - 1
-        where = f"{file}:{line}"
-        raise QAdapterError(f"{where} is not JSON: {error.msg} (column {error.colno})") from error
-    except (ValueError, RecursionError) as error:  # a number, or a nest, beyond Python's limits
-        raise QAdapterError(f"{file}:{line} can't be read as JSON: {error}") from error
-
-
 def _refuse_single_object(text: str, file: Path) -> None:
     """Raise when the file is one object over several lines, which reads as bad JSON Lines."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = parse_json(text, file, surrogates=True)
+    except QAdapterError:
         return
     keys = f" with the keys {_list(value)}" if isinstance(value, dict) else ""
     raise QAdapterError(

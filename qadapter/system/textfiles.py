@@ -4,7 +4,10 @@ zipped or not."""
 from __future__ import annotations
 
 import codecs
+import errno
 import gzip
+import os
+import stat
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,30 +20,64 @@ _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
 )
+ZIPPED_BYTES, ZIPPED_TIMES = 64 * 2**20, 100
+"""A .gz may hold the first, or the second times its own size, whichever is more: text shrinks to a
+tenth or so, a hundredth is made to fill the memory."""
 
 
-def read_text(path: str | Path) -> str:
+def read_text(path: str | Path, *, most: int | None = None) -> str:
     """What a text file holds, without its byte order mark and with its own line ends.
 
     UTF-8; UTF-16 and UTF-32 where a mark says so. A name that ends in .gz is unzipped.
 
+    Args:
+        most: bytes it may hold; None: any number.
+
     Raises:
-        QAdapterError: can't be read, or is not text in these encodings (with its line).
+        QAdapterError: can't be read, is larger, or is not text in these encodings (with its line).
     """
+    return decode(read_bytes(path, most=most), path)
+
+
+def read_bytes(path: str | Path, *, most: int | None = None) -> bytes:
+    """The bytes of a file, unzipped where its name ends in .gz.
+
+    Raises:
+        QAdapterError: can't be read, holds more than ``most`` bytes, or is zipped and grows beyond
+            ``ZIPPED_BYTES`` and ``ZIPPED_TIMES`` its size.
+    """
+    file = Path(path).expanduser()
     try:
-        data = read_bytes(path)
-    except (OSError, EOFError, zlib.error) as error:
+        size = _size(file)
+        if not str(path).endswith(".gz"):
+            with open(file, "rb") as stream:
+                data = stream.read() if most is None else stream.read(most + 1)
+        else:
+            grown = max(ZIPPED_BYTES, ZIPPED_TIMES * size)
+            least = grown if most is None else min(most, grown)
+            with gzip.open(file, "rb") as stream:
+                data = stream.read(least + 1)
+            if len(data) > grown:
+                raise QAdapterError(
+                    f"{path} can't be read: it grows to more than {ZIPPED_TIMES} times its size; "
+                    "if it really holds that much, unzip it yourself"
+                )
+    except (OSError, EOFError, zlib.error, ValueError) as error:  # ValueError: a name with \0
         reason = getattr(error, "strerror", None) or error
         raise QAdapterError(f"{path} can't be read: {reason}") from error
-    return decode(data, path)
+    if most is not None and len(data) > most:
+        raise QAdapterError(f"{path} can't be read: it holds more than {most:,} bytes")
+    return data
 
 
-def read_bytes(path: str | Path) -> bytes:
-    """The bytes of a file, unzipped where its name ends in .gz; raises OSError, EOFError or
-    zlib.error."""
-    opener = gzip.open if str(path).endswith(".gz") else open
-    with opener(Path(path).expanduser(), "rb") as stream:
-        return stream.read()
+def _size(file: Path) -> int:
+    """In bytes; raises OSError for what is no file, a device for one, which might never end."""
+    found = file.stat()
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISFIFO(found.st_mode)):
+        raise OSError(errno.EINVAL, "it is a device, not a file")
+    return found.st_size
 
 
 def decode(data: bytes, name: str | Path, *, errors: str = "strict") -> str:

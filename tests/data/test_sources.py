@@ -127,7 +127,7 @@ def test_damaged_binary_files(tmp_path):
     parquet.write_bytes(b"nonsense")
     zipped.write_bytes(gzip.compress(b"x" * 1000)[:-20])
     for path in (parquet, zipped):
-        assert f"{path} cannot be read" in error(path)
+        assert f"{path} can't be read" in error(path)
 
 
 @pytest.mark.parametrize("content", ["", "\n \n", "[]"])

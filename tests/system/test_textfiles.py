@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from qadapter.console import strict_yaml
 from qadapter.data import load_preferences, read_prompts, read_texts
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.judges.endpoint import PROMPT_FILE, JudgePrompt
+from qadapter.system.documents import read_yaml
 from qadapter.system.textfiles import read_text, split_lines
 
 # Separators that are no line end, and letters outside of ASCII.
@@ -54,7 +54,7 @@ def test_encodings_and_line_ends_read_alike(tmp_path, encode, end, zipped):
 def test_yaml_and_judge_prompts(tmp_path, encode):
     path = tmp_path / "a.yaml"
     path.write_bytes(encode("größe: 7\r\n"))
-    assert strict_yaml.read(path) == {"größe": 7}
+    assert read_yaml(path) == {"größe": 7}
     path.write_bytes(encode(PROMPT_FILE.read_text(encoding="utf-8")))
     assert JudgePrompt.read(path) == JudgePrompt.read()
 
