@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -229,11 +230,11 @@ def test_adapter_and_base_that_do_not_match_are_both_named(place, fails):
 
 
 @pytest.mark.parametrize("damage, message", [
-    (lambda f: f.write_bytes(f.read_bytes()[:-50]), "damaged or not a safetensors file"),
-    (lambda f: f.write_bytes(b"\0" * 200), "damaged or not a safetensors file"),
+    (lambda f: f.write_bytes(f.read_bytes()[:-50]), "adapter_model.safetensors is not what was"),
     (lambda f: f.unlink(), "adapter_model.safetensors is missing"),
-    (lambda f: (f.parent / "qadapter_config.json").write_text("{"), "not a Q-Adapter config"),
+    (lambda f: (f.parent / "qadapter_config.json").write_text("{"), "config.json is not what was"),
     (lambda f: (f.parent / "qadapter_config.json").unlink(), "qadapter_config.json is missing"),
+    (lambda f: (f.parent / "manifest.json").unlink(), "manifest.json is missing"),
 ])
 def test_damaged_adapters(place, tmp_path, fails, damage, message):
     shutil.copytree(place / "run", tmp_path / "run")
@@ -374,7 +375,10 @@ def test_no_space_for_the_summary_keeps_the_adapter(place, tmp_path, fails, monk
     monkeypatch.setattr(report.os, "replace", no_space)
     # The adapter's own files are replaced into place by the same call: only the report's fails.
     from qadapter.policy import storage
-    monkeypatch.setattr(storage, "os", type("os", (), {"replace": staticmethod(shutil.move)}))
+    from qadapter.system import manifest
+    moving = type("os", (), {"replace": staticmethod(shutil.move), "fsync": staticmethod(os.fsync)})
+    for module in (storage, manifest):
+        monkeypatch.setattr(module, "os", moving)
     line = fails(*train(place, "--output_dir", tmp_path))
     assert line.startswith(f"error: {tmp_path}: no space left on the device; what was written")
     assert (tmp_path / "adapter_model.safetensors").is_file()

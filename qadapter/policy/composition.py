@@ -109,7 +109,8 @@ class ComposedModel(QAdapterModel):
         if state_dict is not None:
             raise QAdapterError("a composition is frozen: it saves no other weights than its own")
         storage.write_composition(
-            folder, self.parts, self.weights, self.objective, self.base_identity
+            folder, self.parts, self.weights, self.objective, self.base_identity,
+            self.chat_template,
         )
 
 

@@ -197,7 +197,7 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
     ) -> None:
         """Write the adapter, not the base: ``adapter_model.safetensors``, ``qadapter_config.json``
         and, for LoRA, PEFT's ``adapter_config.json``, so that PEFT loads it too (one stream of it);
-        ``chat_template.jinja``, where the model has one of its own.
+        ``chat_template.jinja``, where the model has one of its own; and a manifest of these.
 
         Args:
             state_dict: this model's state dict, where a trainer gathered it; default: its own.
@@ -206,7 +206,6 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         if not is_main_process:
             return
         self._write(save_directory, state_dict)
-        storage.write_chat_template(save_directory, self.chat_template)
         if push_to_hub:
             repo_id = hub_kwargs.pop("repo_id", Path(save_directory).name)
             storage.upload(save_directory, repo_id, **hub_kwargs)
@@ -219,7 +218,8 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
             if state_dict is not None:
                 weights = {name: state_dict[f"adapter.{name}"] for name in weights}
         storage.write(
-            folder, weights, self.adapter_config, self.objective, self.base_identity
+            folder, weights, self.adapter_config, self.objective, self.base_identity,
+            self.chat_template,
         )
 
     def export(self, output_dir: str | Path, form: str = "merged", **options: Any) -> Any:

@@ -3,16 +3,18 @@
 Safetensors and JSON only. The adapter's file follows PEFT's name; ours beside it holds the
 adapter, the objective it was trained with, which base it belongs to, and library versions. A LoRA
 is described by PEFT's own ``adapter_config.json``, and the folder is a PEFT adapter too.
+``manifest.json``, written last, holds the digest of every file that a load reads.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import importlib.metadata
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,13 @@ from transformers.utils import CHAT_TEMPLATE_FILE
 from qadapter.adapters.head_adapter import AdapterConfig, HeadAdapter
 from qadapter.errors import QAdapterError
 from qadapter.objective import ObjectiveConfig
+from qadapter.policy.adapter_files import (
+    CONFIG_NAME,
+    PEFT_CONFIG_NAME,
+    WEIGHTS_NAME,
+    AdapterFiles,
+)
+from qadapter.system import manifest
 from qadapter.system.scratch import scratch_folder
 from qadapter.system.textfiles import read_text
 from qadapter.trunk.identity import BaseIdentity
@@ -34,12 +43,10 @@ if TYPE_CHECKING:
 
     from qadapter.adapters.lora import LoraAdapter
 
-WEIGHTS_NAME = "adapter_model.safetensors"
-CONFIG_NAME = "qadapter_config.json"
-PEFT_CONFIG_NAME = "adapter_config.json"
-FORMAT_VERSION = 2
-_READABLE = (1, FORMAT_VERSION)
-"""1 knew a base by its head and a hash of its whole configuration."""
+FORMAT_VERSION = 3
+_READABLE = (1, 2, FORMAT_VERSION)
+"""1 knew a base by its head and a hash of its whole configuration; 1 and 2 had no manifest."""
+_WITH_MANIFEST = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,55 +86,82 @@ def describe(adapter: AdapterConfig | PeftConfig) -> dict[str, Any]:
 
 def write(
     folder: str | Path, weights: dict[str, Tensor], adapter: AdapterConfig | PeftConfig,
-    objective: ObjectiveConfig, base: BaseIdentity,
+    objective: ObjectiveConfig, base: BaseIdentity, chat_template: str | None = None,
 ) -> None:
-    """Write an adapter. Each file is replaced whole or left as it was.
+    """Write an adapter, and a manifest of its files when all are there.
+
+    Until it is written whole, a folder that is written again doesn't count as an adapter; if a file
+    can't even be made, it stays as it was.
 
     Raises:
         QAdapterError: the folder can't be written (no space left, no permission, …).
     """
     folder = Path(folder)
     weights = {name: x.detach().to("cpu").contiguous() for name, x in weights.items()}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with scratch_folder(folder, "saving") as scratch:
-            save_file(weights, scratch / WEIGHTS_NAME, metadata={"format": "pt"})
-            text = _description(describe(adapter), objective, base)
-            (scratch / CONFIG_NAME).write_text(text, encoding="utf-8")
-            names = [WEIGHTS_NAME, CONFIG_NAME]
-            if not isinstance(adapter, AdapterConfig):
-                inactive = copy.copy(adapter)
-                inactive.inference_mode = True  # as PEFT saves its own
-                inactive.save_pretrained(scratch)
-                names.append(PEFT_CONFIG_NAME)
-            for name in names:
-                os.replace(scratch / name, folder / name)
-    except (OSError, SafetensorError) as error:
-        raise QAdapterError(f"{folder}: the adapter can't be saved: {error}") from error
+    with _new_files(folder, "the adapter") as scratch:
+        text = _description(describe(adapter), objective, base)
+        (scratch / CONFIG_NAME).write_text(text, encoding="utf-8")
+        if not isinstance(adapter, AdapterConfig):
+            inactive = copy.copy(adapter)
+            inactive.inference_mode = True  # as PEFT saves its own
+            inactive.save_pretrained(scratch)
+        _write_template(scratch, chat_template)
+        save_file(weights, scratch / WEIGHTS_NAME, metadata={"format": "pt"})
+        manifest.write(folder, _replace(folder, scratch))
 
 
 def write_composition(
     folder: str | Path, parts: Sequence[tuple[PeftConfig, ObjectiveConfig, dict[str, Tensor]]],
     weights: Sequence[float], objective: ObjectiveConfig, base: BaseIdentity,
+    chat_template: str | None = None,
 ) -> None:
     """Write adapters of the trunk (configuration, objective, weights), a folder for each, and how
-    they are composed.
+    they are composed; the manifest lists those of the adapters.
 
     Raises:
         QAdapterError: the folder can't be written.
     """
     folder = Path(folder)
     names = [f"adapter-{number}" for number in range(len(parts))]
-    for name, (config, own, tensors) in zip(names, parts, strict=True):
-        write(folder / name, tensors, config, own, base)
     adapter = {"kind": "composition", "adapters": names, "weights": list(weights)}
+    with _new_files(folder, "the composition") as scratch:
+        text = _description(adapter, objective, base)
+        (scratch / CONFIG_NAME).write_text(text, encoding="utf-8")
+        _write_template(scratch, chat_template)
+        files = _replace(folder, scratch)
+        for name, (config, own, tensors) in zip(names, parts, strict=True):
+            write(folder / name, tensors, config, own, base)
+        manifest.write(folder, [*files, *(f"{name}/{manifest.MANIFEST_NAME}" for name in names)])
+
+
+@contextlib.contextmanager
+def _new_files(folder: Path, what: str) -> Iterator[Path]:
+    """A scratch folder inside, on the same file system."""
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with scratch_folder(folder, "saving") as scratch:
-            file = scratch / CONFIG_NAME
-            file.write_text(_description(adapter, objective, base), encoding="utf-8")
-            os.replace(file, folder / CONFIG_NAME)
-    except OSError as error:
-        raise QAdapterError(f"{folder}: the composition can't be saved: {error}") from error
+            yield scratch
+    except (OSError, SafetensorError) as error:
+        raise QAdapterError(f"{folder}: {what} can't be saved: {error}") from error
+
+
+def _write_template(folder: Path, template: str | None) -> None:
+    if template is not None:
+        (folder / CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
+
+
+def _replace(folder: Path, scratch: Path) -> list[str]:
+    """Move new files to their places; their names.
+
+    The description goes first: it says that a manifest belongs to it, so that no other file of this
+    adapter ever passes for a part of an older one.
+    """
+    names = sorted(path.name for path in scratch.glob("[!.]*"))
+    names.sort(key=lambda name: name != CONFIG_NAME)
+    manifest.remove(folder)
+    for name in names:
+        os.replace(scratch / name, folder / name)
+    return names
 
 
 def _description(adapter: dict[str, Any], objective: ObjectiveConfig, base: BaseIdentity) -> str:
@@ -149,26 +183,32 @@ def read(adapter_dir: str | Path, objective: ObjectiveConfig | None = None) -> S
         objective: of a plain PEFT adapter; our own adapters have theirs.
 
     Raises:
-        QAdapterError: missing, not JSON, of a version this library doesn't know; an objective that
-            is missing or not wanted.
+        QAdapterError: missing, not JSON, of a version this library doesn't know; not what was
+            saved, as its manifest tells; an objective that is missing or not wanted.
     """
-    if not _has(adapter_dir, CONFIG_NAME) and _has(adapter_dir, PEFT_CONFIG_NAME):
+    files = AdapterFiles(adapter_dir)
+    if not files.lists(CONFIG_NAME) and files.has(PEFT_CONFIG_NAME):
         if objective is None:
             raise QAdapterError(
                 f"{adapter_dir}: a PEFT adapter without {CONFIG_NAME}: pass the objective it was "
                 "trained with, such as objective=ObjectiveConfig.authors()"
             )
-        adapter = _read_peft(adapter_dir)
+        adapter = _read_peft(files)
         return SavedAdapter(adapter, objective, None, adapter.base_model_name_or_path, {})
-    path = _locate(adapter_dir, CONFIG_NAME)
+    path = files.checked(CONFIG_NAME)
     try:
         description = json.loads(read_text(path))
         version = description["format_version"]
         if version not in _READABLE:
             raise QAdapterError(f"{path}: format version {version}, this is {FORMAT_VERSION}")
+        if version >= _WITH_MANIFEST and files.manifest is None:
+            raise QAdapterError(
+                f"{adapter_dir}: {manifest.MANIFEST_NAME} is missing: saving it was never "
+                "finished, or a part of it was not copied"
+            )
         base, adapter = BaseIdentity.saved(description["base"]), description["adapter"]
         saved = SavedAdapter(
-            adapter=_read_adapter(adapter_dir, adapter),
+            adapter=_read_adapter(files, adapter),
             objective=ObjectiveConfig(**description["objective"]),
             base=base, base_name=base.name, versions=description["versions"],
         )
@@ -180,26 +220,28 @@ def read(adapter_dir: str | Path, objective: ObjectiveConfig | None = None) -> S
 
 
 def _read_adapter(
-    adapter_dir: str | Path, adapter: dict[str, Any]
+    files: AdapterFiles, adapter: dict[str, Any]
 ) -> AdapterConfig | PeftConfig | Composition:
     if adapter["kind"] == "head":
         return AdapterConfig(**adapter)
     if adapter["kind"] != "composition":
-        return _read_peft(adapter_dir)
+        return _read_peft(files)
     if len(adapter["adapters"]) != len(adapter["weights"]):
         raise ValueError("not a weight for each of its adapters")
     folders = []
     for name in adapter["adapters"]:
-        files = [_locate(adapter_dir, f"{name}/{file}") for file in
+        if files.manifest is not None:
+            files.checked(f"{name}/{manifest.MANIFEST_NAME}")
+        parts = [files.locate(f"{name}/{file}") for file in
                  (CONFIG_NAME, PEFT_CONFIG_NAME, WEIGHTS_NAME)]
-        folders.append(files[0].parent)
+        folders.append(parts[0].parent)
     return Composition(tuple(folders), tuple(map(float, adapter["weights"])))
 
 
-def _read_peft(adapter_dir: str | Path) -> PeftConfig:
+def _read_peft(files: AdapterFiles) -> PeftConfig:
     from peft import PeftConfig
 
-    path = _locate(adapter_dir, PEFT_CONFIG_NAME)
+    path = files.checked(PEFT_CONFIG_NAME)
     try:
         return PeftConfig.from_pretrained(str(path.parent))
     except (ValueError, KeyError, TypeError) as error:
@@ -212,11 +254,14 @@ def load_weights(adapter_dir: str | Path, adapter: HeadAdapter | LoraAdapter) ->
     Raises:
         QAdapterError: missing, damaged, or of other names or shapes; the message names the file.
     """
-    path, weights = _locate(adapter_dir, WEIGHTS_NAME), read_weights(adapter_dir)
+    weights = read_weights(adapter_dir)
     expected = {name: tuple(x.shape) for name, x in adapter.state_dict().items()}
     found = {name: tuple(x.shape) for name, x in weights.items()}
     if expected != found:
-        raise QAdapterError(f"{path}: holds {found}, but its configuration describes {expected}")
+        raise QAdapterError(
+            f"{Path(adapter_dir) / WEIGHTS_NAME}: holds {found}, but its configuration describes "
+            f"{expected}"
+        )
     adapter.load_state_dict(weights)
 
 
@@ -224,9 +269,9 @@ def read_weights(adapter_dir: str | Path) -> dict[str, Tensor]:
     """What ``adapter_model.safetensors`` holds.
 
     Raises:
-        QAdapterError: missing or damaged.
+        QAdapterError: missing, damaged, or not what was saved.
     """
-    path = _locate(adapter_dir, WEIGHTS_NAME)
+    path = AdapterFiles(adapter_dir).checked(WEIGHTS_NAME)
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
@@ -234,24 +279,13 @@ def read_weights(adapter_dir: str | Path) -> dict[str, Tensor]:
 
 
 def read_chat_template(adapter_dir: str | Path) -> str | None:
-    """The chat template that an adapter was trained with, where one was saved with it."""
-    if not _has(adapter_dir, CHAT_TEMPLATE_FILE):
-        return None
-    return read_text(_locate(adapter_dir, CHAT_TEMPLATE_FILE))
-
-
-def write_chat_template(folder: str | Path, template: str | None) -> None:
-    """Put a chat template, if there is one, beside an adapter.
+    """The chat template that an adapter was trained with, where one was saved with it.
 
     Raises:
-        QAdapterError: the folder can't be written.
+        QAdapterError: not what was saved, or no text.
     """
-    if template is None:
-        return
-    try:
-        (Path(folder) / CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
-    except OSError as error:
-        raise QAdapterError(f"{folder}: the chat template can't be saved: {error}") from error
+    files = AdapterFiles(adapter_dir)
+    return read_text(files.checked(CHAT_TEMPLATE_FILE)) if files.lists(CHAT_TEMPLATE_FILE) else None
 
 
 def upload(folder: str | Path, repo_id: str, **kwargs: Any) -> None:
@@ -259,28 +293,3 @@ def upload(folder: str | Path, repo_id: str, **kwargs: Any) -> None:
     api = huggingface_hub.HfApi(token=kwargs.pop("token", None))
     api.create_repo(repo_id, private=kwargs.pop("private", None), exist_ok=True)
     api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
-
-
-def _locate(adapter_dir: str | Path, name: str) -> Path:
-    folder = Path(adapter_dir)
-    if folder.is_dir():
-        if not (folder / name).is_file():
-            raise QAdapterError(f"{folder}: {name} is missing: not a saved Q-Adapter")
-        return folder / name
-    if folder.is_absolute() or str(adapter_dir).count("/") != 1:
-        raise QAdapterError(f"{adapter_dir}: no such folder")
-    try:
-        return Path(huggingface_hub.hf_hub_download(str(adapter_dir), name))
-    except Exception as error:
-        raise QAdapterError(
-            f"{adapter_dir}: neither a local folder nor to be had from the hub "
-            f"({type(error).__name__})"
-        ) from error
-
-
-def _has(adapter_dir: str | Path, name: str) -> bool:
-    try:
-        _locate(adapter_dir, name)
-    except QAdapterError:
-        return False
-    return True

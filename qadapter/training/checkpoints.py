@@ -80,9 +80,10 @@ class AdapterCheckpoints(Trainer):
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
-        self.model.save_pretrained(folder, state_dict=state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
+        # After the tokenizer, which writes a chat template too: the adapter's manifest lists it.
+        self.model.save_pretrained(folder, state_dict=state_dict)
         (folder / ARGUMENTS_NAME).write_text(self.args.to_json_string() + "\n", encoding="utf-8")
         card.write(self, folder)
 

@@ -14,6 +14,7 @@ from tiny_models import tiny_base
 
 from qadapter import AdapterConfig, ObjectiveConfig, QAdapterError, QAdapterModel
 from qadapter.policy import storage
+from qadapter.system import manifest
 
 IDS = torch.tensor([[5, 9, 11, 3, 20, 7]])
 OBJECTIVE = ObjectiveConfig(alpha_0=0.5, alpha_tilde=2.0, gamma=0.9, bootstrap="current")
@@ -44,7 +45,7 @@ def test_round_trip(tmp_path, name):
     model = trained(ADAPTERS[name])
     model.save_pretrained(tmp_path)
     files = {path.name for path in tmp_path.iterdir()}
-    expected = {"adapter_model.safetensors", "qadapter_config.json"}
+    expected = {"adapter_model.safetensors", "qadapter_config.json", "manifest.json"}
     assert files == expected | ({"adapter_config.json"} if model.adapts_trunk else set())
     loaded = QAdapterModel.from_pretrained(tmp_path, tiny_base()).eval()
     assert loaded.objective == OBJECTIVE
@@ -137,10 +138,11 @@ def test_adapters_saved_before_are_known_by_their_base_s_head(tmp_path):
     base = {k: description["base"][k] for k in ("name", "revision", "head_sha256")}
     base["config_sha256"] = "of transformers 5.23"
     path.write_text(json.dumps(description | {"format_version": 1, "base": base}))
+    manifest.remove(tmp_path)
     model = QAdapterModel.from_pretrained(tmp_path, tiny_base())
     model.save_pretrained(tmp_path / "again")
     again = json.loads((tmp_path / "again/qadapter_config.json").read_text())
-    assert again["format_version"] == 2 and again["base"]["weights_sha256"]
+    assert again["format_version"] == 3 and again["base"]["weights_sha256"]
     with pytest.raises(QAdapterError, match="its head differ"):
         QAdapterModel.from_pretrained(tmp_path, tiny_base(seed=1))
 
@@ -165,6 +167,15 @@ def load(folder: Path):
     return QAdapterModel.from_pretrained(folder, tiny_base())
 
 
+def vouch(folder: Path) -> None:
+    """Say that the files of an adapter are as they should be, whatever they are."""
+    manifest.write(folder, [n for n in names_of(folder) if n != "manifest.json"])
+
+
+def names_of(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def test_missing_files(saved):
     (saved / "adapter_model.safetensors").unlink()
     with pytest.raises(QAdapterError, match=r"adapter_model\.safetensors is missing"):
@@ -184,6 +195,9 @@ def test_damaged_weights(saved, damage):
     path = saved / "adapter_model.safetensors"
     content = {"cut": path.read_bytes()[:-8], "empty": b"", "text": b"not tensors at all"}[damage]
     path.write_bytes(content)
+    with pytest.raises(QAdapterError, match=r"adapter_model\.safetensors is not what was saved"):
+        load(saved)
+    vouch(saved)
     with pytest.raises(QAdapterError, match=r"adapter_model\.safetensors: damaged"):
         load(saved)
 
@@ -196,6 +210,7 @@ def test_weights_of_another_shape_or_name(saved):
                   weights | {"extra": torch.zeros(1)},
                   {k: v for k, v in weights.items() if k != name}):
         save_file(wrong, path)
+        vouch(saved)
         with pytest.raises(QAdapterError, match="but its configuration describes"):
             load(saved)
 
@@ -208,9 +223,11 @@ def test_weights_of_another_shape_or_name(saved):
 def test_wrong_configuration(saved, change, message):
     path = saved / "qadapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    vouch(saved)
     with pytest.raises(QAdapterError, match=message):
         load(saved)
     path.write_text("{ not json")
+    vouch(saved)
     with pytest.raises(QAdapterError, match="not a Q-Adapter configuration"):
         load(saved)
 
