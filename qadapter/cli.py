@@ -15,6 +15,7 @@ import typer
 
 from qadapter import __version__
 from qadapter.errors import QAdapterError
+from qadapter.system.markup import one_line
 
 USER_ERROR, INTERRUPTED = 2, 130
 # A command's own options need heavy imports: they are parsed by the command's own app.
@@ -147,9 +148,9 @@ def _run(arguments: list[str], debug: bool) -> int:
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}"
+        return one_line(f"{where}{error.strerror}")
     text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
-    return " ".join(text.split())
+    return one_line(text)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import difflib
 import reprlib
 from collections.abc import Iterable
 
+from qadapter.system.markup import visible
+
 _MOST_CHARACTERS = 4000
 
 
@@ -20,8 +22,8 @@ class QAdapterError(Exception):
         if len(text) > _MOST_CHARACTERS:
             half = _MOST_CHARACTERS // 2
             text = f"{text[:half]} … {text[-half:]}"
-        # Names of files and columns may hold what no terminal can print: half a character.
-        super().__init__(text.encode("utf-8", "backslashreplace").decode())
+        # Names of files and columns may hold what no terminal can print, or what it obeys.
+        super().__init__(visible(text))
 
 
 def shown(value: object, most: int = 100) -> str:

@@ -6,7 +6,6 @@ import time
 from dataclasses import dataclass, field
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from qadapter.commands.options import Group, command
@@ -16,6 +15,7 @@ from qadapter.compare.page import columns
 from qadapter.console.environment import devices, quiet_libraries, versions
 from qadapter.console.folders import telling_full_disk
 from qadapter.console.progress import Heartbeat, Pace
+from qadapter.console.terminal import Terminal
 from qadapter.errors import QAdapterError
 
 _SHOWN = ("accuracy_reward", "new_win_rate", "old_win_rate", "new_gain")
@@ -58,7 +58,7 @@ def app(show_hidden: bool = False) -> typer.Typer:
 
 def run(arguments: CompareArguments, given: set[str]) -> None:
     """Run what is missing, write the report, show the table."""
-    console = Console()
+    console = Terminal()
     for name in ("comparison", "output_dir"):
         if name not in given:
             raise QAdapterError(f"compare needs --{name}")

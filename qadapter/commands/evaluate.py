@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
 
 from qadapter.commands import arguments as args
 from qadapter.commands.knowledge import Knowledge, check_knowledge, measure_knowledge
@@ -22,10 +21,11 @@ from qadapter.console.folders import (
     remove_files,
     telling_full_disk,
 )
+from qadapter.console.terminal import Terminal
 from qadapter.data import PreparationReport, check_pairs, load_preferences, tokenize_preferences
 from qadapter.errors import QAdapterError
 from qadapter.evaluation import PreferenceResult, comparison_table, write_report
-from qadapter.evaluation.report import Section, comparison_markdown, write_json, write_text
+from qadapter.evaluation.report import Section, comparison_markdown, write_json, write_json_lines
 from qadapter.trunk.base_dtype import dtype_of
 
 NOTE = "Brackets: 95% intervals; change: customised − base on the same examples."
@@ -58,7 +58,7 @@ def run(
     measures: args.MeasureArguments, knowledge_args: args.KnowledgeArguments, given: set[str],
 ) -> None:
     """Evaluate, print the table, write the folder."""
-    console = Console()
+    console = Terminal()
     if "model_name_or_path" not in given:
         raise QAdapterError("eval needs --model_name_or_path")
     check_knowledge(knowledge_args, given)
@@ -121,16 +121,16 @@ def _write(
     report_path = folder / "report.md"
     title, sections = model_args.model_name_or_path, []
     if measured is not None:
-        write_text(folder / "pairs.jsonl", _pairs_jsonl(measured.preferences))
+        write_json_lines(folder / "pairs.jsonl", _pairs(measured.preferences))
         title, sections = f"{title} on {data.dataset_name}", measured.sections(report_path)
     if knowledge.rows:
         sections.append(Section("Knowledge", comparison_markdown(knowledge.rows, note=NOTE)))
     write_report(report_path, title, sections)
 
 
-def _pairs_jsonl(result: PreferenceResult) -> str:
+def _pairs(result: PreferenceResult) -> Iterator[dict[str, Any]]:
     columns = {name: column.tolist() for name, column in vars(result.pairs).items()}
-    if result.preference_accuracy is None:  # a plain model has no rewards, and JSON no NaN
+    if result.preference_accuracy is None:  # a plain model has no rewards
         columns = {name: column for name, column in columns.items() if "reward" not in name}
-    rows = zip(*columns.values(), strict=True)
-    return "".join(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in rows)
+    for row in zip(*columns.values(), strict=True):
+        yield dict(zip(columns, row, strict=True))

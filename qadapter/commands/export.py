@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from qadapter.commands import arguments as args
@@ -14,6 +13,7 @@ from qadapter.commands.loading import load_model
 from qadapter.commands.options import Group, command
 from qadapter.console.environment import quiet_libraries
 from qadapter.console.folders import telling_full_disk
+from qadapter.console.terminal import Terminal
 from qadapter.data import read_texts
 from qadapter.errors import QAdapterError
 from qadapter.exporting.export import FORMS, ExportReport, export
@@ -67,7 +67,7 @@ def app(show_hidden: bool = False) -> typer.Typer:
 
 def run(model_args: args.AdapterArguments, options: ExportArguments, given: set[str]) -> None:
     """Export, print what the check found."""
-    console = Console()
+    console = Terminal()
     for name in ("model_name_or_path", "output_dir"):
         if name not in given:
             raise QAdapterError(f"export needs --{name}")

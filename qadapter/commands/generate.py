@@ -9,6 +9,7 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from qadapter.commands import arguments as args
@@ -17,6 +18,7 @@ from qadapter.commands.options import Group, command
 from qadapter.console.environment import quiet_libraries
 from qadapter.console.folders import telling_full_disk
 from qadapter.console.progress import progress_bar
+from qadapter.console.terminal import Terminal
 from qadapter.data import Prompt, read_prompts
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.answers import generate_answers, with_system
@@ -49,7 +51,7 @@ def run(
 ) -> None:
     """Answer, in one of three ways."""
     # Answers go to stdout, all else to stderr, so that answers can be piped.
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     if options.prompt is not None and not options.prompt.strip():
         raise QAdapterError("the prompt is empty")
     if options.prompt is not None and options.prompts_file is not None:
@@ -176,7 +178,7 @@ def _chat(
     seed = options.seed
     while True:
         try:
-            line = console.input("[bold]> [/bold]").strip()
+            line = console.input(Text("> ", style="bold")).strip()
         except EOFError:
             return
         if line == "/quit":

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from qadapter.console.environment import devices, versions
+from qadapter.console.terminal import Terminal
 from qadapter.trunk.loading import cache_dir
 from qadapter_kernels import backends, serving
 from qadapter_kernels.dispatch import ENVIRONMENT_VARIABLE
@@ -16,7 +16,7 @@ from qadapter_kernels.dispatch import ENVIRONMENT_VARIABLE
 
 def run() -> None:
     """Print it all."""
-    console = Console()
+    console = Terminal()
     console.print(_table("versions", ("package", "version"), [
         (name, version or "not installed") for name, version in versions().items()
     ]))

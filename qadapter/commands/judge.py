@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from qadapter.commands import arguments as args
@@ -33,6 +32,7 @@ from qadapter.console.folders import (
     remove_files,
     telling_full_disk,
 )
+from qadapter.console.terminal import Terminal
 from qadapter.data import load_preferences
 from qadapter.errors import QAdapterError
 from qadapter.evaluation import answer_statistics
@@ -46,6 +46,7 @@ from qadapter.evaluation.judges.endpoint import EndpointJudge, check_url
 from qadapter.evaluation.judges.trained import TrainedJudge
 from qadapter.evaluation.report import Section, Value, format_value, write_json, write_report
 from qadapter.system.hashing import file_sha256
+from qadapter.system.markup import markdown_list, markdown_table
 from qadapter.trunk.base_dtype import dtype_of
 
 GROUPS = (
@@ -86,7 +87,7 @@ def run(
     given: set[str],
 ) -> None:
     """Draw, judge, print the table, write the folder."""
-    console = Console()
+    console = Terminal()
     for name in ("model_name_or_path", "dataset_name"):
         if name not in given:
             raise QAdapterError(f"judge needs --{name}")
@@ -295,9 +296,8 @@ def _write(
         "versions": versions(), "devices": devices(),
     }
     write_json(folder / "judge.json", found)
-    rows = [COLUMNS, ("---",) * len(COLUMNS), *verdict_cells(verdicts)]
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    table = markdown_table(COLUMNS, verdict_cells(verdicts))
     write_report(folder / "judge.md", f"Judged: {settings['model_name_or_path']}", [
         Section("Verdicts", f"{table}\n\n{NOTE}"),
-        Section("Answers and judges", "\n".join(f"- {line}" for line in facts)),
+        Section("Answers and judges", markdown_list(facts)),
     ])

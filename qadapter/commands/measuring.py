@@ -37,6 +37,7 @@ from qadapter.evaluation.report import (
     retention_rows,
 )
 from qadapter.policy.model import QAdapterModel
+from qadapter.system.markup import markdown_quote
 
 OWN_ANSWERS = "the base's own answers"
 SHOWN_ANSWERS = 3
@@ -222,8 +223,4 @@ def _comparison_markdown(comparison: Comparison) -> str:
     parts = [("Prompt", comparison.prompt), ("Base", comparison.base.text)]
     if comparison.customised is not None:
         parts.append(("Customised", comparison.customised.text))
-    return "\n\n".join(f"**{name}**\n\n{_quote(text)}" for name, text in parts)
-
-
-def _quote(text: str) -> str:
-    return "\n".join(f"> {line}".rstrip() for line in text.strip().splitlines()) or "> (nothing)"
+    return "\n\n".join(f"**{name}**\n\n{markdown_quote(text)}" for name, text in parts)

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import typer
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from qadapter.commands import arguments as args
@@ -15,6 +14,7 @@ from qadapter.commands.options import Group, command
 from qadapter.console.environment import quiet_libraries
 from qadapter.console.folders import telling_full_disk
 from qadapter.console.progress import progress_bar
+from qadapter.console.terminal import Terminal
 from qadapter.data import as_preferences, load_preferences, tokenize_preferences
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.rewards_page import write_rewards_page
@@ -77,7 +77,7 @@ def app(show_hidden: bool = False) -> typer.Typer:
 
 def run(model_args: args.AdapterArguments, options: RewardsArguments, given: set[str]) -> None:
     """Score, write the page, say what it shows."""
-    console = Console()
+    console = Terminal()
     if "model_name_or_path" not in given:
         raise QAdapterError("rewards needs --model_name_or_path")
     _check(options)

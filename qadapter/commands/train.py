@@ -28,6 +28,7 @@ from qadapter.commands.options import Group, command
 from qadapter.console.environment import devices, peak_rss_bytes, quiet_libraries, versions
 from qadapter.console.folders import RUN_FILES, check_output_dir, remove_files, telling_full_disk
 from qadapter.console.progress import TrainingProgress, progress_bar, saying
+from qadapter.console.terminal import Terminal
 from qadapter.data import (
     TokenizedPreferences,
     load_preferences,
@@ -45,6 +46,7 @@ from qadapter.evaluation import (
 )
 from qadapter.evaluation.report import Section, pictures_markdown, write_json
 from qadapter.policy import storage
+from qadapter.system.markup import markdown_list
 from qadapter.training import QAdapterConfig, QAdapterTrainer, checks
 from qadapter.training.checkpoints import find_checkpoint
 from qadapter.training.feature_set import FeatureSet
@@ -119,7 +121,7 @@ def run(
 ) -> None:
     """Train, evaluate, write the run's folder."""
     start = time.monotonic()
-    console = Console()
+    console = Terminal()
     for name in ("dataset_name", "output_dir"):
         if name not in given:
             raise QAdapterError(f"train needs --{name}")
@@ -301,11 +303,11 @@ def _write(
     })
     report = folder / "report.md"
     curves = plot_training_curves(history, folder)
-    described = [f"- {key}: {value}" for key, value in setup.items()]
-    described += [f"- {name} pairs: {r.summary()}" for name, r in trainer.reports.items()]
-    described.append(f"- {trainer.state.global_step:,} steps, {seconds:.0f} s in all")
+    described = [f"{key}: {value}" for key, value in setup.items()]
+    described += [f"{name} pairs: {r.summary()}" for name, r in trainer.reports.items()]
+    described.append(f"{trainer.state.global_step:,} steps, {seconds:.0f} s in all")
     write_report(report, f"{folder.resolve().name}: a customised model", [
-        Section("What was done", "\n".join(described)),
+        Section("What was done", markdown_list(described)),
         *(measured.sections(report) if measured else []),
         Section("Training", pictures_markdown(curves, report)),
     ])

@@ -106,8 +106,8 @@ def _retention(
 
 def _short(values: np.ndarray) -> list[float | None]:
     """For what is kept pair by pair, to compare two runs with each other: 6 digits will do. None
-    for NaN."""
-    return [None if math.isnan(x) else float(f"{x:.6g}") for x in values]
+    for what is no number."""
+    return [float(f"{x:.6g}") if math.isfinite(x) else None for x in values]
 
 
 def _answers(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,9 @@ from qadapter.compare.results import (
     preference,
     retention,
 )
+from qadapter.evaluation.html_page import html_page
 from qadapter.evaluation.report import format_value, write_json, write_text
+from qadapter.system.markup import html_text
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -154,14 +155,14 @@ def page(comparison: Comparison, pictures: Sequence[Picture]) -> str:
     """The report, as HTML."""
     results, shown = comparison.results, columns(comparison)
     parts = [
-        f"<h1>{_text(comparison.title)}</h1>",
-        f'<p class="dim">{_text(_subtitle(comparison))}</p>',
+        f"<h1>{html_text(comparison.title)}</h1>",
+        f'<p class="dim">{html_text(_subtitle(comparison))}</p>',
         "<h2>What was learned, what was kept</h2>",
         _table(["", *(c.label for c in shown)], [
             [r.row.name, *(_cell(r.number(c.measure), c.digits) for c in shown)]
             for r in comparison.main
         ]),
-        f'<p class="dim">{_text(_note(comparison))}</p>',
+        f'<p class="dim">{html_text(_note(comparison))}</p>',
         *_against(comparison),
         *(_figure(p) for p in pictures),
         *(["<h2>Each judge apart</h2>", _judges(comparison)] if comparison.judged else []),
@@ -173,16 +174,10 @@ def page(comparison: Comparison, pictures: Sequence[Picture]) -> str:
             for r in results if r.row.sweep is not None
         ])]
     parts += ["<h2>Training</h2>", _training(results), "<h2>Configuration</h2>",
-              f"<pre>{_text(yaml.safe_dump(comparison.config, sort_keys=False))}</pre>",
+              f"<pre>{html_text(yaml.safe_dump(comparison.config, sort_keys=False))}</pre>",
               "<h2>Machine and versions</h2>",
-              f"<pre>{_text(yaml.safe_dump(results[0].runs[0]['environment']))}</pre>"]
-    body = "\n".join(parts)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(comparison.title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
-        f"<body>\n{body}\n</body>\n</html>\n"
-    )
+              f"<pre>{html_text(yaml.safe_dump(results[0].runs[0]['environment']))}</pre>"]
+    return html_page(comparison.title, _STYLE, "\n".join(parts))
 
 
 def _subtitle(comparison: Comparison) -> str:
@@ -225,7 +220,7 @@ def _judges(comparison: Comparison) -> str:
             ]
             low, high = accuracy["accuracy_ci"] or (float("nan"),) * 2
             blocks += [
-                f"<p>{_text(kind)} preference, {_text(judge)}: ranks "
+                f"<p>{html_text(kind)} preference, {html_text(judge)}: ranks "
                 f"{accuracy['accuracy']:.3f} [{low:.3f}, {high:.3f}] of the split's own pairs "
                 "right.</p>", _table(header, rows),
             ]
@@ -247,7 +242,7 @@ def _against(comparison: Comparison) -> list[str]:
     header = ["", "accuracy, implicit reward", "judged gain, new [SD]",
               *(f"KL ratio, {name}" for name in comparison.texts)]
     return [
-        f"<h2>Against {_text(reference.row.name)}</h2>", _table(header, rows),
+        f"<h2>Against {html_text(reference.row.name)}</h2>", _table(header, rows),
         '<p class="dim">Differences, and ratios of KL(base‖customised), pair by pair and prompt by '
         "prompt; means over seeds; brackets: 95% intervals, bootstrap over prompts or texts. The "
         "noise of the training is not in them: see ± above.</p>",
@@ -302,17 +297,13 @@ def _cell(found: Spread | None, digits: int) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{_text(x)}</th>" for x in header)
+    head = "".join(f"<th>{html_text(x)}</th>" for x in header)
     body = "\n".join(
-        "<tr>" + "".join(f"<td>{_text(x)}</td>" for x in row) + "</tr>" for row in rows
+        "<tr>" + "".join(f"<td>{html_text(x)}</td>" for x in row) + "</tr>" for row in rows
     )
     return f'<div class="wide"><table>\n<tr>{head}</tr>\n{body}\n</table></div>'
 
 
 def _figure(picture: Picture) -> str:
-    return (f"<figure>\n{picture.svg}\n<figcaption>{_text(picture.caption)}</figcaption>\n"
+    return (f"<figure>\n{picture.svg}\n<figcaption>{html_text(picture.caption)}</figcaption>\n"
             "</figure>")
-
-
-def _text(text: str) -> str:
-    return html.escape(text, quote=True)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from qadapter.compare.config import folder_name
 from qadapter.compare.results import (
     Comparison,
     Measure,
@@ -20,6 +21,8 @@ from qadapter.compare.results import (
     preference,
     retention,
 )
+from qadapter.evaluation.report import plain_labels
+from qadapter.system.markup import picture_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,18 +66,20 @@ def draw_all(comparison: Comparison, folder: str | Path | None = None) -> list[P
     for name, sweep in comparison.config["sweeps"].items():
         also = ", and the dial of one trained adapter" if sweep["option"] in _DIALLED else ""
         drawings.append((
-            f"sweep_{name}", f"{sweep['of']} trained at several values of {sweep['option']}{also}.",
+            f"sweep_{folder_name(name)}",
+            f"{sweep['of']} trained at several values of {sweep['option']}{also}.",
             lambda c, name=name: draw_sweep(c, name),
         ))
     pictures = []
-    for name, caption, draw in drawings:
-        figure = draw(comparison)
-        if figure is None:
-            continue
-        if folder is not None:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            figure.savefig(Path(folder) / f"{name}.png")
-        pictures.append(Picture(name, caption, _svg(figure)))
+    with plain_labels():
+        for name, caption, draw in drawings:
+            figure = draw(comparison)
+            if figure is None:
+                continue
+            if folder is not None:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                figure.savefig(Path(folder) / f"{name}.png")
+            pictures.append(Picture(name, caption, _svg(figure)))
     return pictures
 
 
@@ -87,12 +92,13 @@ def draw_retention(comparison: Comparison) -> Figure | None:
         steps = [point["tokens"] for point in result.trainings[0]["curve"]]
         for axes, key in ((left, "kl_per_token"), (right, "top1_agreement")):
             curves = [
-                [point[key] for point in training["curve"]] for training in result.trainings
+                [_number(point[key]) for point in training["curve"]]
+                for training in result.trainings
             ]
             curves = [curve for curve in curves if len(curve) == len(steps)]
             means = [sum(values) / len(values) for values in zip(*curves, strict=True)]
             thousands = [step / 1000 for step in steps]
-            _line(axes, number, thousands, means, result.row.name)
+            _line(axes, number, thousands, means, picture_text(result.row.name))
             if len(curves) > 1:
                 axes.fill_between(thousands, *_range(curves), color=_color(number), alpha=0.15,
                                   linewidth=0)
@@ -127,7 +133,7 @@ def draw_win_rates(comparison: Comparison) -> Figure | None:
             axes.plot(seeds, [number] * len(seeds), ".", color=color, markersize=4, alpha=0.7)
             axes.plot(found.mean, number, _marker(number - 1), color=color, markersize=8)
         axes.axvline(0.5, color="0.5", linestyle=":", linewidth=1)
-        axes.set_yticks(range(len(rows)), [r.row.name for r in rows])
+        axes.set_yticks(range(len(rows)), [picture_text(r.row.name) for r in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         _name(axes, "win rate over the base", None)
         axes.set_title(f"{kind} preference", loc="left")
@@ -149,7 +155,7 @@ def draw_frontier(comparison: Comparison) -> Figure | None:
             _control(axes, result, drift, gain)
     axes.axhline(0 if comparison.judged else 0.5, color="0.5", linestyle=":", linewidth=1)
     axes.set_xscale("log")
-    _name(axes, f"{_KL}, {comparison.texts[0]}", gain_label)
+    _name(axes, f"{_KL}, {picture_text(comparison.texts[0])}", gain_label)
     _legend(figure, axes)
     return figure
 
@@ -165,9 +171,11 @@ def draw_sweep(comparison: Comparison, name: str) -> Figure | None:
     for axes, (measure, label) in zip(panels, (_learned(asked), drift), strict=True):
         found = [(value, result.number(measure)) for value, result in points]
         if any(isinstance(value, str) for value, _ in points):
-            axes.set_xticks(range(len(points)), [value for value, _ in points])
+            axes.set_xticks(range(len(points)), [picture_text(str(x)) for x, _ in points])
             found = [(i, x) for i, (_, x) in enumerate(found)]
         found = [(value, x) for value, x in found if x is not None]
+        if not found:
+            continue
         _line(axes, 0, *zip(*((value, x.mean) for value, x in found), strict=True),
               f"trained at this {sweep['option']}")
         for value, x in found:
@@ -181,14 +189,15 @@ def draw_sweep(comparison: Comparison, name: str) -> Figure | None:
                 for w, [x] in origin.dial(measure) if x and w > 0
             ]
             if dial:
-                _line(axes, 1, *zip(*dial, strict=True), f"{sweep['of']} by the dial: {alpha:g}/w")
+                _line(axes, 1, *zip(*dial, strict=True),
+                      f"{picture_text(sweep['of'])} by the dial: {alpha:g}/w")
         values = [value for value, _ in points]
         if any(isinstance(value, str) for value in values):
             axes.set_xlim(-0.5, len(values) - 0.5)
         elif min(values) > 0:
             axes.set_xscale("log")
-        else:
-            axes.set_xscale("symlog", linthresh=min(v for v in values if v > 0))
+        elif positive := [value for value in values if value > 0]:
+            axes.set_xscale("symlog", linthresh=min(positive))
         _name(axes, sweep["option"], label)
     _log_scale(panels[1])
     _legend(figure, panels[0])
@@ -221,20 +230,20 @@ def _dial(axes: Axes, number: int, result: Result, x: Measure, y: Measure) -> No
         own = w == 1
         axes.plot(a.mean, b.mean, marker, color=color, markersize=9 if own else 6,
                   markerfacecolor=color if own else "white",
-                  label=result.row.name if own else None)
+                  label=picture_text(result.row.name) if own else None)
         if own and b.low is not None:
             axes.plot([a.mean, a.mean], [b.low, b.high], color=color, linewidth=0.8, alpha=0.6)
 
 
 def _control(axes: Axes, result: Result, x: Measure, y: Measure) -> None:
     """A grey cross; a line across where the base itself has not moved."""
-    moved, gained = result.number(x), result.number(y)
+    moved, gained, name = result.number(x), result.number(y), picture_text(result.row.name)
     if gained is None:
         return
     if moved is not None and moved.mean > 0:
-        axes.plot(moved.mean, gained.mean, "x", color="0.4", markersize=7, label=result.row.name)
+        axes.plot(moved.mean, gained.mean, "x", color="0.4", markersize=7, label=name)
     else:
-        axes.axhline(gained.mean, color="0.4", linestyle="--", linewidth=1, label=result.row.name)
+        axes.axhline(gained.mean, color="0.4", linestyle="--", linewidth=1, label=name)
 
 
 def _line(
@@ -242,6 +251,11 @@ def _line(
 ) -> None:
     axes.plot(x, y, _dashes(number), color=_color(number), marker=_marker(number), markersize=5,
               linewidth=1.5, label=label)
+
+
+def _number(found: float | None) -> float:
+    """As a curve takes it: what could not be measured is a gap."""
+    return math.nan if found is None else found
 
 
 def _range(curves: list[list[float]]) -> tuple[list[float], list[float]]:
@@ -288,6 +302,8 @@ def _name(axes: Axes, x_label: str, y_label: str | None) -> None:
 
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
+    if not labels:  # of runs that have not moved at all, a logarithmic axis shows none
+        return
     most = 3 if figure.get_figwidth() < 8 else 5  # names of methods are long
     columns = min(most, len(labels))
     figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(labels) / columns))
@@ -296,10 +312,6 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 
 def _svg(figure: Figure) -> str:
-    import matplotlib
-
-    # Text stays text, so that it can be searched and read out.
-    with matplotlib.rc_context({"svg.fonttype": "none"}):
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg")
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
     return buffer.getvalue()[buffer.getvalue().index("<svg"):]

@@ -31,6 +31,10 @@ from qadapter.compare.config import (
 from qadapter.errors import QAdapterError, nearest
 from qadapter.system.documents import read_yaml
 from qadapter.system.hashing import file_sha256
+from qadapter.system.markup import one_line
+
+_LONGEST_NAME = 200
+"""Bytes: file systems take 255, and a picture's name has more than the name in it."""
 
 
 def read_config(path: str | Path) -> CompareConfig:
@@ -81,7 +85,11 @@ def _check(config: CompareConfig, path: str) -> CompareConfig:
             method.check(config.training)
         except ValueError as error:
             refuse(f"methods.{name}", str(error))
+    pictures: dict[str, str] = {}
     for name, sweep in config.sweeps.items():
+        _check_name(name, "sweeps", refuse)
+        if (other := pictures.setdefault(folder_name(name), name)) != name:
+            refuse(f"sweeps.{name}", f"its picture would be that of {other!r}; rename one")
         if sweep.of not in config.methods:
             refuse(f"sweeps.{name}.of", f"no method is called {sweep.of!r}"
                    + nearest(sweep.of, config.methods))
@@ -106,6 +114,7 @@ def _check(config: CompareConfig, path: str) -> CompareConfig:
                 refuse(f"sweeps.{name}.values", f"{value!r}: {error}")
     taken: dict[str, str] = {}
     for row in config.rows():
+        _check_name(row.name, "methods", refuse)
         folder = folder_name(row.name)
         if folder.startswith(".") or folder in OTHER_FILES:
             refuse(f"methods.{row.name}", "no folder can have this name; choose another")
@@ -120,6 +129,8 @@ def _check(config: CompareConfig, path: str) -> CompareConfig:
     texts = [texts.name for texts in config.evaluation.retention]
     if not texts or len(set(texts)) < len(texts):
         refuse("evaluation.retention", f"expected texts of different names, got {texts}")
+    for name in texts:
+        _check_name(name, "evaluation.retention", refuse)
     if config.dtype != "auto" and not isinstance(getattr(torch, config.dtype, None), torch.dtype):
         refuse("dtype", f"expected auto or a torch dtype as bfloat16, got {config.dtype!r}")
     schedules = [schedule.value for schedule in SchedulerType]
@@ -128,6 +139,17 @@ def _check(config: CompareConfig, path: str) -> CompareConfig:
                f"{schedule!r}")
     _check_ranges(config, refuse)
     return config
+
+
+def _check_name(name: str, key: str, refuse: Callable[[str, str], typing.NoReturn]) -> None:
+    """Before anything runs: names become folders, files and columns when it is done."""
+    if not name.strip():
+        refuse(key, "a name is empty")
+    if one_line(name) != name:
+        refuse(key, f"{name!r:.200} can't be a name: it is not one line of plain text")
+    if len(name.encode()) > _LONGEST_NAME:
+        refuse(key, f"{name!r:.40}… can't be a name: no file can have one of {len(name.encode())} "
+               f"bytes (at most {_LONGEST_NAME})")
 
 
 def _check_seeds(config: CompareConfig, refuse: Callable[[str, str], typing.NoReturn]) -> None:

@@ -207,7 +207,9 @@ def against(result: Result, reference: Result, strength: float | None = None) ->
         theirs = [(run, point) for run, point in theirs if run["seed"] in seeds]
 
     def both(values: Callable[[dict, dict], Any]) -> list[np.ndarray]:
-        return [np.mean([values(*at) for at in side], axis=0) for side in (ours, theirs)]
+        # As floats: None, which stands for what is no number, is NaN.
+        return [np.mean([np.array(values(*at), float) for at in side], axis=0)
+                for side in (ours, theirs)]
 
     def difference(
         values: Callable[[dict, dict], Any], clusters: list[str] | None = None
@@ -217,7 +219,7 @@ def against(result: Result, reference: Result, strength: float | None = None) ->
 
     def kl_ratio(name: str) -> Estimate:
         kl, reference_kl = both(lambda run, point: point["retention"][name]["kl_by_text"])
-        if not reference_kl.any():
+        if not np.nan_to_num(reference_kl).any():
             return Estimate(math.nan, math.nan, math.nan)
         return ClusterBootstrap(range(len(kl))).mean(kl / reference_kl, reference_kl)
 
@@ -225,12 +227,14 @@ def against(result: Result, reference: Result, strength: float | None = None) ->
         judges = point["answers"].get("new", {"judged": {}})["judged"].values()
         # None where the base's scores had no spread to measure by.
         found = [judge["gain_by_prompt"] for judge in judges if judge["gain"] is not None]
-        return np.mean(found, axis=0) if found else np.array([math.nan])
+        return np.mean(np.array(found, float), axis=0) if found else np.array([math.nan])
 
     first = result.runs[0]
     return Against(
         difference(
-            lambda run, point: wins(np.array(run["preferences"]["new"]["reward_margins"])),
+            lambda run, point: wins(
+                np.array(run["preferences"]["new"]["reward_margins"], float)
+            ),
             first["preferences"]["new"]["prompt_ids"],
         ),
         difference(gain_by_prompt),

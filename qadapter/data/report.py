@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from rich.table import Table
+from rich.text import Text
 
 DROP_REASONS: dict[str, str] = {
     "missing_value": "a value is missing (null)",
@@ -126,14 +127,18 @@ class PreparationReport:
     def table(self) -> Table:
         """A rich table: one line a reason or note, with its count, share and first rows."""
         limit = "no limit" if self.max_length is None else f"{self.max_length} tokens"
+        end = (
+            "token ids as given" if self.end_of_turn is None
+            else f"end of turn {self.end_of_turn!r} ({self.end_of_turn_source})"
+        )
+        caption = (
+            f"{self.answer_tokens:,} answer tokens; longest sequence {self.longest:,}; {end}"
+        )
         table = Table(
             title=f"Preference pairs: {self.kept:,} of {self.total:,} kept "
             f"({limit}, {self.truncation_mode})",
-            caption=f"{self.answer_tokens:,} answer tokens; longest sequence {self.longest:,}; "
-            f"end of turn {self.end_of_turn!r} ({self.end_of_turn_source})"
-            if self.end_of_turn is not None
-            else f"{self.answer_tokens:,} answer tokens; longest sequence {self.longest:,}; "
-            "token ids as given",
+            # No markup: an end of turn may read [/INST].
+            caption=Text(caption, style="table.caption"),
         )
         table.add_column("what")
         table.add_column("why")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset
-from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -21,6 +20,7 @@ from qadapter.adapters.head_adapter import AdapterConfig
 from qadapter.console.environment import devices, peak_rss_bytes, quiet_libraries, versions
 from qadapter.console.folders import RUN_FILES, check_output_dir, remove_files, telling_full_disk
 from qadapter.console.progress import TrainingProgress, progress_bar, saying
+from qadapter.console.terminal import Terminal
 from qadapter.data import tokenize_preferences
 from qadapter.demo.manner import DESCRIPTION, keeps_manner
 from qadapter.evaluation import (
@@ -49,6 +49,7 @@ from qadapter.evaluation.report import (
 )
 from qadapter.objective import ObjectiveConfig
 from qadapter.policy.model import QAdapterModel
+from qadapter.system.markup import markdown_list, markdown_quote, markdown_text, one_line
 from qadapter.training import QAdapterConfig, QAdapterTrainer
 from qadapter.trunk.base_dtype import dtype_of
 from qadapter.trunk.loading import load_base, load_tokenizer
@@ -137,7 +138,7 @@ def run_demo(
         What ``summary.json`` holds.
     """
     start = time.monotonic()
-    console, size = Console(), FAST if fast else FULL
+    console, size = Terminal(), FAST if fast else FULL
     folder = _demo_folder(output_dir)
     quiet_libraries()
 
@@ -285,27 +286,27 @@ def _side_by_side(prompt: str, before: str, after: str) -> Panel:
     table = Table.grid(padding=(0, 2), expand=True)
     table.add_column(ratio=1)
     table.add_column(ratio=1)
-    table.add_row("[bold]base[/bold]", "[bold]customised[/bold]")
-    table.add_row(Text(before), Text(after))
-    return Panel(table, title=Text(prompt), title_align="left")
+    table.add_row(Text("base", style="bold"), Text("customised", style="bold"))
+    table.add_row(before, after)
+    return Panel(table, title=Text(one_line(prompt)), title_align="left")
 
 
 def _markdown(prompt: str, before: str, after: str) -> str:
-    def quote(text: str) -> str:
-        return "\n".join(f"> {line}".rstrip() for line in text.splitlines()) or ">"
-
-    return f"**{prompt}**\n\nBase:\n\n{quote(before)}\n\nCustomised:\n\n{quote(after)}"
+    return (
+        f"**{markdown_text(prompt)}**\n\nBase:\n\n{markdown_quote(before)}\n\n"
+        f"Customised:\n\n{markdown_quote(after)}"
+    )
 
 
 def _description(summary: dict[str, Any]) -> str:
-    return "\n".join([
-        f"- base: {summary['base']}",
-        f"- adapter: {summary['adapter']}",
-        f"- objective: {summary['objective']}, retention_coef {summary['retention_coef']}",
-        f"- {summary['train_pairs']} training pairs, {summary['test_pairs']} held out",
-        f"- preferred: {summary['manner']}; the other answer is the base's own sample, its first "
+    return markdown_list([
+        f"base: {summary['base']}",
+        f"adapter: {summary['adapter']}",
+        f"objective: {summary['objective']}, retention_coef {summary['retention_coef']}",
+        f"{summary['train_pairs']} training pairs, {summary['test_pairs']} held out",
+        f"preferred: {summary['manner']}; the other answer is the base's own sample, its first "
         f"{summary['rejected_tokens']} tokens",
-        f"- {summary['seconds']:.0f} s, peak memory {summary['peak_rss_bytes'] / 2**30:.2f} GiB",
+        f"{summary['seconds']:.0f} s, peak memory {summary['peak_rss_bytes'] / 2**30:.2f} GiB",
     ])
 
 

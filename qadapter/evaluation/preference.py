@@ -213,8 +213,8 @@ def evaluate_preferences(
 
 
 def wins(margin_P: np.ndarray) -> np.ndarray:
-    """1 where the margin is positive, 0.5 where it is 0, else 0."""
-    return np.where(margin_P == 0, 0.5, margin_P > 0)
+    """1 where the margin is positive, 0.5 where it is 0, NaN where it is none, else 0."""
+    return np.where(np.isnan(margin_P), math.nan, np.where(margin_P == 0, 0.5, margin_P > 0))
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
@@ -227,7 +227,8 @@ def _calibrate(margin_P: np.ndarray, bootstrap: ClusterBootstrap) -> Calibration
     confidence_P = _sigmoid(np.abs(margin_P))
     right_P = wins(margin_P)
     edges = np.linspace(0.5, 1, NUM_BINS + 1).round(6).tolist()
-    bin_P = np.minimum(((confidence_P - 0.5) * 2 * NUM_BINS).astype(int), NUM_BINS - 1)
+    filled_P = np.nan_to_num((confidence_P - 0.5) * 2 * NUM_BINS, nan=-1)  # NaN: in no bin
+    bin_P = np.minimum(filled_P.astype(int), NUM_BINS - 1)
     bins, error = [], 0.0
     for i in range(NUM_BINS):
         inside = bin_P == i

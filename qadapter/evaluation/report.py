@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.table import Table
+from rich.text import Text
 
 from qadapter.evaluation.bootstrap import Estimate
+from qadapter.system.markup import markdown_table, markdown_text, visible
 from qadapter.system.scratch import scratch_folder
 
 if TYPE_CHECKING:
@@ -165,39 +169,48 @@ def comparison_table(
     rows: Sequence[Row], *, title: str | None = None, note: str | None = None
 ) -> Table:
     """A rich table: measure, base, customised."""
-    table = Table(title=title, caption=note, caption_justify="left", title_justify="left")
+    # Texts, not strings: names of files are no markup on any console.
+    table = Table(
+        title=title and Text(visible(title), style="table.title"),
+        caption=note and Text(note, style="table.caption"),
+        caption_justify="left", title_justify="left",
+    )
     table.add_column("measure")
     table.add_column("base", justify="right")
     table.add_column("customised", justify="right")
     for row in rows:
         table.add_row(
-            row.measure, format_value(row.base, row.digits),
-            format_value(row.customised, row.digits),
+            *(Text(visible(cell)) for cell in _cells(row))
         )
     return table
 
 
 def comparison_markdown(rows: Sequence[Row], *, note: str | None = None) -> str:
     """The same table in Markdown."""
-    lines = ["| measure | base | customised |", "| --- | ---: | ---: |"]
-    lines += [
-        f"| {row.measure} | {format_value(row.base, row.digits)} "
-        f"| {format_value(row.customised, row.digits)} |"
-        for row in rows
-    ]
-    return "\n".join(lines) + (f"\n\n{note}" if note else "")
+    table = markdown_table(("measure", "base", "customised"), map(_cells, rows), "lrr")
+    return table + (f"\n\n{note}" if note else "")
+
+
+def _cells(row: Row) -> tuple[str, str, str]:
+    return (
+        row.measure, format_value(row.base, row.digits), format_value(row.customised, row.digits)
+    )
 
 
 # --- files ------------------------------------------------------------------------------------
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Replace a file whole, or leave it as it was."""
+    """Replace a file whole, or leave it as it was.
+
+    Halves of characters, which names of files may hold, are written as escapes (``\\udc80``; in
+    JSON that is the same text again): what was measured is not lost by one.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(path.parent, "writing") as scratch:
         written = scratch / path.name
-        written.write_text(text, encoding="utf-8")
+        written.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(written, path)
 
 
@@ -208,12 +221,23 @@ def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
 
 def write_metrics_jsonl(path: str | Path, log_history: Sequence[Mapping[str, Any]]) -> None:
     """A trainer's ``state.log_history``, one JSON object a line."""
-    write_text(path, "".join(json.dumps(entry) + "\n" for entry in log_history))
+    write_json_lines(path, log_history)
+
+
+def write_json_lines(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """One JSON object a line; null where a number is NaN or infinite, which JSON does not know."""
+    def known(value: Any) -> Any:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    write_text(path, "".join(
+        json.dumps({key: known(value) for key, value in row.items()}) + "\n" for row in rows
+    ))
 
 
 def write_report(path: str | Path, title: str, sections: Sequence[Section]) -> None:
-    """A Markdown report: a title and its sections."""
-    parts = [f"# {title}", *(f"## {s.heading}\n\n{s.body.strip()}" for s in sections)]
+    """A Markdown report: a title, which is text, and its sections."""
+    parts = [f"# {markdown_text(title)}"]
+    parts += [f"## {section.heading}\n\n{section.body.strip()}" for section in sections]
     write_text(path, "\n\n".join(parts) + "\n")
 
 
@@ -229,6 +253,17 @@ def pictures_markdown(paths: Sequence[Path], report_path: str | Path) -> str:
 # --- pictures ---------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def plain_labels() -> Iterator[None]:
+    """Labels of the pictures drawn in it are text, whatever the user's own settings of matplotlib
+    are: not TeX, and text in SVG, where it can be searched and read out."""
+    import matplotlib
+
+    with matplotlib.rc_context({"text.usetex": False, "svg.fonttype": "none"}):
+        yield
+
+
+@plain_labels()
 def plot_training_curves(
     log_history: Sequence[Mapping[str, Any]], out_dir: str | Path
 ) -> list[Path]:
@@ -272,13 +307,14 @@ def plot_training_curves(
     return written
 
 
+@plain_labels()
 def plot_calibration(calibration: Calibration, path: str | Path) -> Path:
     """Reliability diagram: how often pairs ranked with a confidence are ranked right."""
     axes = _new_axes(
         "Calibration of the reward margin", "confidence σ(|reward margin|)", "share ranked right"
     )
     bins = [b for b in calibration.bins if b.count]
-    largest = max(b.count for b in bins)
+    largest = max((b.count for b in bins), default=1)
     axes.plot([0.5, 1], [0.5, 1], color="0.5", linestyle=":", label="calibrated")
     axes.plot([b.confidence for b in bins], [b.accuracy for b in bins], color="C0", linewidth=1)
     axes.scatter(
@@ -291,7 +327,9 @@ def plot_calibration(calibration: Calibration, path: str | Path) -> Path:
 
 
 def _curve(log_history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    return [(entry["step"], entry[key]) for entry in log_history if key in entry]
+    # A callback of the user's may have logged what is no number.
+    return [(entry["step"], entry[key]) for entry in log_history
+            if "step" in entry and isinstance(entry.get(key), int | float)]
 
 
 def _new_axes(title: str, x_label: str, y_label: str) -> Axes:

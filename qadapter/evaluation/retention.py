@@ -113,10 +113,15 @@ def evaluate_retention(
         kl_per_token=per_token(scored.kl_base_policy) if customised else None,
         kl_policy_base_per_token=per_token(scored.kl_policy_base) if customised else None,
         top1_agreement=per_token(scored.same_top1) if customised else None,
-        perplexity=per_token(-scored.policy_logp).map(math.exp) if customised else None,
-        perplexity_base=per_token(-scored.base_logp).map(math.exp),
+        perplexity=per_token(-scored.policy_logp).map(_exp) if customised else None,
+        perplexity_base=per_token(-scored.base_logp).map(_exp),
         texts=scored,
     )
+
+
+def _exp(nats: float) -> float:
+    """Infinite where it overflows."""
+    return math.inf if nats > 709 else math.exp(nats)
 
 
 def _token_ids(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from qadapter.evaluation.html_page import html_page
 from qadapter.evaluation.report import write_text
 from qadapter.evaluation.token_rewards import RewardedAnswer, RewardedPair, summarize
+from qadapter.system.markup import html_text
 
 _STEPS = 9
 """Shades to each side of zero."""
@@ -74,28 +75,16 @@ def rewards_page(
         for side in ("more", "less") for k in range(1, _STEPS + 1)
     )
     sections = "\n".join(_section(pair, n, scale) for n, pair in enumerate(pairs, 1))
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{_text(title)}</title>
-<style>{style}</style>
-</head>
-<body>
-<header>
-<h1>{_text(title)}</h1>
-<p class="dim">{" · ".join(f"{_text(k)}: {_text(v)}" for k, v in facts.items())}</p>
+    told = " · ".join(f"{html_text(k)}: {html_text(v)}" for k, v in facts.items())
+    return html_page(title, style, f"""<header>
+<h1>{html_text(title)}</h1>
+<p class="dim">{told}</p>
 {_summary(pairs)}
 {_legend(scale)}
 </header>
 <main>
 {sections}
-</main>
-</body>
-</html>
-"""
+</main>""")
 
 
 def write_rewards_page(
@@ -157,7 +146,7 @@ def _section(pair: RewardedPair, number: int, scale: float) -> str:
     return (
         f'<section>\n<h2>{number}<span class="number dim">{gap}</span></h2>\n'
         f'<div class="prompt" tabindex="0" role="region" aria-label="Prompt {number}">'
-        f"{_text(pair.prompt.strip())}</div>\n"
+        f"{html_text(pair.prompt.strip())}</div>\n"
         f'<div class="sides">\n{sides}\n</div>\n</section>'
     )
 
@@ -171,7 +160,7 @@ def _answer(name: str, answer: RewardedAnswer, scale: float) -> str:
     )
     count = sum(answer.scored)
     return (
-        f'<article>\n<header><h2>{_text(name)}</h2><span class="number">R = '
+        f'<article>\n<header><h2>{html_text(name)}</h2><span class="number">R = '
         f"{_signed(answer.total)} over {count:,} tokens</span></header>\n"
         f'<div class="answer">{tokens}</div>\n{_extremes(answer)}\n</article>'
     )
@@ -179,9 +168,9 @@ def _answer(name: str, answer: RewardedAnswer, scale: float) -> str:
 
 def _token(piece: str, reward: float, scored: bool, scale: float) -> str:
     if not scored:
-        return f'<span class="other" title="not the model\'s own">{_text(piece)}</span>'
+        return f'<span class="other" title="not the model\'s own">{html_text(piece)}</span>'
     # A line break alone would be a color without a place.
-    text = _text(piece).replace("\n", '<span class="mark">↵</span>\n')
+    text = html_text(piece).replace("\n", '<span class="mark">↵</span>\n')
     text = text or '<span class="mark">·</span>'
     shade = _shade(reward, scale)
     named = f' class="{shade}"' if shade else ""
@@ -210,13 +199,9 @@ def _named(piece: str) -> str:
     """A token on its own: spaces and line breaks visible."""
     if not piece:
         return "part of a character"
-    return f"<code>{_text(repr(piece)[1:-1])}</code>"
+    return f"<code>{html_text(repr(piece)[1:-1])}</code>"
 
 
 def _signed(number: float) -> str:
     """With a real minus sign, which screen readers read."""
     return f"{number:+.3f}".replace("-", "−")
-
-
-def _text(text: str) -> str:
-    return html.escape(text, quote=True)

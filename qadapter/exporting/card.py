@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 
 from qadapter.exporting.approximation import Approximation
 from qadapter.exporting.verification import Check
+from qadapter.system.markup import markdown_code, markdown_table, markdown_text, one_line
 
 if TYPE_CHECKING:
     from qadapter.policy.model import QAdapterModel
@@ -54,12 +56,15 @@ def write_card(
     p_a, p_b = model.policy.stream_weights()
     sections = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {name}",
-        f"`{model.base_identity.name}` customised by a "
+        f"# {markdown_text(name)}",
+        f"{markdown_code(model.base_identity.name)} customised by a "
         "[Q-Adapter](https://arxiv.org/abs/2407.03856) (a residual Q-function learned from "
         f"preference pairs). {what}",
         "```sh\n"
-        + command.format(folder=name, base=base or model.base_identity.name, rank=max_rank)
+        + command.format(
+            folder=shlex.quote(one_line(name)),
+            base=shlex.quote(one_line(base or model.base_identity.name)), rank=max_rank,
+        )
         + "\n```",
         "## Sampling",
         _sampling(form, temperature),
@@ -81,7 +86,7 @@ def write_card(
     if form == "merged" and not tokenizer:
         sections.insert(4, "The base came without a tokenizer, and so does this folder.")
     text = "\n\n".join(sections) + "\n"
-    ModelCard(text, ignore_metadata_errors=True).save(folder / "README.md")
+    (folder / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _sampling(form: str, temperature: float) -> str:
@@ -134,4 +139,4 @@ def _check(check: Check, form: str, approximated: bool) -> str:
 
 
 def _table(entries: dict[str, str]) -> str:
-    return "\n".join(["| | |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in entries.items())])
+    return markdown_table(("", ""), entries.items())

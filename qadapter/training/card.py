@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 
 from qadapter.policy import storage
+from qadapter.system.markup import markdown_code, markdown_list, markdown_table, markdown_text
 
 if TYPE_CHECKING:
     from qadapter.training.trainer import QAdapterTrainer
@@ -39,15 +41,16 @@ def write(
     name = model_name or folder.resolve().name
     sections = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {name}",
-        f"A [Q-Adapter](https://arxiv.org/abs/2407.03856) for `{Path(base).name}`: a residual "
+        f"# {markdown_text(name)}",
+        "A [Q-Adapter](https://arxiv.org/abs/2407.03856) for "
+        f"{markdown_code(Path(base).name)}: a residual "
         "Q-function learned from preference pairs. Together with the frozen base it is the "
         "customised policy; what the base knew, it keeps.",
         "```python\nfrom qadapter import QAdapterModel\n\n"
-        f'model = QAdapterModel.from_pretrained("{name}")  # loads its base too\n'
+        f"model = QAdapterModel.from_pretrained({_python(name)})  # loads its base too\n"
         "model.set_policy(strength=1.0)  # 0 is the base, more than 1 goes further\n```",
         "## Data",
-        *(f"- {split}: {report.summary()}" for split, report in trainer.reports.items()),
+        markdown_list(f"{split}: {r.summary()}" for split, r in trainer.reports.items()),
         "## Adapter and objective",
         _table(
             {
@@ -60,7 +63,8 @@ def write(
         "## Versions",
         _table({package: importlib.metadata.version(package) for package in _VERSIONS}),
     ]
-    ModelCard("\n\n".join(sections) + "\n", ignore_metadata_errors=True).save(folder / "README.md")
+    text = "\n\n".join(sections) + "\n"
+    (folder / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _metrics(history: list[dict[str, float]]) -> list[str]:
@@ -74,14 +78,20 @@ def _metrics(history: list[dict[str, float]]) -> list[str]:
     sections = []
     for key, entry in last.items():
         numbers = {
-            name: f"{value:.6g}" for name, value in entry.items()
+            name: f"{value:.6g}" if isinstance(value, int | float) else value
+            for name, value in entry.items()
             if not any(part in name for part in _SKIPPED)
         }
         title = "Training" if key == "loss" else f"Evaluation ({key.removesuffix('_loss')})"
-        sections += [f"## {title} metrics, step {entry['step']}", _table(numbers)]
+        step = f", step {entry['step']}" if "step" in entry else ""
+        sections += [f"## {markdown_text(title)} metrics{step}", _table(numbers)]
     return sections
 
 
 def _table(entries: dict[str, object]) -> str:
-    lines = ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in entries.items())]
-    return "\n".join(lines)
+    return markdown_table(("", ""), entries.items())
+
+
+def _python(text: str) -> str:
+    """As a string of Python on one line."""
+    return json.dumps(text, ensure_ascii=not text.isprintable())
