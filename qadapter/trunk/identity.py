@@ -1,8 +1,9 @@
 """Which base an adapter belongs to: what changes a model's numbers, and nothing else.
 
-Weights by samples of every tensor, rounded to bfloat16, so that one checkpoint has one identity in
-every dtype it is loaded in. Configurations by the fields that both have: versions of transformers
-and other tools add some, and those of token ids, dropout, caches or names change no number.
+Weights by sums over every tensor, rounded to bfloat16, so that one checkpoint has one identity in
+every dtype it is loaded in; in one dtype also as they are. Configurations by the fields that both
+have: versions of transformers and other tools add some, and those of token ids, dropout, caches or
+names change no number.
 """
 
 from __future__ import annotations
@@ -14,14 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qadapter.errors import QAdapterError
 from qadapter.trunk.lm_head import head_weight
 from qadapter.trunk.loading import LoadedBase
 
 _SAMPLES = 64
-"""Elements of each of the base's tensors that enter its identity."""
+"""Elements of each tensor that enter ``sampled``."""
+_LANES = 61
+"""Sums side by side, each of every 61st word: a prime, so that rows in other places are noticed."""
+_BLOCK = 2048 * 8 * _LANES
+"""Elements that are summed at once; whole words and whole lanes in every dtype."""
+_LEAVING_VECTORS = ("bitsandbytes", "torchao", "quanto", "hqq")
+"""Quantizations that pack matrices and leave norms and biases as they are."""
 _WITHOUT_NUMBERS = (
     "_token_id", "_token_index", "_dropout", "dropout", "pdrop", "initializer_range",
     "transformers_version", "dtype", "use_cache", "_implementation", "architectures",
@@ -43,16 +50,21 @@ class BaseIdentity:
     layout_sha256: str | None = None
     """Of the names and shapes of all tensors; None: not known (an adapter saved before)."""
     weights_sha256: str | None = None
-    """Of samples of them. None: not known, or packed by a quantization, or not in memory."""
+    """Of samples of them. None: not known, packed by a quantization, or out of reach."""
     config: dict[str, Any] | None = None
     """The text model's configuration, without what changes no number."""
+    content: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Digests of the whole weights, by what they are of and a digest of the names and shapes or
+    dtypes. ``rounded``: to bfloat16. ``stored``: as they are. ``vectors``: of norms and biases
+    alone, which most quantizations leave. What both bases have decides."""
 
     @classmethod
     def of(cls, base: LoadedBase) -> BaseIdentity:
         """Raises QAdapterError where the head can't be read."""
         model = base.model
         head = head_weight(model).detach().to("cpu", torch.bfloat16)
-        state, packed = model.state_dict(), getattr(model, "is_quantized", False)
+        packed = getattr(model, "is_quantized", False)
+        state = {} if packed else _in_reach(model)
         unreadable = packed or any(x.is_meta for x in state.values())
         return cls(
             name=base.name,
@@ -61,6 +73,7 @@ class BaseIdentity:
             layout_sha256=None if packed else _layout(state),
             weights_sha256=None if unreadable else sampled(state.items(), torch.bfloat16),
             config=_numbers(model.config.get_text_config().to_dict()),
+            content=_content(model, packed),
         )
 
     @classmethod
@@ -76,16 +89,49 @@ class BaseIdentity:
         if self.config is not None and found.config is not None:
             changed = list(_differences(self.config, found.config))
             differing += [f"config ({', '.join(changed)})"] if changed else []
-        # Versions of transformers name or fuse tensors otherwise: then config and head decide.
-        known = None not in (self.weights_sha256, found.weights_sha256)
-        alike = known and self.layout_sha256 == found.layout_sha256
-        if alike and not differing and self.weights_sha256 != found.weights_sha256:
+        if not differing and self._weights_differ(found):
             differing.append("trunk's weights")
         if differing:
             raise QAdapterError(
                 f"{adapter_dir}: trained on {self.name}, but the base given is {found.name}: "
                 f"its {' and '.join(differing)} differ"
             )
+
+    def _weights_differ(self, found: BaseIdentity) -> bool:
+        both = self.content.keys() & found.content.keys()
+        if any(self.content[name] != found.content[name] for name in both):
+            return True
+        # Versions of transformers name or fuse tensors otherwise: then config and head decide.
+        known = None not in (self.weights_sha256, found.weights_sha256)
+        alike = known and self.layout_sha256 == found.layout_sha256
+        return alike and self.weights_sha256 != found.weights_sha256
+
+
+def summed(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None) -> str:
+    """SHA-256 of sums over tensors, in the order of their names: at the speed of memory, and none
+    of their elements can change alone without another digest.
+
+    Args:
+        dtype: as ``sampled``'s.
+    """
+    digest = hashlib.sha256()
+    for _, tensor in sorted(tensors, key=lambda item: item[0]):
+        sums, rest = [], b""
+        for block in tensor.detach().reshape(-1).split(_BLOCK):
+            if dtype is not None and block.is_floating_point():
+                block = block.to(dtype)
+            raw = block.contiguous().view(torch.uint8)
+            whole = raw.numel() - raw.numel() % (8 * _LANES)
+            rest = raw[whole:].cpu().numpy().tobytes()  # of the last block alone
+            sums.append(_words(raw[:whole]).view(-1, _LANES).sum(0))
+        if sums:
+            digest.update(torch.stack(sums).cpu().numpy().tobytes())
+        digest.update(rest)
+    return digest.hexdigest()
+
+
+def _words(raw: Tensor) -> Tensor:
+    return (raw if raw.storage_offset() % 8 == 0 else raw.clone()).view(torch.int64)
 
 
 def sampled(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None) -> str:
@@ -95,13 +141,49 @@ def sampled(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = N
         dtype: floating-point tensors are rounded to it; default: each as it is.
     """
     digest = hashlib.sha256()
-    for _, tensor in sorted(tensors):
+    for _, tensor in sorted(tensors, key=lambda item: item[0]):
         step = max(1, tensor.numel() // _SAMPLES)
         sample = tensor.detach().reshape(-1)[::step].contiguous().cpu()
         if dtype is not None and sample.is_floating_point():
             sample = sample.to(dtype)
         digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _in_reach(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model, with what accelerate has put on a disk or in memory elsewhere."""
+    state = model.state_dict()
+    for name in [name for name, x in state.items() if x.is_meta]:
+        path, _, own = name.rpartition(".")
+        hook = getattr(model.get_submodule(path), "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            if getattr(one, "weights_map", None) is not None:
+                state[name] = one.weights_map[own]
+    return state
+
+
+def _content(model: nn.Module, packed: bool) -> dict[str, str]:
+    weights = dict(model.named_parameters())
+    if any(x.is_meta for x in weights.values()):
+        return {}  # on a disk: reading all of it takes as long as a forward
+    vectors = {name: x for name, x in weights.items() if x.dim() < 2 and x.is_floating_point()}
+    found = {}
+    if not packed or _quantization(model) in _LEAVING_VECTORS:
+        found[f"vectors {_layout(vectors)[:16]}"] = summed(vectors.items(), torch.bfloat16)
+    if not packed:
+        dtypes = "".join(f"{name}{x.dtype}" for name, x in sorted(weights.items()))
+        dtypes = hashlib.sha256(dtypes.encode()).hexdigest()
+        found[f"rounded {_layout(weights)[:16]}"] = summed(weights.items(), torch.bfloat16)
+        found[f"stored {dtypes[:16]}"] = summed(weights.items())
+    return found
+
+
+def _quantization(model: nn.Module) -> str:
+    config = getattr(model.config, "quantization_config", None)
+    method = config.get("quant_method") if isinstance(config, dict) else getattr(
+        config, "quant_method", ""
+    )
+    return str(getattr(method, "value", method))
 
 
 def _layout(state: dict[str, Tensor]) -> str:

@@ -32,6 +32,7 @@ from qadapter.errors import QAdapterError
 from qadapter.system.hashing import file_sha256
 from qadapter.system.locking import exclusive
 from qadapter.system.scratch import scratch_folder
+from qadapter.trunk import whole
 from qadapter.trunk.base_dtype import choose_dtype, dtype_name, on_cpu
 
 SMOLLM2 = "smollm2"
@@ -122,7 +123,8 @@ def load_base(
             default: a choice other than the checkpoint's own type is logged as a warning.
 
     Raises:
-        QAdapterError: not found, not a causal LM, or unreadable; the message names it.
+        QAdapterError: not found, not a causal LM, unreadable, or not whole (a tensor is missing,
+            has another shape, or holds NaN); the message names it.
     """
     found = resolve_base(name_or_path, say)
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -133,13 +135,14 @@ def load_base(
             dtype = auto_dtype(config, say, **kwargs)
         elif dtype == "checkpoint":
             dtype = "auto"  # as transformers calls it
-        model = AutoModelForCausalLM.from_pretrained(
-            found.location, dtype=dtype, **common, **kwargs
+        model, report = AutoModelForCausalLM.from_pretrained(
+            found.location, dtype=dtype, output_loading_info=True, **common, **kwargs
         )
     except QAdapterError:
         raise
     except Exception as error:  # transformers, the hub and safetensors raise many kinds
-        raise QAdapterError(_load_failure(str(name_or_path), error)) from error
+        raise QAdapterError(_load_failure(str(name_or_path), error, found.location)) from error
+    whole.require_all(model, report, name_or_path)
     model.requires_grad_(False).eval()
     return LoadedBase(model, found.name, found.location, found.reason)
 
@@ -165,7 +168,7 @@ def base_without_weights(
     try:
         config = AutoConfig.from_pretrained(found.location, **common)
     except Exception as error:
-        raise QAdapterError(_load_failure(str(name_or_path), error)) from error
+        raise QAdapterError(_load_failure(str(name_or_path), error, found.location)) from error
     _require_causal(config, name_or_path)
     return _on_meta(config, trust_remote_code)
 
@@ -231,6 +234,7 @@ def as_loaded(
             raise QAdapterError(
                 f"{', '.join(base_kwargs)}: only for a base given by name, not for a model object"
             )
+        whole.require_finite(base, base.config.name_or_path or type(base).__name__)
         return LoadedBase(base, base.config.name_or_path or type(base).__name__, "model object", "")
     if not isinstance(base, (str, Path)):
         raise QAdapterError(
@@ -256,13 +260,16 @@ def load_tokenizer(
             found.location, revision=revision, trust_remote_code=trust_remote_code
         )
     except Exception as error:
-        raise QAdapterError(_load_failure(f"tokenizer of {name_or_path}", error)) from error
+        what = f"tokenizer of {name_or_path}"
+        raise QAdapterError(_load_failure(what, error, found.location)) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def _load_failure(what: str, error: Exception) -> str:
+def _load_failure(what: str, error: Exception, location: str) -> str:
+    if (damaged := whole.damaged_file(location)) is not None:
+        return f"{what} can't be loaded: {damaged}"
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{what} can't be loaded: {type(error).__name__}: {first[:300]}"
 

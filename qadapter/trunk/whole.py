@@ -1,0 +1,80 @@
+"""Whether a model's checkpoint is whole: transformers draws at random what it doesn't find."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+from qadapter.errors import QAdapterError, shown
+from qadapter.system.documents import read_json
+from qadapter.trunk.base_dtype import dtype_name
+
+_REAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def require_all(model: PreTrainedModel, report: dict[str, Any], name: str | Path) -> None:
+    """
+    Args:
+        report: what ``from_pretrained(…, output_loading_info=True)`` gives with a model.
+        name: of the model, for messages.
+
+    Raises:
+        QAdapterError: its checkpoint lacks a tensor, has one of another shape or of NaN; names it.
+    """
+    if missing := sorted(report["missing_keys"]):
+        raise QAdapterError(
+            f"{name} is not whole: no file of it holds {_some(missing)}, which would be random "
+            "numbers: copy the model again, or take one of this architecture"
+        )
+    if wrong := sorted(map(str, report["mismatched_keys"])):
+        raise QAdapterError(
+            f"{name} doesn't fit its config.json: {_some(wrong)} has another shape there, and "
+            "would be random numbers"
+        )
+    require_finite(model, name)
+
+
+@torch.no_grad()
+def require_finite(model: PreTrainedModel, name: str | Path) -> None:
+    """Raises QAdapterError where a parameter in memory holds NaN or an infinity. A bias of −inf,
+    which takes a token out, is none."""
+    wrong = []
+    for parameter_name, x in model.named_parameters():
+        if x.dtype not in _REAL or x.is_meta or not x.numel():
+            continue
+        least, greatest = (float(bound) for bound in torch.aminmax(x))
+        masks = x.dim() == 1 and least == -torch.inf
+        if not (greatest < torch.inf and (least > -torch.inf or masks)):
+            wrong.append(f"{parameter_name} ({dtype_name(x.dtype)})")
+    if wrong:
+        raise QAdapterError(
+            f"{name}: {_some(wrong)} holds NaN or infinite numbers: the checkpoint is damaged, or "
+            "its numbers don't fit this dtype"
+        )
+
+
+def damaged_file(folder: str | Path) -> str | None:
+    """A line about the first JSON or safetensors file of a local folder that can't be read: what
+    transformers says names none."""
+    for path in sorted(Path(folder).expanduser().glob("*.json")):
+        try:
+            read_json(path)
+        except QAdapterError as error:
+            return f"{error}; copy the model again"
+    for path in sorted(Path(folder).expanduser().glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            return f"{path} is damaged ({error}); copy the model again"
+    return None
+
+
+def _some(names: Sequence[str]) -> str:
+    few = ", ".join(shown(name)[1:-1] for name in names[:3])
+    return f"{few} and {len(names) - 3} more" if len(names) > 3 else few
