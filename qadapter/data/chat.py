@@ -26,6 +26,9 @@ _WAY_OUT = (
     "--chat_template plain gives it the roles as words, --chat_template FILE a template of your "
     "own (in Python: chat_template_path)"
 )
+_MOST_PLANS = 1000
+_MOST_ROLES = 4
+"""Of which any may need lists of parts while others don't: more aren't tried one by one."""
 
 
 class EndOfTurn(NamedTuple):
@@ -112,7 +115,9 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self._plans: dict[Any, _Plan] = {}
         names = inspect.signature(tokenizer.apply_chat_template).parameters
-        self._reserved = set(names) - {"documents", "kwargs"}
+        # How to render, what is rendered, and the special tokens, which mark turns.
+        self._reserved = set(names) - {"documents", "kwargs"} | set(tokenizer.special_tokens_map)
+        self._reserved |= {"messages", "conversations", "self"}
 
     @functools.cached_property
     def end(self) -> EndOfTurn:
@@ -192,7 +197,7 @@ class ChatTemplate:
         `chat_template_kwargs`.
 
         Raises:
-            BadRow: keywords that say how to render, not what.
+            BadRow: keywords that are no variables of a template's own.
         """
         keywords = row.get("chat_template_kwargs") or {}
         for name in keywords:
@@ -231,6 +236,8 @@ class ChatTemplate:
             json.dumps(keywords, sort_keys=True, default=str) if keywords else "",
         )
         if shape not in self._plans:
+            if len(self._plans) >= _MOST_PLANS:
+                self._plans.clear()
             self._plans[shape] = self._make_plan(messages, options)
         return self._plans[shape]
 
@@ -316,7 +323,8 @@ def marker(text: str) -> str:
 def _forms(messages: Sequence[Message]) -> list[_Form]:
     """All that may be tried, the usual one first."""
     roles = sorted({message["role"] for message in messages})
-    subsets = chain.from_iterable(combinations(roles, n) for n in range(1, len(roles)))
+    sizes = range(1, len(roles)) if len(roles) <= _MOST_ROLES else ()
+    subsets = chain.from_iterable(combinations(roles, n) for n in sizes)
     parts = [frozenset(), frozenset(roles), *map(frozenset, subsets)]
     calls = [m for m in messages if "tool_calls" in m]
     arguments = [dict, _as_json] if calls else [dict]

@@ -9,10 +9,10 @@ from typing import Any
 from datasets import Dataset, List
 from transformers import PreTrainedTokenizerBase
 
+from qadapter.data.arrow import Row
 from qadapter.data.chat import ChatTemplate, EndOfTurn, Lost, eos_of
 from qadapter.data.messages import Message, answered, normal_messages
 from qadapter.data.report import BadRow
-from qadapter.data.rows import Row
 from qadapter.data.tokens import SectionedText, token_ids
 from qadapter.data.turns import Span, common_prefix, locate_turns
 from qadapter.errors import QAdapterError

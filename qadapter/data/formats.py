@@ -6,16 +6,16 @@ Formats and column names follow TRL's preference types; HH-RLHF transcripts and 
 """
 
 import difflib
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from qadapter.data.arrow import Row
 from qadapter.data.messages import Message, normal_messages
 from qadapter.data.report import BadRow
-from qadapter.data.rows import Row
-from qadapter.errors import QAdapterError
+from qadapter.errors import QAdapterError, shown
+from qadapter.system.documents import parse_json
 from qadapter.system.textfiles import is_unicode
 
 Kind = Literal["text", "messages", "tokenized"]
@@ -174,7 +174,8 @@ def _text(row: Row, key: str) -> str:
 
 
 def _check_json(value: Any, key: str) -> None:
-    """`value` must be JSON or token ids; no text in it may hold half of a surrogate pair."""
+    """`value` must be JSON or token ids, its numbers finite and of 64 bits at most; no text in it
+    may hold half of a surrogate pair."""
     if isinstance(value, str):
         if not is_unicode(value):
             raise BadRow("wrong_type", f"{key} is not valid Unicode (half of a surrogate pair)")
@@ -187,7 +188,10 @@ def _check_json(value: Any, key: str) -> None:
     elif isinstance(value, list) and not key.endswith("_ids"):
         for item in value:
             _check_json(item, key)
-    elif not isinstance(value, int | float | list | None):
+    elif isinstance(value, int | float):
+        if not -(2**63) <= value < 2**63:  # nor NaN
+            raise BadRow("wrong_type", f"{key} holds {shown(value)}, a number beyond 64 bits")
+    elif not isinstance(value, list | None):
         raise BadRow("wrong_type", f"{key} holds a {type(value).__name__}")
 
 
@@ -213,9 +217,9 @@ def extras_of(row: Row) -> dict[str, Any]:
         value = row.get(key)
         if isinstance(value, str):
             try:
-                value = json.loads(value)
-            except json.JSONDecodeError as error:
-                raise BadRow("wrong_type", f"{key} is not JSON") from error
+                value = parse_json(value, key, surrogates=True)
+            except QAdapterError as error:
+                raise BadRow("wrong_type", str(error)) from error
         if value is not None:
             if not isinstance(value, kind):
                 raise BadRow("wrong_type", f"{key} is a {type(value).__name__}")

@@ -1,10 +1,11 @@
 """Messages in one form, whatever they came as: content as text, tool calls with objects."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from qadapter.data.report import BadRow
+from qadapter.errors import QAdapterError
+from qadapter.system.documents import parse_json
 
 Message = dict[str, Any]
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -103,6 +104,6 @@ def _normal_call(call: Any, where: str) -> dict[str, Any]:
 
 def _parsed(text: str, where: str, what: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise BadRow("bad_messages", f"{where}: {what} are not JSON ({error.msg})") from error
+        return parse_json(text, "the text", surrogates=True)
+    except QAdapterError as error:
+        raise BadRow("bad_messages", f"{where}: {what} are not read: {error}") from error

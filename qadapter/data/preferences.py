@@ -8,6 +8,7 @@ from typing import Any
 
 from datasets import Dataset, Features, Json, List, Value, concatenate_datasets
 
+from qadapter.data.arrow import Row
 from qadapter.data.formats import (
     COLUMNS,
     EXTRA_COLUMNS,
@@ -20,7 +21,7 @@ from qadapter.data.formats import (
     used_columns,
 )
 from qadapter.data.report import BadRow
-from qadapter.data.rows import Row, Rows, rows_of
+from qadapter.data.rows import Rows, rows_of
 from qadapter.data.sources import read_rows
 from qadapter.data.unused import check_unused
 from qadapter.errors import QAdapterError, nearest

@@ -41,12 +41,18 @@ NOTES: dict[str, str] = {
 """What was changed in a pair that is kept."""
 
 FIRST_ROWS = 5
+_MOST_DETAIL = 300
 
 
 class BadRow(Exception):
-    """A pair that cannot be used: `reason` (a key of `DROP_REASONS`) and what was seen."""
+    """A pair that cannot be used: `reason` (a key of `DROP_REASONS`) and what was seen, of which
+    some hundred characters are kept."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
+        if len(detail) > _MOST_DETAIL:
+            detail = f"{detail[:_MOST_DETAIL]}…"
+        # It goes into a column, and what was seen may be half a character.
+        detail = detail.encode("utf-8", "backslashreplace").decode()
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail

@@ -1,21 +1,14 @@
-"""Rows under their canonical names, whatever holds them: lists, Arrow, Parquet files, frames, maps.
-
-Only columns that are asked for are read, and none is decoded that holds anything but text.
-"""
+"""Rows under their canonical names, whatever holds them in memory: lists, Arrow, frames, maps."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import pyarrow as pa
-import pyarrow.parquet as pq
-from datasets import Dataset, Features, IterableDataset, Json
-from datasets.table import InMemoryTable
+from datasets import Dataset, IterableDataset
 
+from qadapter.data.arrow import Again, ArrowRows, Row, media_of, refuse_media
 from qadapter.errors import QAdapterError
-
-Row = Mapping[str, Any]
 
 
 class Rows(Protocol):
@@ -42,16 +35,6 @@ class Rows(Protocol):
         """
 
 
-class _Again:
-    """An iterable that begins anew each time."""
-
-    def __init__(self, make: Any) -> None:
-        self.make = make
-
-    def __iter__(self) -> Iterator[Row]:
-        return self.make()
-
-
 class ListRows:
     """Dicts in memory; NumPy's and Torch's numbers, strings and arrays in them become Python's."""
 
@@ -70,7 +53,7 @@ class ListRows:
         return ListRows(self.rows[start:stop], self.name)
 
     def take(self, names: Mapping[str, str]) -> Iterable[Row]:
-        return _Again(lambda: (
+        return Again(lambda: (
             {new: _plain(row[old]) for new, old in names.items() if old in row}
             for row in self.rows
         ))
@@ -89,143 +72,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and value != value:
         return None
     return value
-
-
-class ArrowRows:
-    """Rows of an Arrow-backed dataset, without the nulls Arrow fills into keys a row never had.
-
-    In Arrow every message of a column has every key of every other message; a template that asks
-    whether `message.tool_calls` is defined must not find those. Top-level nulls stay.
-    """
-
-    def __init__(self, dataset: Dataset, name: str = "the dataset") -> None:
-        self.dataset, self.name = dataset, name
-        self.columns = list(dataset.column_names)
-        self.text_columns = _text_columns(dataset.features.arrow_schema)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def part(self, start: int, stop: int) -> "ArrowRows":
-        rows = range(start, min(stop, len(self.dataset)))
-        return ArrowRows(self.dataset.select(rows), self.name)
-
-    def take(self, names: Mapping[str, str]) -> Iterable[Row]:
-        _refuse_media(self.dataset.features, names, self.name)
-        # Unless selected, a row's other columns would be decoded with it.
-        dataset = self.dataset.select_columns(sorted(set(names.values()))).with_format(None)
-        return _Again(lambda: (
-            {new: _without_nulls(row[old]) for new, old in names.items()} for row in dataset
-        ))
-
-
-def _text_columns(schema: pa.Schema) -> list[str]:
-    return [field.name for field in schema if _is_text(field.type)]
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        kind = kind.value_type
-        return pa.types.is_struct(kind) and kind.get_field_index("content") >= 0
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    if isinstance(value, list):
-        return [_without_nulls(v) for v in value]
-    return value
-
-
-def _refuse_media(features: Features, names: Mapping[str, str], name: str) -> None:
-    for old in names.values():
-        if media := _media(features[old]):
-            raise QAdapterError(
-                f"{name}: the column {old!r} holds {media} values; preferences are text, messages "
-                "or token ids (columns={'prompt': 'name of another column'} maps one)"
-            )
-
-
-def _media(feature: Any) -> str | None:
-    """The type of a feature, or within it, that is decoded from a file's bytes."""
-    if isinstance(feature, dict):
-        return next(filter(None, map(_media, feature.values())), None)
-    if isinstance(feature, list):
-        return _media(feature[0])
-    if hasattr(feature, "feature"):
-        return _media(feature.feature)
-    decoded = hasattr(feature, "decode") and not isinstance(feature, Json)
-    return type(feature).__name__ if decoded else None
-
-
-class ParquetRows:
-    """Rows of Parquet files, of which only the columns taken are read."""
-
-    def __init__(self, files: Sequence[Path], rows: range | None = None) -> None:
-        self.files, columns, texts, count = files, {}, {}, 0
-        for file in files:
-            metadata = _read_parquet(file, pq.read_metadata)
-            schema = metadata.schema.to_arrow_schema()
-            columns |= dict.fromkeys(schema.names)
-            texts |= dict.fromkeys(_text_columns(schema))
-            count += metadata.num_rows
-        self.columns, self.text_columns = list(columns), list(texts)
-        self.rows = range(count) if rows is None else rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def part(self, start: int, stop: int) -> "ParquetRows":
-        return ParquetRows(self.files, self.rows[start:stop])
-
-    def take(self, names: Mapping[str, str]) -> Iterable[Row]:
-        columns, tables, end = sorted(set(names.values())), [], 0
-        for file in self.files:
-            start, end = end, end + _read_parquet(file, pq.read_metadata).num_rows
-            wanted = range(max(self.rows.start, start) - start, min(self.rows.stop, end) - start)
-            if wanted:
-                tables.append(_read_parquet(file, _read_span, columns, wanted))
-        where = _list(self.files)
-        try:
-            table = pa.concat_tables(tables, promote_options="default")
-        except pa.ArrowException as error:
-            raise QAdapterError(f"{where} do not have the same columns: {error}") from error
-        return ArrowRows(_dataset_of(table), where).take(names)
-
-
-def _read_parquet(file: Path, read: Callable[..., Any], *arguments: Any) -> Any:
-    try:
-        return read(file, *arguments)
-    except (pa.ArrowException, OSError) as error:
-        raise QAdapterError(f"{file} can't be read as Parquet: {error}") from error
-
-
-def _read_span(file: Path, columns: list[str], rows: range) -> pa.Table:
-    """These rows, from the row groups that hold them."""
-    with pq.ParquetFile(file) as parquet:
-        groups, first, start = [], 0, 0
-        for group in range(parquet.num_row_groups):
-            end = start + parquet.metadata.row_group(group).num_rows
-            if start < rows.stop and end > rows.start:
-                first = first if groups else start
-                groups.append(group)
-            start = end
-        table = parquet.read_row_groups(groups, columns)
-    return table.slice(rows.start - first, len(rows))
-
-
-def _dataset_of(table: pa.Table) -> Dataset:
-    # Straight into memory: `Dataset.from_parquet` would write a copy to the cache folder.
-    try:
-        return Dataset(InMemoryTable(table))
-    except ValueError:  # it says that it has features which this version of `datasets` has not
-        return Dataset(InMemoryTable(table.replace_schema_metadata(None)))
-
-
-def _list(files: Sequence[Path], most: int = 8) -> str:
-    names = ", ".join(map(str, files[:most]))
-    return names + (f" and {len(files) - most} more" if len(files) > most else "")
 
 
 # --- objects ------------------------------------------------------------------------------------
@@ -272,9 +118,11 @@ def _stream_rows(data: IterableDataset, known: Sequence[str], name: str) -> List
     if data.features is None:
         return ListRows(data, name)
     wanted = [column for column in data.features if column in known]
-    _refuse_media(data.features, {column: column for column in wanted}, name)
+    for column in wanted:
+        if media := media_of(data.features[column]):
+            refuse_media(name, column, media)
     # The other columns are left out, unless they are text, which tells what is in the rows.
-    plain = [c for c in data.features if c in wanted or _media(data.features[c]) is None]
+    plain = [c for c in data.features if c in wanted or media_of(data.features[c]) is None]
     return ListRows(data.select_columns(plain), name)
 
 
@@ -312,7 +160,7 @@ def _is_column(values: Any) -> bool:
 def _rows_of_frame(data: Any, name: str) -> Rows:
     """A pandas frame. Arrow can't hold all that its cells may be."""
     try:
-        return ArrowRows(_dataset_of(pa.Table.from_pandas(data, preserve_index=False)))
+        return ArrowRows(pa.Table.from_pandas(data, preserve_index=False))
     except (pa.ArrowException, ValueError, TypeError):
         cells = data.astype(object)
         return ListRows(cells.where(cells.notna(), None).to_dict("records"), name)
@@ -320,6 +168,6 @@ def _rows_of_frame(data: Any, name: str) -> Rows:
 
 def _rows_of_arrow(data: Any, name: str) -> Rows:
     try:
-        return ArrowRows(_dataset_of(pa.table(data)))
+        return ArrowRows(pa.table(data))
     except (pa.ArrowException, ValueError, TypeError) as error:
         raise QAdapterError(f"{name} cannot be read through Arrow: {error}") from error

@@ -9,7 +9,8 @@ from datasets import Dataset, DatasetDict, ReadInstruction, load_dataset, load_f
 from datasets import config as datasets_config
 from huggingface_hub import HfApi, constants
 
-from qadapter.data.rows import ArrowRows, ListRows, ParquetRows, Row, Rows
+from qadapter.data.arrow import ArrowRows, ParquetRows, Row
+from qadapter.data.rows import ListRows, Rows
 from qadapter.data.split_files import choose_files, files_of_readme
 from qadapter.errors import QAdapterError
 from qadapter.system.documents import parse_json

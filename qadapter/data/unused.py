@@ -51,6 +51,8 @@ def check_unused(
     first = pairs.select(range(min(_SAMPLE, len(pairs))))
     prompts = {row: value for row, value in enumerate(first["prompt"]) if value}
     levelled = {row: _level(value) for row, value in prompts.items()}
+    if form.explicit_prompt:  # no other column is looked into
+        columns = [column for column in columns if str(column).lower() in _CONTEXTS]
     unused = _read_unused(rows, columns, levelled)
     if not form.explicit_prompt:
         silent = {
