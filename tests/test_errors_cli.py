@@ -264,14 +264,21 @@ def flip(file):
 
 @pytest.mark.parametrize("name, damage", [
     ("optimizer.pt", truncate), ("optimizer.pt", flip), ("scheduler.pt", truncate),
-    ("rng_state.pth", truncate), ("trainer_state.json", truncate),
+    ("rng_state.pth", truncate), ("trainer_state.json", truncate), ("training_args.json", flip),
+    ("adapter_model.safetensors", flip), ("optimizer.pt", Path.unlink),
+    ("rng_state.pth", Path.unlink), ("manifest.json", truncate), ("resuming.json", Path.unlink),
 ])
 def test_damaged_checkpoints(place, tmp_path, fails, name, damage):
     shutil.copytree(place / "run", tmp_path / "run")
-    damage(tmp_path / "run/checkpoint-2" / name)
-    line = fails(*train(place, "--max_steps", 3, "--resume_from_checkpoint", "true",
-                        "--output_dir", tmp_path / "run"))
-    assert f"{tmp_path / 'run/checkpoint-2' / name} is damaged" in line
+    checkpoint = tmp_path / "run/checkpoint-2"
+    damage(checkpoint / name)
+    before = contents(tmp_path / "run")
+    for wanted in ("true", checkpoint):
+        line = fails(*train(place, "--max_steps", 3, "--resume_from_checkpoint", wanted,
+                            "--output_dir", tmp_path / "run"))
+        assert f"{checkpoint / name}" in line
+        assert wanted != "true" or "start again without" in line
+    assert contents(tmp_path / "run") == before
 
 
 # --- folders, disks, interrupts -------------------------------------------------------------------

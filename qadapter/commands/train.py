@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import typer
@@ -26,7 +27,7 @@ from qadapter.commands.loading import (
 from qadapter.commands.measuring import Measurements, check_texts, measure, read_measures
 from qadapter.commands.options import Group, command
 from qadapter.console.environment import devices, peak_rss_bytes, quiet_libraries, versions
-from qadapter.console.folders import RUN_FILES, check_output_dir, remove_files, telling_full_disk
+from qadapter.console.folders import RUN_FILES, output_folder, remove_files, telling_full_disk
 from qadapter.console.progress import TrainingProgress, progress_bar, saying
 from qadapter.console.terminal import Terminal
 from qadapter.data import (
@@ -50,6 +51,7 @@ from qadapter.system.markup import markdown_list
 from qadapter.training import QAdapterConfig, QAdapterTrainer, checks
 from qadapter.training.checkpoints import find_checkpoint
 from qadapter.training.feature_set import FeatureSet
+from qadapter.training.resuming import check_options
 from qadapter.trunk.base_dtype import dtype_of
 from qadapter.trunk.loading import load_tokenizer
 
@@ -129,9 +131,24 @@ def run(
         raise QAdapterError(f"test_fraction must be from 0 to below 1, got {script.test_fraction}")
     resume: str | bool | None = config.resume_from_checkpoint
     resume = True if str(resume).lower() == "true" else resume
+    with _folder(model_args, script, config, measures, bool(resume)) as folder:
+        if resume:
+            say = saying(console) if config.process_index == 0 else lambda line: None
+            resume = find_checkpoint(folder, resume, say)
+            check_options(config, Path(resume), lambda line: None)  # said when training begins
+        _run(model_args, script, config, measures, given, folder, resume or None, console, start)
+
+
+def _folder(
+    model_args: args.ModelArguments, script: args.ScriptArguments, config: QAdapterConfig,
+    measures: args.MeasureArguments, resuming: bool,
+) -> AbstractContextManager[Path]:
+    """The output folder, for this run alone; of several processes the main one sees to it."""
+    if config.process_index > 0:
+        return contextlib.nullcontext(Path(config.output_dir).expanduser())
     # The model card takes the name of a README that may be the user's own.
-    folder = check_output_dir(
-        config.output_dir, (*RUN_FILES, "README.md"), bool(resume) or script.overwrite_output_dir,
+    return output_folder(
+        config.output_dir, (*RUN_FILES, "README.md"), resuming or script.overwrite_output_dir,
         "choose another, continue it with --resume_from_checkpoint true, or replace it with "
         "--overwrite_output_dir",
         inputs={
@@ -141,8 +158,13 @@ def run(
             "retention_file": measures.retention_file,
         },
     )
-    if resume:
-        resume = find_checkpoint(folder, resume)
+
+
+def _run(
+    model_args: args.ModelArguments, script: args.ScriptArguments, config: QAdapterConfig,
+    measures: args.MeasureArguments, given: set[str], folder: Path, resume: str | None,
+    console: Console, start: float,
+) -> None:
     quiet_libraries()
     measured_texts = read_measures(measures)
     named = script.retention_dataset_name
@@ -160,7 +182,7 @@ def run(
     tokenizer = load_tokenizer(
         base_name, revision=loading["revision"], trust_remote_code=loading["trust_remote_code"]
     )
-    settle_template(tokenizer, config.chat_template_path, resume or None, console)
+    settle_template(tokenizer, config.chat_template_path, resume, console)
     check_texts("retention_file", measures.retention_file, measured_texts, tokenizer)
     check_texts("retention_dataset_name", named, retention_texts, tokenizer)
     # All that needs no weights comes before they are loaded.

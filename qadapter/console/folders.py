@@ -4,20 +4,47 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from qadapter.errors import QAdapterError
 from qadapter.policy import storage
+from qadapter.system.locking import sole_run
+from qadapter.system.manifest import MANIFEST_NAME
 from qadapter.system.room import require_writable
 
 RUN_FILES = (
-    storage.WEIGHTS_NAME, storage.CONFIG_NAME, "summary.json", "metrics.jsonl", "report.md",
-    "training_args.json", "checkpoint-*",
+    storage.WEIGHTS_NAME, storage.CONFIG_NAME, storage.PEFT_CONFIG_NAME, MANIFEST_NAME,
+    "summary.json", "metrics.jsonl", "report.md", "training_args.json",
+    # With a number alone: checkpoint-4-backup is the user's.
+    *(f"checkpoint-{'[0-9]' * digits}" for digits in range(1, 10)),
 )
 EVALUATION_NAME = "eval.json"
 EVALUATION_FILES = (EVALUATION_NAME, "pairs.jsonl", "report.md", "calibration.png")
+
+
+@contextlib.contextmanager
+def output_folder(
+    folder: str | Path, files: Sequence[str], may_exist: bool, way_out: str, *,
+    inputs: Mapping[str, str | None] | None = None, known_by: str | None = None,
+) -> Iterator[Path]:
+    """The folder, looked at as ``check_output_dir`` does; inside, no other run writes to it.
+
+    Raises:
+        QAdapterError: as ``check_output_dir``; another run writes to it, whose process is named.
+    """
+    folder = Path(folder).expanduser()
+    with contextlib.ExitStack() as stack:
+        try:
+            if folder.is_dir():  # what another run is just writing there is no earlier run's
+                stack.enter_context(sole_run(folder))
+            check_output_dir(folder, files, may_exist, way_out, inputs=inputs, known_by=known_by)
+            stack.enter_context(sole_run(folder))
+        except OSError as error:
+            raise _cannot_write(folder, error) from error
+        yield folder
 
 
 def check_output_dir(
@@ -55,19 +82,22 @@ def check_output_dir(
     try:
         require_writable(folder)
     except OSError as error:
-        raise QAdapterError(
-            f"output_dir {folder} can't be written to: {error.strerror}"
-        ) from error
+        raise _cannot_write(folder, error) from error
     return folder
+
+
+def _cannot_write(folder: Path, error: OSError) -> QAdapterError:
+    return QAdapterError(f"output_dir {folder} can't be written to: {error.strerror}")
 
 
 def _would_be_lost(read: Path, folder: Path, held: Sequence[Path]) -> bool:
     """Whether what is read is the folder itself, or in what a run there replaces."""
     if not read.exists():  # a hub name
         return False
-    read = read.resolve()
-    replaced = [path.resolve() for path in held]
-    return read == folder.resolve() or any(p == read or p in read.parents for p in replaced)
+    # resolve() raises on a link to itself.
+    read, folder = Path(os.path.realpath(read)), Path(os.path.realpath(folder))
+    replaced = [Path(os.path.realpath(path)) for path in held]
+    return read == folder or any(p == read or p in read.parents for p in replaced)
 
 
 @contextlib.contextmanager

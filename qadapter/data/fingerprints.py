@@ -44,6 +44,15 @@ def fingerprint(
     return whole.hexdigest()[:32]
 
 
+def digest(dataset: Dataset) -> str:
+    """A hash (64 hex digits) of token ids, masks and their order alone."""
+    whole = hashlib.sha256()
+    for name in _COLUMNS:
+        if name in dataset.column_names:
+            whole.update(name.encode() + _hash_lists(dataset, name))
+    return whole.hexdigest()
+
+
 def _hash_lists(dataset: Dataset, name: str) -> bytes:
     """Digest of a column of lists, independent of how Arrow has it in chunks."""
     lengths, values = hashlib.sha256(), hashlib.sha256()

@@ -145,8 +145,9 @@ def take(path: Path) -> bool:
             if not _is(path, descriptor):
                 continue  # its last holder has just removed it
             text = json.dumps(dataclasses.asdict(Owner.this_process())) + "\n"
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, text.encode(), 0)
+            with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, text.encode(), 0)
             _held[path] = descriptor
             return True
         finally:
@@ -191,14 +192,19 @@ os.register_at_fork(after_in_child=_forget_in_child)
 
 
 @contextlib.contextmanager
-def sole_run(folder: str | Path) -> Iterator[None]:
-    """Inside, no other run writes to a folder that is there. The run itself may enter again.
+def sole_run(folder: str | Path, *, beside: bool = False) -> Iterator[None]:
+    """Inside, no other run writes to a folder. The run itself may enter again.
+
+    Args:
+        folder: is there.
+        beside: the lock lies beside the folder, which needn't be there and stays empty.
 
     Raises:
         QAdapterError: another run is in it; names its process.
         OSError: the folder can't be written.
     """
-    path = Path(folder).resolve() / RUN_LOCK_NAME
+    real = Path(os.path.realpath(folder))  # resolve() raises on a link to itself
+    path = real.with_name(f".{real.name}.lock") if beside else real / RUN_LOCK_NAME
     if path in _held:
         yield
         return

@@ -56,7 +56,7 @@ def _make(parent: Path, purpose: str) -> Path:
         except FileNotFoundError:
             pass  # still empty, it was taken for abandoned
         except OSError:
-            shutil.rmtree(folder, ignore_errors=True)
+            folder.rmdir()
             raise
 
 

@@ -1,77 +1,269 @@
-"""Checkpoints of an adapter: what is written, what counts as whole, what may be loaded."""
+"""Checkpoints of an adapter: what is written, what counts as whole, what may be loaded.
+
+A checkpoint is whole when its manifest lists all that a resumed run reads and every file is what
+the manifest says. The manifest is written last, and removed first when a checkpoint is written
+again; old checkpoints go when the new one is whole.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
+import os
+import re
 import shutil
-import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Trainer, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from qadapter.errors import QAdapterError
 from qadapter.policy import storage
-from qadapter.training import card
+from qadapter.policy.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from qadapter.system import manifest
+from qadapter.system.documents import read_json
+from qadapter.system.manifest import MANIFEST_NAME
+from qadapter.system.scratch import scratch_folder
+from qadapter.training import card, resuming
+from qadapter.training.resuming import ARGUMENTS_NAME, RECORD_NAME, Record
+from qadapter.training.retention import RetentionStates
 
 CHECKPOINT_STATE = "trainer_state.json"
-"""Written last by transformers: a checkpoint without it was interrupted."""
-ARGUMENTS_NAME = "training_args.json"
+CARD_NAME = "README.md"
+_NAME = re.compile(r"checkpoint-[0-9]+")
+_NEEDED = (
+    CONFIG_NAME, WEIGHTS_NAME, ARGUMENTS_NAME, RECORD_NAME, CHECKPOINT_STATE, OPTIMIZER_NAME,
+    SCHEDULER_NAME,
+)
 
 
-def find_checkpoint(output_dir: str | Path, wanted: str | bool) -> str:
-    """The checkpoint's folder, looked through; ``wanted``: a folder, or true for the last whole
-    one in ``output_dir``.
+# --- finding them -------------------------------------------------------------------------------
+
+
+def checkpoints_in(output_dir: str | Path) -> list[Path]:
+    """Folders that are named as checkpoints are, whole or not, by their steps. Whatever else begins
+    like that, such as checkpoint-4-backup, is the user's."""
+    with suppress(OSError):
+        found = [path for path in Path(output_dir).iterdir() if _NAME.fullmatch(path.name)]
+        return sorted(
+            (path for path in found if path.is_dir()), key=lambda path: int(path.name[11:])
+        )
+    return []
+
+
+def find_checkpoint(
+    output_dir: str | Path, wanted: str | bool, say: Callable[[str], None] = lambda line: None
+) -> str:
+    """The checkpoint's folder, held against its manifest; ``wanted``: a folder, or true for the one
+    in ``output_dir`` that was saved last and is whole.
+
+    Args:
+        say: gets a line for each that was passed over, and why.
 
     Raises:
-        QAdapterError: none there, or damaged; the message names the file.
+        QAdapterError: none there, or not whole; the message names the file.
     """
     if wanted is not True:
-        folder = Path(wanted)
-        if not (folder / CHECKPOINT_STATE).is_file():
-            raise QAdapterError(f"{wanted}: not a checkpoint ({CHECKPOINT_STATE} is missing)")
-    else:
-        whole = {
-            int(path.parent.name.removeprefix("checkpoint-")): path.parent
-            for path in Path(output_dir).glob(f"checkpoint-[0-9]*/{CHECKPOINT_STATE}")
-        }
-        if not whole:
-            raise QAdapterError(f"{output_dir}: no checkpoint to resume from")
-        folder = whole[max(whole)]
-    try:
-        TrainerState.load_from_json(str(folder / CHECKPOINT_STATE))
-    except (OSError, ValueError, TypeError) as error:
-        raise _damaged(folder / CHECKPOINT_STATE, error) from error
-    for path in sorted((*folder.glob("*.pt"), *folder.glob("*.pth"))):
-        # torch.save writes zip files with checksums: read here, nothing need be unpickled.
+        check_whole(wanted)
+        return str(wanted)
+    whole: dict[Path, float] = {}
+    broken: dict[Path, str] = {}
+    for folder in checkpoints_in(output_dir):
         try:
-            with zipfile.ZipFile(path) as file:
-                bad = file.testzip()
-        except (OSError, zipfile.BadZipFile) as error:
-            raise _damaged(path, error) from error
-        if bad is not None:
-            raise _damaged(path, f"the checksum of {bad} is wrong")
-    return str(folder)
+            check_whole(folder)
+            whole[folder] = resuming.written(folder)
+        except QAdapterError as error:
+            broken[folder] = str(error)
+    if not whole:
+        why = "".join(f" ({text})" for text in broken.values())
+        raise QAdapterError(
+            f"{output_dir}: no checkpoint to resume from{why}: start again without "
+            "resume_from_checkpoint; what is there of a run that broke off goes with "
+            "overwrite_output_dir"
+        )
+    last = max(whole, key=whole.__getitem__)
+    for text in broken.values():
+        say(f"passed over, going on from {last}: {text}")
+    return str(last)
 
 
-def _damaged(path: Path, why: object) -> QAdapterError:
-    return QAdapterError(f"{path} is damaged ({why}): resume from another checkpoint")
+def check_whole(folder: str | Path) -> None:
+    """
+    Raises:
+        QAdapterError: no checkpoint, never finished, a part is missing or not what was saved, or
+            it was saved without what a resumed run needs.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise QAdapterError(f"{folder}: not a checkpoint (no such folder)")
+    if not (folder / MANIFEST_NAME).exists():
+        started = any((folder / name).exists() for name in _NEEDED)
+        raise QAdapterError(
+            f"{folder} was never finished, or saved by a version before this one "
+            f"({MANIFEST_NAME} is missing)" if started
+            else f"{folder}: not a checkpoint ({MANIFEST_NAME} is missing)"
+        )
+    listed = manifest.read(folder / MANIFEST_NAME)
+    if CHECKPOINT_STATE not in listed.files:
+        raise QAdapterError(
+            f"{folder}: not a checkpoint, or never finished ({CHECKPOINT_STATE} is not in "
+            f"{MANIFEST_NAME})"
+        )
+    listed.check(folder)
+    if OPTIMIZER_NAME not in listed.files and _saved_model_only(folder):
+        raise QAdapterError(
+            f"{folder} was saved with save_only_model: without {OPTIMIZER_NAME} no run can go on "
+            f"from it; a new one can start from its adapter (--model_name_or_path {folder})"
+        )
+    for name in _NEEDED:
+        if name not in listed.files:
+            raise QAdapterError(f"{folder / name} is not listed in {MANIFEST_NAME}")
+    if not any(name.startswith("rng_state") for name in listed.files):
+        raise QAdapterError(f"{folder}: the state of random numbers (rng_state) is missing")
+    path = folder / CHECKPOINT_STATE
+    try:
+        state = TrainerState.load_from_json(str(path))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise QAdapterError(f"{path} is damaged: {error}") from error
+    if not isinstance(state.global_step, int) or not isinstance(state.log_history, list):
+        raise QAdapterError(f"{path} is damaged: it tells no step")
+
+
+def _saved_model_only(folder: Path) -> bool:
+    arguments = read_json(folder / ARGUMENTS_NAME)
+    return isinstance(arguments, dict) and arguments.get("save_only_model") is True
+
+
+def how_to_go_on(output_dir: str | Path) -> str:
+    """What a message about a run that broke off ends with."""
+    if any((folder / MANIFEST_NAME).exists() for folder in checkpoints_in(output_dir)):
+        return (
+            "earlier checkpoints are as they were: go on later from the last one with "
+            "resume_from_checkpoint true"
+        )
+    return "there is no checkpoint to go on from yet: start again later with overwrite_output_dir"
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove one; from the first moment on it doesn't count as whole, and if the process is killed
+    the next one removes what is left."""
+    with suppress(OSError):
+        manifest.remove(folder)
+        with scratch_folder(folder.parent, "removing") as scratch:
+            folder.rename(scratch / folder.name)
+    shutil.rmtree(folder, ignore_errors=True)  # where it couldn't be moved
+
+
+# --- the trainer's part -------------------------------------------------------------------------
+
+
+class AllStepsTaken(Exception):
+    """A run that was killed after its last step has nothing left to train."""
+
+
+class ResumedState(TrainerCallback):
+    """transformers takes the steps between logs, evaluations and checkpoints from the checkpoint,
+    whatever the options now say, and looks whether a run is at its end after a step alone."""
+
+    def on_train_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        state.compute_steps(args, state.max_steps)
+        if state.global_step >= state.max_steps:
+            raise AllStepsTaken
 
 
 class AdapterCheckpoints(Trainer):
     """A ``Trainer`` whose checkpoints hold the adapter alone, and nothing of it as pickle."""
 
+    _limit: int | None = None
+    """save_total_limit, while training."""
+
+    _pairs_digest: str | None = None
+    """Of the training pairs."""
+    _retention_states: RetentionStates | None = None
+
+    def _tell(self, line: str, level: int = logging.WARNING) -> None:
+        """A line about something that was decided here."""
+        raise NotImplementedError
+
+    @contextmanager
+    def _own_rotation(self) -> Iterator[None]:
+        """transformers removes old checkpoints before the new one has its manifest, and takes
+        folders for checkpoints that only begin like one: inside, it removes none."""
+        self._limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            yield
+        finally:
+            self.args.save_total_limit, self._limit = self._limit, None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers; an adapter that isn't finite is not saved."""
+        self._check_finite()
+        super().save_model(output_dir, _internal_call)
+
+    def _check_finite(self) -> None:
+        bad = [
+            name for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad and not parameter.isfinite().all()
+        ]
+        if bad:
+            raise QAdapterError(
+                f"after step {self.state.global_step} the adapter is not finite "
+                f"({', '.join(bad[:3])}{', …' if len(bad) > 3 else ''}): it is not saved, "
+                "checkpoints are as they were (try a lower learning_rate)"
+            )
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        self._check_finite()
+        run_dir = Path(self._get_output_dir(trial))
+        folder = run_dir / f"checkpoint-{self.state.global_step}"
         was_there = folder.exists()
         try:
+            if self.args.should_save:
+                _begin(folder)
+            self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                Record.of(
+                    self._pairs_digest, self._retention_states, self.args.world_size
+                ).write(folder)
+                manifest.write(folder, _files(folder))
+                self._rotate(run_dir, folder)
         except (OSError, RuntimeError, QAdapterError) as error:  # torch raises RuntimeError
-            if not was_there:
+            if self.args.should_save and not was_there:
                 shutil.rmtree(folder, ignore_errors=True)
             raise QAdapterError(
-                f"{folder}: the checkpoint can't be saved: {error}; earlier ones are as they were"
+                f"{folder}: the checkpoint can't be saved: {error}; {how_to_go_on(run_dir)}"
             ) from error
+
+    def _rotate(self, run_dir: Path, newest: Path) -> None:
+        """Remove what ``save_total_limit`` does not keep: first what isn't whole, then what was
+        saved first. The newest and the best stay."""
+        if not self._limit or self._limit < 0:
+            return
+        best = self.state.best_model_checkpoint
+        kept = {os.path.realpath(path) for path in (newest, best) if path is not None}
+        others = [
+            path for path in checkpoints_in(run_dir)
+            if os.path.realpath(path) not in kept and not path.is_symlink()
+        ]
+        others.sort(key=_age)
+        for path in others[: max(0, len(others) + len(kept) - self._limit)]:
+            remove_checkpoint(path)
+
+    def _keep_the_best_alone(self) -> None:
+        """At the end, with ``save_total_limit`` 1 and a best checkpoint: as transformers does."""
+        best = self.state.best_model_checkpoint
+        if self.args.save_total_limit == 1 and best is not None and self.args.should_save:
+            for path in checkpoints_in(self.args.output_dir):
+                if not path.is_symlink() and os.path.realpath(path) != os.path.realpath(best):
+                    remove_checkpoint(path)
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
@@ -84,8 +276,25 @@ class AdapterCheckpoints(Trainer):
             self.processing_class.save_pretrained(folder)
         # After the tokenizer, which writes a chat template too: the adapter's manifest lists it.
         self.model.save_pretrained(folder, state_dict=state_dict)
-        (folder / ARGUMENTS_NAME).write_text(self.args.to_json_string() + "\n", encoding="utf-8")
+        (folder / ARGUMENTS_NAME).write_text(self._arguments() + "\n", encoding="utf-8")
         card.write(self, folder)
+
+    def _arguments(self) -> str:
+        options = self.args.to_dict()
+        if self._limit is not None:
+            options["save_total_limit"] = self._limit
+        return json.dumps(options, indent=2)
+
+    # --- going on from one ----------------------------------------------------------------------
+
+    def _find_checkpoint(self, wanted: str | bool) -> str:
+        """The one to go on from, if this run can; raises QAdapterError."""
+        found = find_checkpoint(self.args.output_dir, wanted, self._tell)
+        folder = Path(found)
+        resuming.check_options(self.args, folder, self._tell)
+        resuming.check_pairs(folder, self._pairs_digest)
+        resuming.check_processes(folder, self.args.world_size, self._tell)
+        return found
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -105,3 +314,54 @@ class AdapterCheckpoints(Trainer):
                 f"{self.model.objective}"
             )
         storage.load_weights(folder, self.model.adapter)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+            resuming.check_optimizer(Path(checkpoint, OPTIMIZER_NAME), optimizer)
+            resuming.check_schedule(Path(checkpoint, SCHEDULER_NAME), self.lr_scheduler)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _naming(checkpoint, "the state of random numbers"):
+            super()._load_rng_state(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with _naming(checkpoint, "the gradient scaler"):
+            super()._load_scaler(checkpoint)
+
+
+def _begin(folder: Path) -> None:
+    """An earlier checkpoint of the same step, of which nothing must pass for a part of the new."""
+    if folder.is_dir():
+        manifest.remove(folder)
+        named = (folder / name for name in (CHECKPOINT_STATE, ARGUMENTS_NAME, RECORD_NAME))
+        for path in (*folder.glob("*.pt"), *folder.glob("*.pth"), *named):
+            path.unlink(missing_ok=True)
+
+
+def _files(folder: Path) -> list[str]:
+    """What a checkpoint holds but the card, which people edit."""
+    inside = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return [
+        path.as_posix() for path in inside
+        if path.as_posix() not in (CARD_NAME, MANIFEST_NAME)
+        and not any(part.startswith(".") for part in path.parts)
+    ]
+
+
+def _age(folder: Path) -> tuple[float, int]:
+    try:
+        when = resuming.written(folder) if (folder / MANIFEST_NAME).exists() else 0.0
+    except QAdapterError:
+        when = 0.0
+    return when, int(folder.name[11:])
+
+
+@contextmanager
+def _naming(checkpoint: str | None, what: str) -> Iterator[None]:
+    """What a library says of a file that is no state of its own, as one line."""
+    try:
+        yield
+    except Exception as error:
+        raise QAdapterError(f"{checkpoint}: {what} can't be restored: {error}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,13 @@ from qadapter.data.templates import default_of
 from qadapter.data.tokenization import TokenizedPreferences
 from qadapter.errors import QAdapterError
 from qadapter.policy.model import QAdapterModel
+from qadapter.system.locking import sole_run
 from qadapter.system.progress import Reporter
 from qadapter.system.room import require_writable
-from qadapter.training import card, checks
+from qadapter.training import card, checks, resuming
 from qadapter.training.assembly import EitherCollator, as_qadapter_model
 from qadapter.training.base_reading import BaseReading
-from qadapter.training.checkpoints import AdapterCheckpoints, find_checkpoint
+from qadapter.training.checkpoints import AdapterCheckpoints, AllStepsTaken, ResumedState
 from qadapter.training.config import RETENTION_COEF, QAdapterConfig
 from qadapter.training.feature_set import FeatureCollator, FeatureSet, PackedCollator
 from qadapter.training.losses import Totals, averages, batch_loss, count
@@ -125,7 +126,8 @@ class QAdapterTrainer(BaseReading, AdapterCheckpoints):
         if retention_dataset is not None and args.retention_coef == 0:
             raise QAdapterError("retention_dataset is for a retention_coef above 0")
         self._retention_texts = None if retention_dataset is None else as_texts(retention_dataset)
-        self._retention_losses: list[Tensor] = []
+        self._retention_sum: Tensor | None = None
+        self._retention_count = 0
         self.reports: dict[str, PreparationReport] = {}
         self._tokenizer_args = {"trust_remote_code": args.trust_remote_code} | {
             name: value for name, value in (args.model_init_kwargs or {}).items()
@@ -163,6 +165,7 @@ class QAdapterTrainer(BaseReading, AdapterCheckpoints):
         )
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise QAdapterError("DeepSpeed and FSDP are not supported: use plain data parallelism")
+        self.add_callback(ResumedState)
         self.model_accepts_loss_kwargs = True
         self._train_sums: Tensor | None = None
         self._step_losses: list[tuple[Tensor, Tensor]] = []
@@ -268,7 +271,9 @@ class QAdapterTrainer(BaseReading, AdapterCheckpoints):
         """Once an optimizer step, at states that depend on the seed and the step alone."""
         seed = self.args.seed + self.state.global_step
         loss = self._retention_states.loss(self.model, self.args.retention_states, seed)
-        self._retention_losses.append(loss.detach())
+        told = loss.detach()
+        self._retention_sum = told if self._retention_sum is None else self._retention_sum + told
+        self._retention_count += 1
         return loss
 
     def training_step(
@@ -381,8 +386,8 @@ class QAdapterTrainer(BaseReading, AdapterCheckpoints):
             logs.update(averages(self.accelerator.reduce(self._train_sums, "sum")))
             logs["num_tokens"] = self.state.num_input_tokens_seen
             if self.args.retention_coef > 0:
-                logs["retention_kl"] = torch.stack(self._retention_losses).mean().item()
-                self._retention_losses.clear()
+                logs["retention_kl"] = (self._retention_sum / self._retention_count).item()
+                self._retention_sum, self._retention_count = None, 0
             self._train_sums = None
         super().log(logs, start_time)
 
@@ -405,20 +410,40 @@ class QAdapterTrainer(BaseReading, AdapterCheckpoints):
         checks.check_best_is_met(
             self.args, len(self.train_dataset), self.accelerator.num_processes
         )
-        if resume_from_checkpoint:
-            resume_from_checkpoint = find_checkpoint(self.args.output_dir, resume_from_checkpoint)
-        self._train_sums, self._gradients_checked = None, False
-        self._step_losses.clear()
-        self._retention_losses.clear()
-        self.read_base()
-        try:
-            result = super().train(resume_from_checkpoint or None, **kwargs)
-        finally:
-            # Mixed precision is the training's: accelerate leaves it around the model's forward.
-            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        if self._pairs_digest is None:  # features take their place
+            self._pairs_digest = resuming.digest_of_pairs(self.train_dataset)
+        with ExitStack() as stack:
+            if self.args.should_save:
+                stack.enter_context(sole_run(self.args.output_dir))
+            stack.enter_context(self._own_rotation())
+            result = self._train(resume_from_checkpoint or None, kwargs)
+        self._keep_the_best_alone()
         if self.args.save_strategy != "no":
             self.save_model()
         return result
+
+    def _train(
+        self, resume_from_checkpoint: str | bool | None, kwargs: dict[str, Any]
+    ) -> TrainOutput:
+        checkpoint = None
+        if resume_from_checkpoint is not None:
+            checkpoint = self._find_checkpoint(resume_from_checkpoint)
+        self._train_sums, self._gradients_checked = None, False
+        self._step_losses.clear()
+        self._retention_sum, self._retention_count = None, 0
+        self.read_base()
+        if checkpoint is not None:
+            resuming.check_retention(Path(checkpoint), self._retention_states)
+        try:
+            return super().train(checkpoint, **kwargs)
+        except AllStepsTaken:
+            self.is_in_train = False
+            if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+                self._load_best_model()
+            return TrainOutput(self.state.global_step, 0.0, {})
+        finally:
+            # Mixed precision is the training's: accelerate leaves it around the model's forward.
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None,

@@ -20,11 +20,33 @@ ADAPTERS = {
 
 
 def run(folder: Path, batch_size: int, cache_features: str, adapter: str) -> None:
-    """Three epochs over 16 pairs with an optimizer that is linear in the gradient.
+    """Three epochs over 16 pairs with an optimizer that is linear in the gradient; then once more
+    from a checkpoint on.
 
     Args:
         adapter: a head adapter, or a LoRA in the upper of two blocks.
     """
+    trainer = build(folder, batch_size, cache_features, adapter)
+    trainer.train()
+    metrics = trainer.evaluate(build_pairs(7, seed=1))
+    resumed = build(folder, batch_size, cache_features, adapter)
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    alike = all(
+        torch.equal(a, b) for (_, a), (_, b) in zip(
+            sorted(trainer.model.adapter.state_dict().items()),
+            sorted(resumed.model.adapter.state_dict().items()), strict=True,
+        )
+    )
+    if trainer.is_world_process_zero():
+        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+        result = {
+            "metrics": metrics, "logs": logs, "processes": trainer.accelerator.num_processes,
+            "resumed_alike": alike,
+        }
+        (folder / "result.json").write_text(json.dumps(result))
+
+
+def build(folder: Path, batch_size: int, cache_features: str, adapter: str) -> QAdapterTrainer:
     model = build_model(ADAPTERS[adapter])
     rate = 1.0 if adapter == "head" else 0.1
     optimizer = torch.optim.SGD(model.adapter.parameters(), lr=rate)
@@ -32,22 +54,15 @@ def run(folder: Path, batch_size: int, cache_features: str, adapter: str) -> Non
     arguments = QAdapterConfig(
         output_dir=str(folder), use_cpu=True, disable_tqdm=True, logging_steps=1, seed=0,
         num_train_epochs=3, per_device_train_batch_size=batch_size, gradient_accumulation_steps=2,
-        per_device_eval_batch_size=2, save_strategy="no",
+        per_device_eval_batch_size=2, save_strategy="steps", save_steps=2, save_total_limit=2,
         ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
         cache_features=cache_features, feature_cache_dir=str(folder / "features"),
         train_sampling_strategy="sequential", retention_coef=0.0,
     )
-    trainer = QAdapterTrainer(
+    return QAdapterTrainer(
         model, arguments, train_dataset=build_pairs(16), processing_class=build_tokenizer(),
         optimizers=(optimizer, scheduler),
     )
-    trainer.train()
-    metrics = trainer.evaluate(build_pairs(7, seed=1))
-    if trainer.is_world_process_zero():
-        trainer.save_model(str(folder))
-        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-        result = {"metrics": metrics, "logs": logs, "processes": trainer.accelerator.num_processes}
-        (folder / "result.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,9 @@ from data_parallel_run import run
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from qadapter.errors import QAdapterError
+from qadapter.training.checkpoints import check_whole, checkpoints_in
+
 SCRIPT = Path(__file__).with_name("data_parallel_run.py")
 
 
@@ -46,6 +49,13 @@ def test_two_processes_train_and_evaluate_like_one(tmp_path, adapter):
             process.kill()
     ours, theirs = (json.loads((f / "result.json").read_text()) for f in (tmp_path, alone))
     assert (ours["processes"], theirs["processes"]) == (2, 1)
+    assert ours["resumed_alike"] and theirs["resumed_alike"]
+    for folder in (tmp_path, alone):
+        assert [path.name for path in checkpoints_in(folder)] == ["checkpoint-4", "checkpoint-6"]
+        check_whole(folder / "checkpoint-6")
+    with pytest.raises(QAdapterError, match="rng_state_1"):
+        (tmp_path / "checkpoint-6/rng_state_1.pth").unlink()
+        check_whole(tmp_path / "checkpoint-6")
     for one, other in zip(ours["logs"], theirs["logs"], strict=True):
         for name in one.keys() - {"grad_norm"}:
             assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
