@@ -22,6 +22,7 @@ from qadapter.compare.results import (
     policy_accuracy,
     preference,
     retention,
+    spread,
 )
 from qadapter.evaluation.html_page import html_page
 from qadapter.evaluation.report import format_value, write_json, write_text
@@ -218,11 +219,10 @@ def _judges(comparison: Comparison) -> str:
                  _cell(r.number(judged(kind, "gain", judge)), 2)]
                 for r in comparison.main
             ]
-            low, high = accuracy["accuracy_ci"] or (float("nan"),) * 2
+            ranked = spread([(accuracy["accuracy"], accuracy["accuracy_ci"])])
             blocks += [
                 f"<p>{html_text(kind)} preference, {html_text(judge)}: ranks "
-                f"{accuracy['accuracy']:.3f} [{low:.3f}, {high:.3f}] of the split's own pairs "
-                "right.</p>", _table(header, rows),
+                f"{_cell(ranked, 3)} of the split's own pairs right.</p>", _table(header, rows),
             ]
     return "\n".join(blocks)
 

@@ -148,11 +148,13 @@ def draw_frontier(comparison: Comparison) -> Figure | None:
     if not trained:
         return None
     figure, [axes] = _figure(1)
-    for number, result in enumerate(trained):
-        _dial(axes, number, result, drift, gain)
-    for result in comparison.main[1:]:
-        if not result.trainings:
-            _control(axes, result, drift, gain)
+    placed = [_dial(axes, number, result, drift, gain) for number, result in enumerate(trained)]
+    placed += [
+        _control(axes, result, drift, gain) for result in comparison.main[1:]
+        if not result.trainings
+    ]
+    if not any(placed):  # none has moved at all: there is no frontier
+        return None
     axes.axhline(0 if comparison.judged else 0.5, color="0.5", linestyle=":", linewidth=1)
     axes.set_xscale("log")
     _name(axes, f"{_KL}, {picture_text(comparison.texts[0])}", gain_label)
@@ -214,7 +216,8 @@ def _learned(asked: bool) -> tuple[Measure, str]:
 # --- parts --------------------------------------------------------------------------------------
 
 
-def _dial(axes: Axes, number: int, result: Result, x: Measure, y: Measure) -> None:
+def _dial(axes: Axes, number: int, result: Result, x: Measure, y: Measure) -> bool:
+    """Whether any of its points has a place on a logarithmic axis of x."""
     found = [(w, a, b) for w, (a, b) in result.dial(x, y) if a and b and a.mean > 0]
     color, marker = _color(number), _marker(number)
     axes.plot([a.mean for _, a, _ in found], [b.mean for _, _, b in found], _dashes(number),
@@ -233,17 +236,19 @@ def _dial(axes: Axes, number: int, result: Result, x: Measure, y: Measure) -> No
                   label=picture_text(result.row.name) if own else None)
         if own and b.low is not None:
             axes.plot([a.mean, a.mean], [b.low, b.high], color=color, linewidth=0.8, alpha=0.6)
+    return bool(found)
 
 
-def _control(axes: Axes, result: Result, x: Measure, y: Measure) -> None:
-    """A grey cross; a line across where the base itself has not moved."""
+def _control(axes: Axes, result: Result, x: Measure, y: Measure) -> bool:
+    """A grey cross; a line across where the base itself has not moved. Whether it is a cross."""
     moved, gained, name = result.number(x), result.number(y), picture_text(result.row.name)
     if gained is None:
-        return
-    if moved is not None and moved.mean > 0:
+        return False
+    if placed := moved is not None and moved.mean > 0:
         axes.plot(moved.mean, gained.mean, "x", color="0.4", markersize=7, label=name)
     else:
         axes.axhline(gained.mean, color="0.4", linestyle="--", linewidth=1, label=name)
+    return placed
 
 
 def _line(

@@ -21,7 +21,7 @@ _MARKDOWN = str.maketrans(
 )
 # What begins a list, a quote or the target of links, or underlines a heading, at a line's start.
 _BLOCK = re.compile(r"^(\d{1,9}(?=[.)](?:\s|$)))?((?<=\d)[.)]|[-+:](?=[\s-]|$)|[=>\[])")
-_LONGEST_IN_PICTURE = 48
+_LONGEST_IN_PICTURE = 40
 
 
 def visible(text: str) -> str:

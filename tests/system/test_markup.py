@@ -127,7 +127,7 @@ def test_a_picture_shows_it(text):
         axes.figure.savefig(buffer, format="svg")
     drawn = [x.text for x in ElementTree.fromstring(buffer.getvalue()).iter() if x.text]
     wanted = one_line(text)
-    wanted = wanted if len(wanted) <= 48 else wanted[:47] + "…"
+    wanted = wanted if len(wanted) <= 40 else wanted[:39] + "…"
     assert sum(words(x) == words(wanted) for x in drawn) == 3
 
 

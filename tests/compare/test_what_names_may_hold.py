@@ -1,0 +1,184 @@
+"""Reports of comparisons whose names hold anything, and whose numbers are none: from results that
+were written by hand, so that nothing is trained."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from comparisons import settings, write_config
+from hostile.texts import TEXTS
+from PIL import Image
+from tiny_models import cli
+
+from qadapter import QAdapterError
+from qadapter.compare import read_config
+from qadapter.compare.config import BASE, Prompted, folder_name
+from qadapter.compare.run import run_folder
+from qadapter.evaluation.report import write_json
+from qadapter.system.markup import one_line, visible
+
+JUDGE = "hidden-state judge"
+USABLE = [text for text in TEXTS if one_line(text) == text and len(text) < 100]
+
+
+def estimate(name: str, value: float | None) -> dict:
+    return {name: value, f"{name}_ci": None if value is None else [value - 0.1, value + 0.1]}
+
+
+def measured(config, strengths, kl=0.2, number=0.6) -> dict:
+    """A run's file, as ``run_comparison`` writes it."""
+    texts = [texts.name for texts in config.evaluation.retention]
+    preferences = {
+        "prompt_ids": ["a", "a", "b"], "reward_margins": [number, number, None],
+        "longer_wins": 0.25, "shorter_wins": 0.75, "random_baseline": 0.5,
+    }
+    for name in ("", "_length_controlled", "_policy_mean", "_base_mean"):
+        preferences |= estimate(f"preference_accuracy{name}", number)
+    preferences |= estimate("log_loss", number)
+    kept = {"kl_by_text": [kl, kl]}
+    for name, value in (("kl_per_token", kl), ("top1_agreement", number), ("perplexity", number),
+                        ("perplexity_base", number)):
+        kept |= estimate(name, value)
+    judged = {**estimate("win_rate", number), **estimate("gain", number),
+              "gain_by_prompt": [number, number]}
+    answers = {
+        "judged": {JUDGE: judged}, "kl_of_own_answers": kl,
+        "statistics": {"words_mean": number, "distinct_3": number},
+    }
+    return {
+        "preferences": {"new": preferences, "old": preferences},
+        "dial": [
+            {"strength": strength, "retention": dict.fromkeys(texts, kept),
+             "answers": {"new": answers, "old": answers}} for strength in strengths
+        ],
+    }
+
+
+def write_results(config, folder: Path, **numbers) -> Path:
+    """A finished comparison's folder."""
+    environment = {"machine": "<this>"}
+    judges = {kind: {JUDGE: estimate("accuracy", numbers.get("number", 0.6))}
+              for kind in ("new", "old")}
+    write_json(folder / "config.json", config.as_dict())
+    write_json(folder / BASE / "validation.json", {
+        "name": BASE, **measured(config, [0.0], **numbers), "judges": judges,
+        "environment": environment,
+    })
+    curve = [{"tokens": 1000 * i, "kl_per_token": numbers.get("kl", 0.2),
+              "top1_agreement": numbers.get("number", 0.6)} for i in (1, 2)]
+    for row in config.rows():
+        for seed in row.seeds:
+            where = run_folder(folder, row.name, seed)
+            strengths = [0.0] if isinstance(row.method, Prompted) else [1.0, 2.0]
+            write_json(where / "validation.json", {
+                "name": row.name, "seed": seed, **measured(config, strengths, **numbers),
+            })
+            if row.method.trained:
+                write_json(where / "training.json", {
+                    "seed": seed, "trained_by": "<us>", "steps": 4, "tokens": 9, "seconds": 1.0,
+                    "trainable_parameters": 9, "processor_seconds": 1.0, "curve": curve,
+                    "options": {"note": "</td><script>"},
+                })
+    return folder
+
+
+class Seen(HTMLParser):
+    """Tags, attributes and text, with all tags closed in order."""
+
+    def __init__(self, page: str):
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.attributes: set[tuple[str, str]] = set()
+        self.text = ""
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.attributes |= set(attributes)
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def named(names: list[str]) -> dict:
+    """A configuration in which all that is named has these names: no two alike as folders."""
+    names = list({folder_name(name): name for name in names if name.strip(".")}.values())
+    return {
+        "title": "".join(TEXTS[:9]), "sweeps": {
+            name: {"of": names[0], "option": "beta", "values": [0.3, 1.0]} for name in names[:3]
+        },
+        "methods": {name: {"method": "dpo", "beta": 0.3} for name in names},
+        "evaluation": {**settings()["evaluation"], "retention": [
+            {"name": name, "file": "texts.txt"} for name in names[:5]
+        ]}, "reference": names[1],
+    }
+
+
+@pytest.mark.parametrize("first", (0, 40))
+def test_a_report_shows_every_name(tmp_path, capsys, first):
+    written = named(USABLE[first : first + 40])
+    path = write_config(tmp_path, **written)
+    write_results(read_config(path), tmp_path / "out")
+    assert cli("compare", path, "--output_dir", tmp_path / "out", "--report_only") == 0
+    shown = capsys.readouterr().out
+    page = Seen((tmp_path / "out/report-validation.html").read_text())
+    assert page.tags.isdisjoint({"script", "img", "iframe", "link", "base", "a", "form", "input"})
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in page.attributes
+    assert visible(written["title"]) in page.text
+    for name in written["methods"]:
+        # In the tables, and in the pictures' labels.
+        assert page.text.count(name) >= 5 and name in shown
+    pictures = sorted(p.name for p in (tmp_path / "out/pictures-validation").iterdir())
+    assert len(pictures) == 3 + len(written["sweeps"])
+    for name in pictures:
+        with Image.open(tmp_path / "out/pictures-validation" / name) as picture:
+            assert picture.width > 600
+
+
+@pytest.mark.parametrize("numbers", [
+    {"kl": 0.0}, {"kl": None, "number": None}, {"kl": 1e308, "number": 1e300},
+    {"kl": 1e-320, "number": -1e-320}, {"kl": 0.0, "number": None},
+])
+def test_a_report_of_numbers_that_are_none(tmp_path, numbers):
+    """Runs that have moved nothing, and runs of which nothing could be measured."""
+    methods = {name: settings()["methods"][name] for name in ("dpo", "q", "asked", "back")}
+    path = write_config(tmp_path, methods=methods)
+    write_results(read_config(path), tmp_path / "out", **numbers)
+    assert cli("compare", path, "--output_dir", tmp_path / "out", "--report_only") == 0
+    page = Seen((tmp_path / "out/report-validation.html").read_text())
+    tables, _ = page.text.split("Configuration")
+    assert tables.count("dpo") > 3 and "nan" not in tables.split()
+    json.loads((tmp_path / "out/summary-validation.json").read_text(), parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"methods": {"a\nb": {"method": "sft"}}}, r"methods: 'a\\nb' can't be a name"),
+    ({"methods": {"a\x1b[2J": {"method": "sft"}}}, r"methods: 'a\\x1b\[2J' can't be a name"),
+    ({"methods": {" a": {"method": "sft"}}}, "methods: ' a' can't be a name"),
+    ({"methods": {"é" * 101: {"method": "sft"}}}, r"no file can have one of 202 bytes"),
+    ({"methods": {"d" * 195: {"method": "dpo"}},
+      "sweeps": {"s": {"of": "d" * 195, "option": "beta", "values": [0.25]}}}, "205 bytes"),
+    ({"sweeps": {"": {"of": "dpo", "option": "beta", "values": [1.0]}}}, "sweeps: a name is empty"),
+    ({"sweeps": {"s" * 201: {"of": "dpo", "option": "beta", "values": [1.0]}}}, "201 bytes"),
+    ({"sweeps": {x: {"of": "dpo", "option": "beta", "values": [1.0]} for x in ("a/b", "a b")}},
+     "sweeps.a b: its picture would be that of 'a/b'"),
+    ({"evaluation": {"retention": [{"name": "\u202e", "file": "texts.txt"}]}},
+     r"evaluation.retention: '\\u202e' can't be a name"),
+])
+def test_names_that_nothing_can_have_are_refused_before_anything_runs(tmp_path, changes, message):
+    if "methods" in changes:
+        changes = {"sweeps": {}, "reference": None} | changes
+    with pytest.raises(QAdapterError, match=message):
+        read_config(write_config(tmp_path, **changes))
