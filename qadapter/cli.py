@@ -16,6 +16,7 @@ import typer
 from qadapter import __version__
 from qadapter.errors import QAdapterError
 from qadapter.system.markup import one_line
+from qadapter.system.textfiles import is_unicode
 
 USER_ERROR, INTERRUPTED = 2, 130
 # A command's own options need heavy imports: they are parsed by the command's own app.
@@ -132,6 +133,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(arguments: list[str], debug: bool) -> int:
     try:
+        for argument in arguments:
+            # Tokenizers and Arrow refuse such a name, some of them hours later.
+            if not is_unicode(argument):
+                raise QAdapterError(f"{argument} is not UTF-8 text: rename the file or folder")
         command = typer.main.get_command(app)
         result = command.main(args=arguments, prog_name="qadapter", standalone_mode=False)
         code = result if isinstance(result, int) else 0

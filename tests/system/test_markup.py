@@ -13,7 +13,9 @@ from hostile.texts import TEXTS
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
+from tiny_models import cli
 
+from qadapter import QAdapterError
 from qadapter.console.terminal import Terminal
 from qadapter.evaluation.report import plain_labels
 from qadapter.system.markup import (
@@ -156,14 +158,17 @@ def test_a_terminal_shows_it(text):
 
 
 def test_errors_show_what_they_name_and_nothing_acts(capsys):
-    from tiny_models import cli
-
-    from qadapter import QAdapterError
-
     assert str(QAdapterError("a\x1b[2Jb\nc\ud800\u202e")) == "a\\x1b[2Jb c\\ud800\\u202e"
     assert cli("eval", "model", "--dataset_name", "\x1b]0;x\x07.jsonl") == 2
     error = capsys.readouterr().err
     assert "\x1b" not in error and "\x07" not in error and "\\x1b]0;x\\x07" in error
+
+
+def test_an_argument_that_is_no_text_is_refused_at_once(capsys):
+    assert cli("train", "--dataset_name", "d.jsonl", "--output_dir", "x\udc80y") == 2
+    assert capsys.readouterr().err == (
+        "error: x\\udc80y is not UTF-8 text: rename the file or folder\n"
+    )
 
 
 def test_files_hold_halves_of_characters_as_escapes(tmp_path):
