@@ -43,7 +43,7 @@ from qadapter.evaluation.judges import (
 )
 from qadapter.evaluation.judges.contest import COLUMNS, Verdict, verdict_cells
 from qadapter.evaluation.judges.endpoint import EndpointJudge, check_url
-from qadapter.evaluation.judges.trained import TrainedJudge
+from qadapter.evaluation.judges.trained import TrainedJudge, require_enough
 from qadapter.evaluation.report import Section, Value, format_value, write_json, write_report
 from qadapter.system.hashing import file_sha256
 from qadapter.system.markup import markdown_list, markdown_table
@@ -98,6 +98,8 @@ def run(
     judges: list[Judge] = [LengthJudge(), *named_judges(judging, folder, draws.batch_size)]
     pairs = load_preferences(data.dataset_name, split=data.dataset_split, **data.load_kwargs())
     asked_pairs, judge_pairs = split_pairs(pairs, data, judging, draws.seed, console)
+    if judge_pairs is not None:  # not after all answers are drawn
+        require_enough(judge_pairs["prompt_id"])
     with telling_full_disk(folder or "memory"):
         if folder is not None:  # not before: a name that can't be loaded is no contest
             write_json(folder / SETTINGS, settings)

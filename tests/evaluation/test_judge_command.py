@@ -133,6 +133,13 @@ def test_refusals(place, capsys, flags, message):
     assert message in error and "Traceback" not in error
 
 
+def test_too_few_pairs_for_a_judge_are_refused_before_any_answer_is_drawn(place, tmp_path, capsys):
+    flags = ("--judge_fraction", 0.05, "--output_dir", tmp_path / "out")
+    assert judge(place, *flags) == 2
+    assert "a judge needs at least 20 pairs on 5 prompts" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "answers.jsonl").exists()
+
+
 def test_a_plain_model_needs_an_opponent(place, capsys):
     with pytest.raises(SystemExit) as end:
         main(["judge", str(place / "model"), "--dataset_name", str(place / "pairs.jsonl"),

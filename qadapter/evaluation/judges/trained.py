@@ -36,6 +36,22 @@ PENALTIES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.01, 0.001)
 FOLDS, MIN_PAIRS = 5, 20
 
 
+def require_enough(prompt_ids: Sequence[str]) -> None:
+    """
+    Args:
+        prompt_ids: of the pairs that a judge is to learn from.
+
+    Raises:
+        QAdapterError: too few pairs or prompts.
+    """
+    groups = len(set(prompt_ids))
+    if len(prompt_ids) < MIN_PAIRS or groups < FOLDS:
+        raise QAdapterError(
+            f"a judge needs at least {MIN_PAIRS} pairs on {FOLDS} prompts to train on, got "
+            f"{len(prompt_ids)} on {groups}"
+        )
+
+
 class TrainedJudge(RewardJudge):
     """A linear Bradley–Terry model on features of an answer."""
 
@@ -64,12 +80,7 @@ class TrainedJudge(RewardJudge):
         Raises:
             QAdapterError: too few pairs or prompts.
         """
-        groups = len(set(texts.prompt_ids))
-        if len(texts.prompts) < MIN_PAIRS or groups < FOLDS:
-            raise QAdapterError(
-                f"a judge needs at least {MIN_PAIRS} pairs on {FOLDS} prompts to train on, got "
-                f"{len(texts.prompts)} on {groups}"
-            )
+        require_enough(texts.prompt_ids)
         both = self.features(texts.prompts * 2, texts.chosen + texts.rejected, progress)
         pairs = torch.arange(len(texts.prompts))
         difference_PF = both.index_select(0, pairs) - both.index_select(0, pairs + len(pairs))
