@@ -118,13 +118,23 @@ def test_a_run_writes_what_it_promises(tiny_run):
 
 
 def test_an_earlier_demo_is_replaced_but_no_other_run(tmp_path):
-    assert demo._demo_folder(tmp_path / "new").is_dir()
+    with demo._demo_folder(tmp_path / "new") as folder:
+        assert folder.is_dir()
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "summary.json").write_text('{"run": "demo"}')
-    demo._demo_folder(tmp_path / "run")
-    assert not (tmp_path / "run" / "summary.json").exists()
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "summary.json").write_text('{"preference_accuracy": 1}')
-    with pytest.raises(QAdapterError, match="holds another run"):
-        demo._demo_folder(tmp_path / "other")
-    assert (tmp_path / "other" / "summary.json").exists()
+    (tmp_path / "run" / "summary.json").write_text('{"run": "demo", "seconds": 9}')
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}")
+    for _ in range(2):  # the second time as if the first had been killed there
+        with demo._demo_folder(tmp_path / "run") as folder:
+            demo._claim(folder)
+            assert "seconds" not in (folder / "summary.json").read_text()
+            assert not (folder / "metrics.jsonl").exists()
+            (folder / "checkpoint-3").mkdir()
+    for number, held in enumerate(('{"preference_accuracy": 1}', "[]", "{")):
+        other = tmp_path / f"other-{number}"
+        other.mkdir()
+        (other / "summary.json").write_text(held)
+        with (
+            pytest.raises(QAdapterError, match="holds another run"), demo._demo_folder(other)
+        ):
+            raise AssertionError("not reached")
+        assert (other / "summary.json").read_text() == held

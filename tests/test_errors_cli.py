@@ -7,12 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+from another_run import another_run
+from compare.comparisons import write_config, write_place
 from tiny_models import preference_rows, save_tiny, write_jsonl
 
+from qadapter import QAdapterError
 from qadapter.cli import main
 from qadapter.evaluation import report
 from qadapter.system import room
-from qadapter.training import QAdapterTrainer
+from qadapter.training import QAdapterConfig, QAdapterTrainer
 
 
 @pytest.fixture(scope="module")
@@ -296,6 +299,39 @@ def test_a_folder_that_holds_another_run_is_left_alone(place, tmp_path, fails):
         "eval", "--model_name_or_path", place / "run", "--dataset_name", place / "pairs.jsonl",
         "--output_dir", tmp_path,
     )
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "judge", "demo", "compare", "export"])
+def test_a_folder_that_another_run_is_writing_is_left_alone(place, tmp_path, fails, command):
+    folder, data = tmp_path / "out", ("--dataset_name", place / "pairs.jsonl")
+    arguments = {
+        "train": train(place, "--overwrite_output_dir"), "demo": ["demo"],
+        "eval": ["eval", place / "model", *data, "--overwrite_output_dir"],
+        "judge": ["judge", place / "run", *data, "--judge_fraction", 0.5],
+        "export": ["export", place / "run", "--form", "merged"],
+        "compare": ["compare", write_config(write_place(tmp_path / "compare"))],
+    }[command]
+    with another_run(folder, beside=command == "export"):
+        before = contents(tmp_path)
+        line = fails(*arguments, "--output_dir", folder)
+        assert f"{folder} is being written by another run (process 123 on elsewhere," in line
+        assert contents(tmp_path) == before
+    assert not folder.exists() or not list(folder.iterdir())
+
+
+def test_two_trainings_of_one_folder_from_python(place, tmp_path, fails):
+    """The trainer itself holds the folder, not the command alone."""
+    trainer = QAdapterTrainer(
+        str(place / "model"), QAdapterConfig(
+            output_dir=str(tmp_path), max_steps=1, report_to="none", disable_tqdm=True,
+            retention_coef=0.0, adapter_rank=2,
+        ), train_dataset=preference_rows(4),
+    )
+    with another_run(tmp_path), pytest.raises(QAdapterError, match="process 123 on elsewhere"):
+        trainer.train()
+    trainer.train()
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    assert not list(tmp_path.glob("*.lock"))
 
 
 @pytest.mark.parametrize("flags", [(), ("--overwrite_output_dir",)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from qadapter.console.environment import devices, quiet_libraries, versions
 from qadapter.console.folders import (
     EVALUATION_FILES,
     EVALUATION_NAME,
-    check_output_dir,
+    output_folder,
     remove_files,
     telling_full_disk,
 )
@@ -70,16 +71,25 @@ def run(
     if data.max_length is not None and data.max_length < 2:
         raise QAdapterError(f"max_length must be at least 2, got {data.max_length}")
     texts = read_measures(measures)
-    folder = None
-    if data.output_dir is not None:
-        folder = check_output_dir(
-            data.output_dir, EVALUATION_FILES, data.overwrite_output_dir,
-            "choose another, or replace it with --overwrite_output_dir",
-            inputs={
-                "dataset_name": data.dataset_name, "retention_file": measures.retention_file,
-            },
-            known_by=EVALUATION_NAME,
-        )
+    with contextlib.ExitStack() as stack:
+        folder = None
+        if data.output_dir is not None:
+            folder = stack.enter_context(output_folder(
+                data.output_dir, EVALUATION_FILES, data.overwrite_output_dir,
+                "choose another, or replace it with --overwrite_output_dir",
+                inputs={
+                    "dataset_name": data.dataset_name, "retention_file": measures.retention_file,
+                },
+                known_by=EVALUATION_NAME,
+            ))
+        _run(model_args, data, measures, knowledge_args, texts, folder, console)
+
+
+def _run(
+    model_args: args.AdapterArguments, data: args.EvalDataArguments,
+    measures: args.MeasureArguments, knowledge_args: args.KnowledgeArguments,
+    texts: list[str] | None, folder: Path | None, console: Terminal,
+) -> None:
     quiet_libraries()
     pairs = None
     if data.dataset_name is not None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from qadapter.console.environment import devices, quiet_libraries, versions
 from qadapter.console.folders import (
     EVALUATION_FILES,
     RUN_FILES,
-    check_output_dir,
+    output_folder,
     remove_files,
     telling_full_disk,
 )
@@ -93,7 +95,15 @@ def run(
             raise QAdapterError(f"judge needs --{name}")
     _check(opponent, data, draws, judging, given)
     settings = _settings(model_args, opponent, data, draws, judging)
-    folder = None if data.output_dir is None else _open_folder(data, settings)
+    with _folder(data, settings) as folder:
+        _run(model_args, opponent, data, draws, judging, settings, folder, console)
+
+
+def _run(
+    model_args: args.AdapterArguments, opponent: args.OpponentArguments,
+    data: args.JudgeDataArguments, draws: args.DrawArguments, judging: args.JudgeArguments,
+    settings: dict[str, Any], folder: Path | None, console: Terminal,
+) -> None:
     quiet_libraries()
     judges: list[Judge] = [LengthJudge(), *named_judges(judging, folder, draws.batch_size)]
     pairs = load_preferences(data.dataset_name, split=data.dataset_split, **data.load_kwargs())
@@ -190,17 +200,31 @@ def _weights_hash(name: str | None) -> str | None:
     return hashlib.sha256(hashes.encode()).hexdigest() if hashes else None
 
 
-def _open_folder(data: args.JudgeDataArguments, settings: dict[str, Any]) -> Path:
-    """The folder, if it holds nothing or an earlier part of this contest."""
-    folder = check_output_dir(
+@contextlib.contextmanager
+def _folder(
+    data: args.JudgeDataArguments, settings: dict[str, Any]
+) -> Iterator[Path | None]:
+    """The folder, if one is named, for this contest alone."""
+    if data.output_dir is None:
+        yield None
+        return
+    with output_folder(
         data.output_dir, (*RUN_FILES, *EVALUATION_FILES), False, "choose another folder"
-    )
+    ) as folder:
+        _check_contest(folder, data, settings)
+        yield folder
+
+
+def _check_contest(
+    folder: Path, data: args.JudgeDataArguments, settings: dict[str, Any]
+) -> None:
+    """The folder must hold nothing, or an earlier part of this contest."""
     if data.overwrite_output_dir:
         remove_files(folder, CONTEST_FILES)
     file = folder / SETTINGS
     # Settings of a run that kept nothing (its model could not be loaded) bind nobody.
     if not file.exists() or not any((folder / name).exists() for name in CONTEST_FILES[1:]):
-        return folder
+        return
     way_out = "choose another output_dir, or replace it with --overwrite_output_dir"
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
@@ -215,7 +239,6 @@ def _open_folder(data: args.JudgeDataArguments, settings: dict[str, Any]) -> Pat
             f"output_dir {folder} holds a contest with another {name} ({before.get(name)!r}, now "
             f"{settings[name]!r}): choose another, or replace it with --overwrite_output_dir"
         )
-    return folder
 
 
 # --- what is shown ------------------------------------------------------------------------------

@@ -163,7 +163,7 @@ def _folder(
 def _run(
     model_args: args.ModelArguments, script: args.ScriptArguments, config: QAdapterConfig,
     measures: args.MeasureArguments, given: set[str], folder: Path, resume: str | None,
-    console: Console, start: float,
+    console: Terminal, start: float,
 ) -> None:
     quiet_libraries()
     measured_texts = read_measures(measures)

@@ -12,6 +12,7 @@ A file is written whole when its step is done: a killed run continues with the n
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -40,6 +41,7 @@ from qadapter.evaluation.judges import pair_accuracy, preference_texts
 from qadapter.evaluation.report import write_json
 from qadapter.policy import storage
 from qadapter.policy.model import QAdapterModel
+from qadapter.system.locking import RUN_LOCK_NAME, sole_run
 from qadapter.trunk.base_dtype import dtype_of
 
 TRAINING_NAME = "training.json"
@@ -90,30 +92,53 @@ def run_comparison(
         say(f"everything is measured on the {split} split already")
         return folder
     require_trl(config, _to_train(config, folder, todo))
-    bench = Workbench(config, folder, say)
-    # Not before all is read: a name that was mistyped must not claim the folder.
-    _claim(written, folder)
-    bench.learn_first()
+    # From then on several processes may work on it, each at its own rows.
+    first = contextlib.nullcontext() if base_file.is_file() else _alone(folder)
+    with first:
+        bench = Workbench(config, folder, say)
+        # Not before all is read: a name that was mistyped must not claim the folder.
+        _claim(written, folder)
+        bench.learn_first()
+        environment = {**(environment or {}), "dtype": dtype_of(bench.loaded.model)}
+        _prepare(bench, base_file, split, [row for row, _ in todo], environment, say)
+    for number, (row, seed) in enumerate(todo, 1):
+        told = f"[{number}/{len(todo)}] {row.name}, seed {seed}"
+        _measure(bench, row, seed, folder, split, environment, lambda x, t=told: say(f"{t}: {x}"))
+    return folder
+
+
+def _prepare(
+    bench: Workbench, base_file: Path, split: str, rows: Iterable[Row],
+    environment: dict[str, Any], say: Callable[[str], None],
+) -> None:
+    """What all rows share: the data is told, prompts are looked at, the base is measured."""
     for kind, data in bench.kinds.items():
         say(f"{kind} preference: {data.summary}")
         say(f"{kind} preference: " + ", ".join(
             f"{name} {len(getattr(data, name).tokens):,}"
             for name in ("train", "validation", "test", "judge")
         ) + " pairs")
-    for row, _ in todo:
+    for row in rows:
         if isinstance(row.method, Prompted):
             bench.check_prompted(row.method)
-    environment = {**(environment or {}), "dtype": dtype_of(bench.loaded.model)}
     if not base_file.is_file():
         say("measuring the base")
-        found = evaluate(bench, bench.fresh, split, [0.0], config.evaluation.seed)
+        found = evaluate(bench, bench.fresh, split, [0.0], bench.config.evaluation.seed)
         write_json(base_file, {
             "name": BASE, **found, "judges": _judges(bench, split), "environment": environment,
         })
-    for number, (row, seed) in enumerate(todo, 1):
-        where = run_folder(folder, row.name, seed)
-        told = f"[{number}/{len(todo)}] {row.name}, seed {seed}"
-        model = _model(bench, row, seed, folder, environment, lambda x, t=told: say(f"{t}: {x}"))
+
+
+def _measure(
+    bench: Workbench, row: Row, seed: int, folder: Path, split: str, environment: dict[str, Any],
+    say: Callable[[str], None],
+) -> None:
+    """Train a run if need be, and measure it."""
+    where = run_folder(folder, row.name, seed)
+    with _alone(where):
+        if (where / f"{split}.json").is_file():
+            return  # another process has just done it
+        model = _model(bench, row, seed, folder, environment, say)
         start = time.perf_counter()
         found = evaluate_row(bench, model, row, split, seed)
         if split == "test":
@@ -122,8 +147,22 @@ def run_comparison(
             "name": row.name, "seed": seed, **found, "seconds": time.perf_counter() - start,
             "environment": environment,
         })
-        say(f"{told}: measured in {time.perf_counter() - start:.0f} s")
-    return folder
+        say(f"measured in {time.perf_counter() - start:.0f} s")
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """No other process is at this part of the comparison meanwhile; several may be at others."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise QAdapterError(f"{folder} can't be written: {error}") from error
+    try:
+        with sole_run(folder):
+            yield
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # if nothing came of it
 
 
 def run_folder(folder: Path, name: str, seed: int) -> Path:
@@ -160,6 +199,14 @@ def _model(
         of = next(r for r in bench.config.rows() if r.name == row.method.of)
         return reversed_head(_model(bench, of, seed, folder, environment, say))
     where = run_folder(folder, row.name, seed)
+    with _alone(where):
+        return _trained(bench, row, seed, where, environment, say)
+
+
+def _trained(
+    bench: Workbench, row: Row, seed: int, where: Path, environment: dict[str, Any],
+    say: Callable[[str], None],
+) -> QAdapterModel:
     if _is_trained(where):
         return bench.load(row.method, where)
     known = (where / TRAINING_NAME).is_file()
@@ -202,7 +249,7 @@ def _require_ours(written: dict[str, Any], folder: Path) -> dict[str, Any]:
         before = require_same(written, folder)
         # What was run once stays known: a method that comes back must be what it was.
         return written | {key: before[key] | written[key] for key in ("methods", "sweeps")}
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(path.name != RUN_LOCK_NAME for path in folder.iterdir()):
         raise QAdapterError(f"{folder} is not empty and holds no comparison: choose another folder")
     return written
 

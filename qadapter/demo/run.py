@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from qadapter.adapters.head_adapter import AdapterConfig
 from qadapter.console.environment import devices, peak_rss_bytes, quiet_libraries, versions
-from qadapter.console.folders import RUN_FILES, check_output_dir, remove_files, telling_full_disk
+from qadapter.console.folders import RUN_FILES, output_folder, remove_files, telling_full_disk
 from qadapter.console.progress import TrainingProgress, progress_bar, saying
 from qadapter.console.terminal import Terminal
 from qadapter.data import tokenize_preferences
@@ -62,6 +64,7 @@ ADAPTER = AdapterConfig(form="mlp", rank=128)
 RETENTION_GENRES = ("story", "reference", "dialogue", "instructions")
 """Genres of unrelated text that the retention term sees; the others measure what was kept."""
 UNRELATED = "unrelated text"
+SUMMARY_NAME, RUN = "summary.json", "demo"
 SHOWN = 3
 
 
@@ -137,11 +140,15 @@ def run_demo(
     Returns:
         What ``summary.json`` holds.
     """
-    start = time.monotonic()
-    console, size = Terminal(), FAST if fast else FULL
-    folder = _demo_folder(output_dir)
-    quiet_libraries()
+    with _demo_folder(output_dir) as folder:
+        return _run(folder, FAST if fast else FULL, fast, model_name_or_path, seed)
 
+
+def _run(
+    folder: Path, size: Size, fast: bool, model_name_or_path: str, seed: int
+) -> dict[str, Any]:
+    start, console = time.monotonic(), Terminal()
+    quiet_libraries()
     say = saying(console)
     loaded = load_base(model_name_or_path, say=say)
     console.print(f"base: {loaded.name} — {loaded.reason}", highlight=False)
@@ -171,6 +178,7 @@ def run_demo(
     progress = TrainingProgress(console)
     trainer.add_callback(progress)
     with telling_full_disk(folder):
+        _claim(folder)
         try:
             trainer.train()
         finally:
@@ -196,7 +204,7 @@ def run_demo(
         console.print(_side_by_side(prompt, before, after))
 
     summary = {
-        "run": "demo", "fast": fast, "base": loaded.name, "dtype": dtype_of(model),
+        "run": RUN, "fast": fast, "base": loaded.name, "dtype": dtype_of(model),
         "adapter": dataclasses.asdict(ADAPTER), "objective": dataclasses.asdict(OBJECTIVE),
         "retention_coef": arguments.retention_coef, "rejected_tokens": size.rejected_tokens,
         "train_pairs": len(train), "test_pairs": len(test),
@@ -212,7 +220,7 @@ def run_demo(
     with telling_full_disk(folder):
         history = trainer.state.log_history
         write_metrics_jsonl(folder / "metrics.jsonl", history)
-        write_json(folder / "summary.json", summary)
+        write_json(folder / SUMMARY_NAME, summary)
         curves = plot_training_curves(history, folder)
         report = folder / "report.md"
         write_report(report, "Demo: a customised SmolLM2", [
@@ -240,20 +248,25 @@ def _arguments(folder: Path, size: Size, seed: int) -> QAdapterConfig:
     )
 
 
-def _demo_folder(output_dir: str | Path) -> Path:
+@contextlib.contextmanager
+def _demo_folder(output_dir: str | Path) -> Iterator[Path]:
     """An earlier demo in the folder is replaced; any other run is left alone."""
     folder = Path(output_dir).expanduser()
-    summary = folder / "summary.json"
+    summary = folder / SUMMARY_NAME
     earlier = False
     if summary.is_file():
         try:
-            earlier = json.loads(summary.read_text(encoding="utf-8")).get("run") == "demo"
-        except ValueError:
+            earlier = json.loads(summary.read_text(encoding="utf-8")).get("run") == RUN
+        except (ValueError, AttributeError, RecursionError):
             earlier = False
-    folder = check_output_dir(folder, RUN_FILES, earlier, "choose another with --output_dir")
-    if earlier:
-        remove_files(folder, RUN_FILES)
-    return folder
+    with output_folder(folder, RUN_FILES, earlier, "choose another with --output_dir"):
+        yield folder
+
+
+def _claim(folder: Path) -> None:
+    """From here on the folder is known for a demo's, however far this one gets."""
+    remove_files(folder, [name for name in RUN_FILES if name != SUMMARY_NAME])
+    write_json(folder / SUMMARY_NAME, {"run": RUN, "finished": False})
 
 
 def _rows(

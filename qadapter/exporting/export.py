@@ -31,7 +31,8 @@ from qadapter.exporting.card import write_card
 from qadapter.exporting.head import LinearPolicy
 from qadapter.exporting.trunk import merged_trunk, reference_logits, write_adapter
 from qadapter.exporting.verification import Check, Reference, check_export, check_states
-from qadapter.system.scratch import scratch_folder
+from qadapter.system.locking import sole_run
+from qadapter.system.scratch import remove_abandoned, scratch_folder
 from qadapter.trunk.loading import shell_of
 
 if TYPE_CHECKING:
@@ -81,7 +82,9 @@ def export(
         raise QAdapterError(f"form must be {', '.join(FORMS[:-1])} or {FORMS[-1]}, got {form!r}")
     if texts is not None and not approximate:
         raise QAdapterError("texts are for approximate=True")
-    target = _free_folder(output_dir)
+    target = Path(output_dir).expanduser().absolute()
+    remove_abandoned(target.parent)  # a model's size, each
+    _check_free(target)
     tokenizer, template_chosen = _tokenizer(model, tokenizer)
     _check_policy(model, form)
     if model.adapts_trunk:
@@ -90,7 +93,10 @@ def export(
         exporter = _plan_head(model, form, approximate, texts, tokenizer)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with scratch_folder(target.parent, "exporting") as scratch:
+        with (
+            sole_run(target, beside=True),
+            scratch_folder(target.parent, "exporting") as scratch,
+        ):
             report = _write_and_check(
                 exporter, scratch, target, tokenizer, template_chosen, max_shard_size
             )
@@ -356,10 +362,8 @@ def _token_ids(
     return tokenizer(list(texts), verbose=False)["input_ids"]
 
 
-def _free_folder(output_dir: str | Path) -> Path:
-    folder = Path(output_dir).expanduser().absolute()
+def _check_free(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise QAdapterError(f"output_dir {folder} is a file")
     if folder.is_dir() and any(folder.iterdir()):
         raise QAdapterError(f"output_dir {folder} is not empty: choose another")
-    return folder

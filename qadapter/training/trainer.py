@@ -169,7 +169,7 @@ class QAdapterTrainer(BaseReading, AdapterCheckpoints):
         self.model_accepts_loss_kwargs = True
         self._train_sums: Tensor | None = None
         self._step_losses: list[tuple[Tensor, Tensor]] = []
-        self._gradients_checked = False
+        self._gradients_checked = self._resumed = False
         self._eval_columns: list[Tensor] = []
 
     def _settle_chat_template(self) -> None:
@@ -389,6 +389,9 @@ class QAdapterTrainer(BaseReading, AdapterCheckpoints):
                 logs["retention_kl"] = (self._retention_sum / self._retention_count).item()
                 self._retention_sum, self._retention_count = None, 0
             self._train_sums = None
+        if self._resumed:
+            # transformers divides the losses of the steps since then by the number of all.
+            logs.pop("train_loss", None)
         super().log(logs, start_time)
 
     # --- runs, the card --------------------------------------------------------------------------
@@ -428,6 +431,7 @@ class QAdapterTrainer(BaseReading, AdapterCheckpoints):
         checkpoint = None
         if resume_from_checkpoint is not None:
             checkpoint = self._find_checkpoint(resume_from_checkpoint)
+        self._resumed = checkpoint is not None
         self._train_sums, self._gradients_checked = None, False
         self._step_losses.clear()
         self._retention_sum, self._retention_count = None, 0

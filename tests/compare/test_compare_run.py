@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -11,6 +12,7 @@ import sys
 from collections import Counter
 
 import pytest
+from another_run import another_run
 from comparisons import old_rows, settings, write_config, write_place
 from data.tiny import CHATML
 from PIL import Image
@@ -260,6 +262,29 @@ def test_what_cannot_be_read_claims_no_folder(tmp_path):
         with pytest.raises(QAdapterError, match=message):
             run_comparison(read_config(write_config(folder, **typo)), folder / "out")
         assert not (folder / "out").exists()
+
+
+def test_a_run_that_another_process_is_at_is_left_to_it(tmp_path):
+    """Of one comparison, whose base is measured, several processes may do runs; not the same."""
+    folder = write_place(tmp_path)
+    config = read_config(write_config(
+        folder, methods={"q": {"method": "q_adapter", "retention_coef": 0}}, sweeps={},
+        reference=None, evaluation={**settings()["evaluation"], "prompts": 0, "strengths": [1.0]},
+    ))
+    with another_run(folder / "out"), pytest.raises(QAdapterError, match="process 123"):
+        run_comparison(config, folder / "out")
+    where = run_folder(folder / "out", "q", 0)
+    with contextlib.ExitStack() as stack:
+        def say(line):
+            if line == "measuring the base":
+                stack.enter_context(another_run(where))
+
+        with pytest.raises(QAdapterError, match="q/seed-0 is being written by"):
+            run_comparison(config, folder / "out", say=say)
+    assert not where.exists() or not list(where.iterdir())
+    with another_run(folder / "out"):  # at another run of it
+        run_comparison(config, folder / "out")
+    assert (where / "validation.json").exists()
 
 
 def test_without_trl_nothing_is_run_that_needs_it(tmp_path, monkeypatch):
