@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from qadapter.system.markup import visible
 
-_MOST_CHARACTERS = 4000
+_MOST_CHARACTERS = 2000
 
 
 class QAdapterError(Exception):

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from qadapter.errors import QAdapterError
+from qadapter.errors import QAdapterError, shown
 
 
 def _field(default: Any, help_text: str, **metadata: Any) -> Any:
@@ -96,11 +96,11 @@ class DataArguments:
         """
         if self.columns is not None and not isinstance(self.columns, dict):
             raise QAdapterError(
-                f"columns must read {{chosen: name in the file, …}}, got {self.columns!r}"
+                f"columns must read {{chosen: name in the file, …}}, got {shown(self.columns)}"
             )
         if self.rejected_domains is not None and not isinstance(self.rejected_domains, list):
             raise QAdapterError(
-                f"rejected_domains must read [name, …], got {self.rejected_domains!r}"
+                f"rejected_domains must read [name, …], got {shown(self.rejected_domains)}"
             )
         return {
             "config": self.dataset_config, "columns": self.columns, "domain": self.domain,

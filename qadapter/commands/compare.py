@@ -16,7 +16,7 @@ from qadapter.console.environment import devices, quiet_libraries, versions
 from qadapter.console.folders import telling_full_disk
 from qadapter.console.progress import Heartbeat, Pace
 from qadapter.console.terminal import Terminal
-from qadapter.errors import QAdapterError
+from qadapter.errors import QAdapterError, shown
 
 _SHOWN = ("accuracy_reward", "new_win_rate", "old_win_rate", "new_gain")
 
@@ -64,7 +64,7 @@ def run(arguments: CompareArguments, given: set[str]) -> None:
             raise QAdapterError(f"compare needs --{name}")
     only = [arguments.only] if isinstance(arguments.only, str) else arguments.only
     if only is not None and not (isinstance(only, list) and all(isinstance(x, str) for x in only)):
-        raise QAdapterError(f"only must read [name, …], got {only!r}")
+        raise QAdapterError(f"only must read [name, …], got {shown(only)}")
     if only == [] or only == [""]:
         raise QAdapterError("only names no row")
     quiet_libraries()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -36,7 +35,7 @@ from qadapter.console.folders import (
 )
 from qadapter.console.terminal import Terminal
 from qadapter.data import load_preferences
-from qadapter.errors import QAdapterError
+from qadapter.errors import QAdapterError, shown
 from qadapter.evaluation import answer_statistics
 from qadapter.evaluation.judges import (
     Judge,
@@ -47,6 +46,7 @@ from qadapter.evaluation.judges.contest import COLUMNS, Verdict, verdict_cells
 from qadapter.evaluation.judges.endpoint import EndpointJudge, check_url
 from qadapter.evaluation.judges.trained import TrainedJudge, require_enough
 from qadapter.evaluation.report import Section, Value, format_value, write_json, write_report
+from qadapter.system.documents import read_json
 from qadapter.system.hashing import file_sha256
 from qadapter.system.markup import markdown_list, markdown_table
 from qadapter.trunk.base_dtype import dtype_of
@@ -227,17 +227,17 @@ def _check_contest(
         return
     way_out = "choose another output_dir, or replace it with --overwrite_output_dir"
     try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # or not UTF-8
-        raise QAdapterError(f"{file} is not JSON ({error}): {way_out}") from error
+        before = read_json(file)
+    except QAdapterError as error:
+        raise QAdapterError(f"{error}: {way_out}") from error
     if not isinstance(before, dict):
         raise QAdapterError(f"{file} holds no settings: {way_out}")
     changed = [name for name in settings if settings[name] != before.get(name)]
     if changed:
         name = changed[0]
         raise QAdapterError(
-            f"output_dir {folder} holds a contest with another {name} ({before.get(name)!r}, now "
-            f"{settings[name]!r}): choose another, or replace it with --overwrite_output_dir"
+            f"output_dir {folder} holds a contest with another {name} "
+            f"({shown(before.get(name))}, now {shown(settings[name])}): {way_out}"
         )
 
 

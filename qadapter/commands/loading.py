@@ -23,7 +23,7 @@ from qadapter.data import (
     use_chat_template,
 )
 from qadapter.data.templates import default_of
-from qadapter.errors import QAdapterError
+from qadapter.errors import QAdapterError, shown
 from qadapter.policy import storage
 from qadapter.policy.model import QAdapterModel
 from qadapter.trunk.loading import base_without_weights, load_base, load_tokenizer, resolve_base
@@ -46,7 +46,7 @@ def loading_options(
     """
     if kwargs is not None and not isinstance(kwargs, dict):
         raise QAdapterError(
-            f"model_init_kwargs must read {{device_map: auto, …}}, got {kwargs!r}"
+            f"model_init_kwargs must read {{device_map: auto, …}}, got {shown(kwargs)}"
         )
     kwargs = dict(kwargs or {})
     if "torch_dtype" in kwargs:

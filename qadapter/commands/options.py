@@ -19,7 +19,7 @@ import typer
 from rich.markup import escape
 from typer.core import TyperCommand
 
-from qadapter.errors import QAdapterError, nearest
+from qadapter.errors import QAdapterError, nearest, shown
 from qadapter.system.documents import parse_yaml, read_yaml
 
 _METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT", None: "YAML"}
@@ -71,10 +71,10 @@ class Option:
             return None
         converted = _convert(value, self.kind)
         if converted is _FAILED:
-            raise QAdapterError(f"{source}: expected {_wanted(self)}, got {value!r}")
+            raise QAdapterError(f"{source}: expected {_wanted(self)}, got {shown(value)}")
         if self.choices and converted not in self.choices:
             raise QAdapterError(
-                f"{source}: {value!r} is none of {', '.join(self.choices)}"
+                f"{source}: {shown(value)} is none of {', '.join(self.choices)}"
                 + nearest(str(value), self.choices)
             )
         return converted
@@ -149,7 +149,7 @@ def read_config(path: str | Path, known: Mapping[str, Option]) -> dict[str, Any]
     found: dict[str, Any] = {}
     for key, value in values.items():
         if key not in keys:
-            raise QAdapterError(f"{path}: unknown key {key!r}" + nearest(str(key), keys))
+            raise QAdapterError(f"{path}: unknown key {shown(key)}" + nearest(str(key), keys))
         option = keys[key]
         if option.name in found:
             raise QAdapterError(f"{path}: {option.flag} and {option.name} are one option")
@@ -170,8 +170,8 @@ def build(
         mine = {o.name: values.get(o.name, o.default) for o in known.values() if o.arguments is cls}
         try:
             built.append(cls(**mine))
-        except (ValueError, TypeError, ImportError, OSError) as error:
-            raise QAdapterError(str(error)) from error
+        except Exception as error:  # transformers' may raise anything for a value of another type
+            raise QAdapterError(str(error) or type(error).__name__) from error
     return built
 
 
@@ -288,12 +288,13 @@ def _convert(value: Any, kind: type | None) -> Any:
         return value if isinstance(value, bool) else _FAILED
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return _FAILED
-    if kind is int and isinstance(value, float):
-        return int(value) if value.is_integer() else _FAILED
     try:
-        return kind(value)
-    except ValueError:
+        if kind is int and isinstance(value, float) and not value.is_integer():
+            return _FAILED
+        converted = kind(value)
+    except (ValueError, OverflowError):
         return _FAILED
+    return _FAILED if kind is int and abs(converted) >= 2**63 else converted
 
 
 def _from_yaml(text: str) -> Any:

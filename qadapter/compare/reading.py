@@ -28,7 +28,7 @@ from qadapter.compare.config import (
     folder_name,
     swept,
 )
-from qadapter.errors import QAdapterError, nearest
+from qadapter.errors import QAdapterError, nearest, shown
 from qadapter.system.documents import read_yaml
 from qadapter.system.hashing import file_sha256
 from qadapter.system.markup import one_line
@@ -111,7 +111,7 @@ def _check(config: CompareConfig, path: str) -> CompareConfig:
                 varied.check(config.training)
                 (varied.adapter or config.adapter).check()
             except ValueError as error:
-                refuse(f"sweeps.{name}.values", f"{value!r}: {error}")
+                refuse(f"sweeps.{name}.values", f"{shown(value)}: {error}")
     taken: dict[str, str] = {}
     for row in config.rows():
         _check_name(row.name, "methods", refuse)
@@ -221,12 +221,12 @@ def _build(cls: type, written: Any, path: str, key: str) -> Any:
     """A dataclass from a mapping; unknown keys, missing ones and wrong types are named."""
     where = f"{path}: {key}" if key else path
     if not isinstance(written, Mapping):
-        raise QAdapterError(f"{where}: expected keys and values, got {written!r}")
+        raise QAdapterError(f"{where}: expected keys and values, got {shown(written)}")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.metadata.get("in_file", True)}
     for name in written:
         if name not in fields:
-            raise QAdapterError(f"{where}: unknown key {name!r}" + nearest(str(name), fields))
+            raise QAdapterError(f"{where}: unknown key {shown(name)}" + nearest(str(name), fields))
     missing = [
         name for name, f in fields.items() if name not in written
         and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
@@ -264,7 +264,7 @@ def _value(kind: Any, value: Any, path: str, key: str) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise QAdapterError(f"{path}: {key}: expected a finite number, got {value}")
     if not isinstance(value, plain) or (isinstance(value, bool) and plain is not bool):
-        raise QAdapterError(f"{path}: {key}: expected {plain.__name__}, got {value!r}")
+        raise QAdapterError(f"{path}: {key}: expected {plain.__name__}, got {shown(value)}")
     return value
 
 
@@ -273,7 +273,7 @@ def _method(value: Any, path: str, key: str) -> Method:
     kind = options.pop("method", None)
     if kind not in METHODS:
         raise QAdapterError(
-            f"{path}: {key}.method: expected one of {', '.join(METHODS)}, got {kind!r}"
+            f"{path}: {key}.method: expected one of {', '.join(METHODS)}, got {shown(kind)}"
             + nearest(str(kind), METHODS)
         )
     return _build(METHODS[kind], options, path, key)
@@ -318,4 +318,4 @@ def changes(before: Any, now: Any, key: str = "") -> list[str]:
         ]
     if key.split(".")[-1] in ("seeds", "dial_seeds", "title", "reference") or before == now:
         return []
-    return [f"{key}: {before!r} → {now!r}"]
+    return [f"{key}: {shown(before)} → {shown(now)}"]

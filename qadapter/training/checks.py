@@ -5,7 +5,6 @@ loaded; each refusal names the option.
 from __future__ import annotations
 
 import enum
-import json
 import math
 import multiprocessing
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,8 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
-from qadapter.errors import QAdapterError, nearest
+from qadapter.errors import QAdapterError, nearest, shown
+from qadapter.system.documents import parse_json
 from qadapter.training.losses import PER_ACTION, PER_ALL_ACTIONS, PER_PAIR
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def check_supported(args: QAdapterConfig) -> None:
         value = getattr(args, name, allowed)
         unset = not value and allowed in (0.0, False, None, "no")
         if value != allowed and not unset:
-            raise QAdapterError(f"{name}={value!r} can't be honoured: {reason}")
+            raise QAdapterError(f"{name}={shown(value)} can't be honoured: {reason}")
     for name, kind in _ENUMS.items():
         _check_choice(args, name, [member.value for member in kind])
     for name in ("log_level", "log_level_replica"):
@@ -91,14 +91,14 @@ def check_supported(args: QAdapterConfig) -> None:
         value = getattr(args, name, None)
         if isinstance(value, str):
             try:
-                value = json.loads(value)
-            except ValueError as error:
+                value = parse_json(value, "the text")
+            except QAdapterError as error:
                 raise QAdapterError(
-                    f"{name} must be a JSON object, got {value!r} ({error})"
+                    f"{name} must be a JSON object, got {shown(value)} ({error})"
                 ) from error
             setattr(args, name, value)
         if value is not None and not isinstance(value, Mapping):
-            raise QAdapterError(f"{name} must map names to values, got {value!r}")
+            raise QAdapterError(f"{name} must map names to values, got {shown(value)}")
     if args.fp16 and (args.use_cpu or not torch.accelerator.is_available()):
         raise QAdapterError(
             "fp16 needs a GPU: leave it out (a CPU's base computes in the data type it is loaded "
@@ -111,7 +111,7 @@ def _check_choice(args: QAdapterConfig, name: str, choices: Sequence[str]) -> No
     value = value.value if isinstance(value, enum.Enum) else value
     if value not in choices:
         raise QAdapterError(
-            f"{name}: {value!r} is none of {', '.join(choices)}" + nearest(str(value), choices)
+            f"{name}: {shown(value)} is none of {', '.join(choices)}" + nearest(str(value), choices)
         )
 
 
@@ -161,7 +161,7 @@ def check_optimizer(args: QAdapterConfig) -> None:
             finally:
                 args.optim_args = given
             if without == kwargs:
-                raise QAdapterError(f"optim_args={given!r}: optim={name!r} reads none of them")
+                raise QAdapterError(f"optim_args={shown(given)}: optim={name!r} reads none of them")
         if name.startswith(_ON_TARGETS):
             return  # its parameters are the model's layers
         kwargs.pop("optimizer_dict", None)
@@ -179,7 +179,7 @@ def check_optimizer(args: QAdapterConfig) -> None:
     except (TypeError, ValueError) as error:
         raise QAdapterError(
             f"lr_scheduler_type {args.lr_scheduler_type.value!r} can't be made with "
-            f"lr_scheduler_kwargs {args.lr_scheduler_kwargs or {}}: {error}"
+            f"lr_scheduler_kwargs {shown(args.lr_scheduler_kwargs or {})}: {error}"
         ) from error
 
 

@@ -1,5 +1,7 @@
 """The judge behind an endpoint, against a local server that speaks the protocol."""
 
+import dataclasses
+import gzip
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -274,7 +276,7 @@ def test_no_key_and_a_damaged_file(server, tmp_path, monkeypatch):
     whole = {"key": "x", "verdict": 1.0, "replies": 1, "prompt_tokens": 1,
              "completion_tokens": 1, "without_usage": 0}
     for line, reason in (
-        ("nonsense", "Expecting value"), ("[]", "list indices"),
+        ("nonsense", "the line is not JSON: Expecting value"), ("[]", "list indices"),
         ('{"key": "x", "verdict": null}', "it has no 'replies'"),
         (json.dumps(whole | {"verdict": "A"}), "its verdict is 'A'"),
         (json.dumps(whole | {"replies": None}), "its replies are None"),
@@ -355,10 +357,82 @@ def test_prompt_files_that_cannot_be_used(tmp_path, change, message):
 
 @pytest.mark.parametrize(("text", "message"), [
     ("", "it must hold keys and values"), ("- a", "it must hold keys and values"),
-    ("user: x", "verdict is missing"), ("user: [", "while parsing"),
+    ("user: x", "verdict is missing"), ("user: [", "is not YAML"),
 ])
 def test_prompt_files_that_are_none(tmp_path, text, message):
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(QAdapterError, match=rf"mine.yaml can't be used: {message}") as error:
         JudgePrompt.read(tmp_path / "mine.yaml")
     assert "\n" not in str(error.value)
+
+
+# --- what a server, or a file, may be up to -----------------------------------------------------
+
+
+def test_a_reply_without_end_is_not_read_to_its_end(server, monkeypatch):
+    monkeypatch.setattr("qadapter.evaluation.judges.endpoint.MAX_REPLY_BYTES", 10_000)
+    server.script = [completion("[[A]]" + "x" * 20_000)] * 2
+    with pytest.raises(QAdapterError, match="a reply has more than 10,000 bytes"):
+        judge(server, max_retries=0).compare(PROMPTS[:1], GOOD[:1], BAD[:1])
+    server.script = []
+    assert judge(server).compare(PROMPTS, GOOD, BAD).tolist() == [1, 1, 1]
+
+
+def test_a_zipped_reply_is_refused(server, monkeypatch):
+    original = Handler.send
+    monkeypatch.setattr(Handler, "send", lambda self, status, value, headers=None: original(
+        self, status, gzip.compress(json.dumps(value).encode()), {"content-encoding": "gzip"}
+    ))
+    with pytest.raises(QAdapterError, match="a reply is zipped"):
+        judge(server, max_retries=0).compare(PROMPTS[:1], GOOD[:1], BAD[:1])
+    headers = {k.lower(): v for k, v in server.requests[0][1].items()}
+    assert headers["accept-encoding"] == "identity"
+
+
+@pytest.mark.parametrize("body", [
+    b"[" * 100_000, b'{"choices": ' + b"9" * 5000 + b"}", b'{"choices": [{"message": 7}]}',
+    json.dumps(completion("[[A]]", {"prompt_tokens": 10**400, "completion_tokens": -1})).encode(),
+    json.dumps(completion("[[A]]", {"prompt_tokens": True, "completion_tokens": 1})).encode(),
+])
+def test_a_reply_of_any_content_is_a_reply(server, body, tmp_path):
+    server.script = [body] * 2 * ATTEMPTS
+    file = tmp_path / "judgements.jsonl"
+    found = judge(server, file)
+    if b"[[A]]" in body:
+        assert found.compare(PROMPTS[:1], GOOD[:1], BAD[:1]).tolist() == [0.5]
+        assert found.usage.cost(1, 1) == 0
+    else:
+        with pytest.raises(QAdapterError, match="could be read as a verdict"):
+            found.compare(PROMPTS[:1], GOOD[:1], BAD[:1])
+    judge(server, file)
+
+
+@pytest.mark.parametrize(("changes", "problem"), [
+    ({"verdict": "("}, "is no regular expression"), ({"verdict": "(" * 5000}, "5,000 characters"),
+    ({"verdict": "(" * 1900}, "is no regular expression"),
+    ({"verdict": "a{99999999999999999999}"}, "is no regular expression"),
+    ({"user": 20260101}, "user must be text"),
+    ({"request": {"seed": float("inf")}}, "Out of range"),
+    ({"request": "x" * 100_000}, "request must be keys and values"),
+])
+def test_prompt_files_that_no_judge_can_use(tmp_path, changes, problem):
+    values = yaml.safe_load(PROMPT_FILE.read_text()) | changes
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(QAdapterError, match=problem) as caught:
+        JudgePrompt.read(tmp_path / "p.yaml")
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_verdict_that_comes_to_no_end_is_named(server, monkeypatch):
+    monkeypatch.setattr("qadapter.system.patterns.SECONDS", 0.05)
+    prompt = dataclasses.replace(JudgePrompt.read(), verdict=r"(?:(a|aa)+)+\]$")
+    server.script = [completion("a" * 60 + "!")] * 2
+    with pytest.raises(QAdapterError, match="comes to no end on 'aaa"):
+        judge(server, prompt=prompt).compare(PROMPTS[:1], GOOD[:1], BAD[:1])
+
+
+@pytest.mark.parametrize("line", ["[" * 5000, '{"key": ' + "1" * 5000 + "}", "\ufffe", "[]", "7"])
+def test_a_damaged_line_of_judgements_is_named(server, tmp_path, line):
+    (tmp_path / "j.jsonl").write_text(line + "\n")
+    with pytest.raises(QAdapterError, match=r"j\.jsonl:1 is no judgement: .*remove the line"):
+        judge(server, tmp_path / "j.jsonl")

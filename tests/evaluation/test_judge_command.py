@@ -172,8 +172,8 @@ def test_a_command_that_could_not_be_started_binds_no_other(place, tmp_path, cap
 
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("settings.json", b"[]", "settings.json holds no settings"),
-    ("settings.json", b"{", "settings.json is not JSON"),
-    ("settings.json", b"\xff\xfe", "settings.json is not JSON"),
+    ("settings.json", b"{", "settings.json:1 is not JSON"),
+    ("settings.json", b"\xff\xfe", "settings.json:1 is not JSON"),
     ("answers.jsonl", b'{"text": null, "token_ids": [], "ended": true, "player": "base", '
      b'"draw": 0, "prompt_hash": ""}', "answers.jsonl:1 is no answer"),
 ])

@@ -20,6 +20,7 @@ from qadapter.evaluation.answers import Answer, generate_answers
 from qadapter.evaluation.judges.interface import Judge, Progress, RewardJudge
 from qadapter.evaluation.judges.winrate import WinRate, judged_gain, score_draws, win_rate
 from qadapter.evaluation.report import format_value, write_text
+from qadapter.system.documents import parse_json
 
 Draws = list[list[Answer]]
 """[draws][prompts]"""
@@ -60,13 +61,13 @@ class AnswerStore:
         lines = file.read_bytes().rstrip(b"\n").split(b"\n")
         for number, line in enumerate(lines, 1):
             try:
-                row = json.loads(line)
+                row = parse_json(line.decode(), "the line")
                 answer = Answer(row["text"], row["token_ids"], row["ended"])
                 if not isinstance(answer.text, str) or not isinstance(answer.token_ids, list):
                     raise TypeError("its text is no text or its token_ids no list")
                 drawn = self.draws.setdefault((row["player"], row["draw"]), [])
                 asked = row["prompt_hash"]
-            except (ValueError, KeyError, TypeError) as error:
+            except (QAdapterError, ValueError, KeyError, TypeError) as error:
                 raise QAdapterError(
                     f"{file}:{number} is no answer ({error}); remove the file to draw again"
                 ) from error

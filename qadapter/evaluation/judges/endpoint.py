@@ -8,11 +8,12 @@ stopped, and no verdict is paid for twice; a reply that could not be read is ask
 from __future__ import annotations
 
 import hashlib
+import importlib
 import inspect
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -20,17 +21,20 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
-import yaml
 
 from qadapter.data import Prompt
-from qadapter.errors import QAdapterError, nearest
+from qadapter.errors import QAdapterError, nearest, shown
 from qadapter.evaluation.judges.interface import Judge, Progress, check_lengths
 from qadapter.evaluation.judges.texts import prompt_text
-from qadapter.system.textfiles import read_text
+from qadapter.system.documents import parse_json, read_yaml
+from qadapter.system.patterns import Pattern
 
 PROMPT_FILE = Path(__file__).with_name("endpoint_prompt.yaml")
 ATTEMPTS = 3
 """Times a comparison is asked while its reply can't be read."""
+MAX_REPLY_BYTES = 2**24
+"""Of a whole reply, in bytes; a server that sends more is not asked again."""
+_MOST_TOKENS = 2**40
 _PLACES = ("prompt", "answer_a", "answer_b")
 _COUNTS = ("replies", "prompt_tokens", "completion_tokens", "without_usage")
 
@@ -54,17 +58,17 @@ class JudgePrompt:
             QAdapterError: unreadable, or not what a prompt file must hold.
         """
         try:
-            values = yaml.safe_load(read_text(path))
+            values = read_yaml(path)
             _check_keys(values, cls)
             found = cls(**values)
             for name, value in vars(found).items():
                 wanted = dict if name == "request" else str
                 if not isinstance(value, wanted):  # 1 without quotes is a number, "1" is text
                     kind = "keys and values" if wanted is dict else "text (in quotes)"
-                    raise TypeError(f"{name} must be {kind}, got {value!r}")
+                    raise TypeError(f"{name} must be {kind}, got {shown(value)}")
             _check_request(found.request)
-            groups = re.compile(found.verdict).groups
-        except (QAdapterError, ValueError, yaml.YAMLError, TypeError, re.error) as error:
+            groups = Pattern(found.verdict).groups
+        except (QAdapterError, ValueError, TypeError) as error:
             raise QAdapterError(
                 f"judge prompt {path} can't be used: {_shortened(str(error), 400)}"
             ) from error
@@ -84,8 +88,12 @@ class JudgePrompt:
         return [*system, {"role": "user", "content": user}]
 
     def read_verdict(self, reply: str) -> float | None:
-        """1 if the first answer is better, 0 if the second is, 0.5 for a tie; None: unreadable."""
-        matches = re.findall(self.verdict, reply)
+        """1 if the first answer is better, 0 if the second is, 0.5 for a tie; None: unreadable.
+
+        Raises:
+            QAdapterError: ``verdict`` comes to no end on it.
+        """
+        matches = Pattern(self.verdict).findall(reply)
         said = {self.first: 1.0, self.second: 0.0, self.tie: 0.5}
         return said.get(matches[-1]) if matches else None
 
@@ -96,7 +104,7 @@ def _check_keys(values: Any, cls: type) -> None:
         raise TypeError("it must hold keys and values")
     known = {found.name: found for found in fields(cls)}
     if unknown := [key for key in values if key not in known]:
-        raise TypeError(f"unknown key {unknown[0]!r}{nearest(str(unknown[0]), known)}")
+        raise TypeError(f"unknown key {shown(unknown[0])}{nearest(str(unknown[0]), known)}")
     for name, found in known.items():
         if name not in values and found.default is found.default_factory is MISSING:
             raise TypeError(f"{name} is missing")
@@ -114,12 +122,12 @@ def _check_request(request: dict[str, Any]) -> None:
     for name, value in request.items():
         if name not in known:
             raise TypeError(
-                f"request takes no {name!r}{nearest(str(name), sorted(known))} (a server's own "
-                "arguments go into extra_body)"
+                f"request takes no {shown(name)}{nearest(str(name), sorted(known))} (a server's "
+                "own arguments go into extra_body)"
             )
         if str(name).startswith("extra_") and not isinstance(value, dict):
-            raise TypeError(f"request: {name} must be keys and values, got {value!r}")
-    json.dumps(request, allow_nan=False)  # YAML has dates and infinity
+            raise TypeError(f"request: {name} must be keys and values, got {shown(value)}")
+    json.dumps(request, allow_nan=False)  # YAML has infinity
 
 
 @dataclass
@@ -146,6 +154,38 @@ class Usage:
         return asdict(self) | {
             "share_for_first": self.first_wins / self.verdicts if self.verdicts else None
         }
+
+
+def _limited_client() -> Any:
+    """A client of the library's own kind that reads no more than ``MAX_REPLY_BYTES`` of a reply."""
+    import openai
+
+    # Which httpx that is (httpx2, of late) is the library's choice.
+    kind = openai.DefaultHttpxClient
+    httpx = importlib.import_module(kind.__mro__[1].__module__.partition(".")[0])
+
+    class Limited(httpx.SyncByteStream):
+        def __init__(self, stream: Any):
+            self.stream = stream
+
+        def __iter__(self) -> Iterator[bytes]:
+            size = 0
+            for chunk in self.stream:
+                size += len(chunk)
+                if size > MAX_REPLY_BYTES:
+                    raise QAdapterError(f"a reply has more than {MAX_REPLY_BYTES:,} bytes")
+                yield chunk
+
+        def close(self) -> None:
+            self.stream.close()
+
+    def limit(response: Any) -> None:
+        # Zipped, a small reply may be a large one.
+        if response.headers.get("content-encoding", "identity") != "identity":
+            raise QAdapterError("a reply is zipped, which was not asked for")
+        response.stream = Limited(response.stream)
+
+    return kind(event_hooks={"response": [limit]})
 
 
 class _Question(NamedTuple):
@@ -192,7 +232,8 @@ class EndpointJudge(Judge):
             check_url(os.environ["OPENAI_BASE_URL"], "OPENAI_BASE_URL")
         try:
             self.client = openai.OpenAI(
-                base_url=base_url, max_retries=max_retries, timeout=timeout
+                base_url=base_url, max_retries=max_retries, timeout=timeout,
+                default_headers={"Accept-Encoding": "identity"}, http_client=_limited_client(),
             )
         except openai.OpenAIError as error:
             raise QAdapterError(
@@ -270,7 +311,9 @@ class EndpointJudge(Judge):
                 if not future.cancelled() and future.exception() is None:
                     self._keep(future.result())
         if failure is not None:
-            raise self._explained(failure) from failure
+            # The client wraps what is raised while it reads.
+            own = isinstance(failure.__cause__, QAdapterError)
+            raise self._explained(failure.__cause__ if own else failure) from failure
 
     def _explained(self, error: Exception) -> QAdapterError:
         import openai
@@ -387,7 +430,7 @@ def _read_reply(reply: Any) -> tuple[str | None, tuple[int, int] | None]:
     return (
         # JSON can hold half a character (a lone surrogate), a file can't.
         text.encode("utf-8", "replace").decode() if isinstance(text, str) else None,
-        tokens if all(isinstance(count, int) for count in tokens) else None,
+        tokens if all(type(c) is int and 0 <= c < _MOST_TOKENS for c in tokens) else None,
     )
 
 
@@ -410,14 +453,14 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     # Not splitlines(): a reply may hold characters that it takes for the end of a line.
     for number, line in enumerate(whole.split(b"\n")[:-1], 1):
         try:
-            judgement = json.loads(line)
+            judgement = parse_json(line.decode(), "the line")
             if judgement["verdict"] not in (None, 0, 0.5, 1):
-                raise TypeError(f"its verdict is {judgement['verdict']!r}")
+                raise TypeError(f"its verdict is {shown(judgement['verdict'])}")
             for name in _COUNTS:
-                if not isinstance(judgement[name], int):
-                    raise TypeError(f"its {name} are {judgement[name]!r}")
+                if type(judgement[name]) is not int:
+                    raise TypeError(f"its {name} are {shown(judgement[name])}")
             judgements[judgement["key"]] = judgement
-        except (ValueError, KeyError, TypeError) as error:
+        except (QAdapterError, ValueError, KeyError, TypeError) as error:
             reason = f"it has no {error}" if isinstance(error, KeyError) else error
             raise QAdapterError(
                 f"{path}:{number} is no judgement: {reason}; remove the line to ask again"
