@@ -192,6 +192,9 @@ def test_texts_without_a_token_to_score_are_named_before_training(place, tmp_pat
     ("seed: [1]", "seed: expected a whole number, got [1]"),
     ("seed: 1\nseed: 2", "bad.yaml:2 is not YAML: the key 'seed' stands there twice"),
     ("a: b: c", "bad.yaml:1 is not YAML"), ("- seed", "holds a list"),
+    ("seed: " + "9" * 30, "seed: expected a whole number, got 999"),
+    ("learning_rate: [" + "[a]," * 5000 + "]", "learning_rate: expected a number, got [['a'], ["),
+    ("? " + "x" * 5000 + "\n: 1", "unknown key 'xxx"), ("lr_scheduler_type: [a]", "expected text"),
 ])
 def test_bad_config_files(place, tmp_path, fails, text, message):
     (tmp_path / "bad.yaml").write_text(text)

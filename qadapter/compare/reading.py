@@ -256,6 +256,8 @@ def _value(kind: Any, value: Any, path: str, key: str) -> Any:
     if origin is list and isinstance(value, list):
         return [_value(arguments[0], v, path, f"{key}[{i}]") for i, v in enumerate(value)]
     if origin is dict and isinstance(value, dict):
+        if len({str(k) for k in value}) < len(value):
+            raise QAdapterError(f"{path}: {key}: two keys read alike: {shown(list(value))}")
         return {str(k): _value(arguments[1], v, path, f"{key}.{k}") for k, v in value.items()}
     plain = origin or kind
     if plain is float and isinstance(value, int | str) and not isinstance(value, bool):
@@ -263,6 +265,8 @@ def _value(kind: Any, value: Any, path: str, key: str) -> Any:
             value = float(value)
     if isinstance(value, float) and not math.isfinite(value):
         raise QAdapterError(f"{path}: {key}: expected a finite number, got {value}")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise QAdapterError(f"{path}: {key}: expected a number of 64 bits at most, got {value}")
     if not isinstance(value, plain) or (isinstance(value, bool) and plain is not bool):
         raise QAdapterError(f"{path}: {key}: expected {plain.__name__}, got {shown(value)}")
     return value
@@ -271,7 +275,7 @@ def _value(kind: Any, value: Any, path: str, key: str) -> Any:
 def _method(value: Any, path: str, key: str) -> Method:
     options = dict(value) if isinstance(value, Mapping) else {}
     kind = options.pop("method", None)
-    if kind not in METHODS:
+    if not isinstance(kind, str) or kind not in METHODS:
         raise QAdapterError(
             f"{path}: {key}.method: expected one of {', '.join(METHODS)}, got {shown(kind)}"
             + nearest(str(kind), METHODS)

@@ -104,8 +104,9 @@ class ArrowRows:
     def _values(self, cells: pa.ChunkedArray, column: str) -> list[Any]:
         parse = _json_in(cells.type, f"{self.name}: the column {column!r}")
         try:
+            cells.validate(full=True)  # a damaged file may point out of its memory
             values = cells.to_pylist()
-        except (ValueError, OverflowError, pa.ArrowException) as error:  # bytes that are no UTF-8
+        except (ValueError, OverflowError, pa.ArrowException) as error:
             raise QAdapterError(
                 f"{self.name}: the column {column!r} can't be read: {error}"
             ) from error
@@ -256,12 +257,7 @@ def _read_parquet(file: Path, read: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _read_span(file: Path, columns: list[str], rows: range) -> pa.Table:
-    """These rows, from the row groups that hold them.
-
-    Raises:
-        QAdapterError: they grow like no text does (see `textfiles.ZIPPED_TIMES`).
-    """
-    most = max(ZIPPED_BYTES, ZIPPED_TIMES * file.stat().st_size)
+    """These rows, from the row groups that hold them; raises as `limited`."""
     with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
         groups, first, start = [], 0, 0
         for group in range(parquet.num_row_groups):
@@ -274,15 +270,10 @@ def _read_span(file: Path, columns: list[str], rows: range) -> pa.Table:
         columns = [column for column in columns if column in schema.names]
         if not columns:
             raise QAdapterError(f"{file} has none of the columns that other files have")
-        batches, size, left = [], 0, rows.stop - first
-        for batch in parquet.iter_batches(_BATCH, groups, columns):
+        batches, left = [], rows.stop - first
+        for batch in limited(parquet.iter_batches(_BATCH, groups, columns), file):
             batches.append(batch.slice(0, left))
-            size, left = size + batch.nbytes, left - len(batch)
-            if size > most:
-                raise QAdapterError(
-                    f"{file} can't be read: it grows to more than {ZIPPED_TIMES} times its size; "
-                    "if it really holds that much, save it without compression"
-                )
+            left -= len(batch)
             if left <= 0:
                 break
         if not batches:
@@ -291,6 +282,23 @@ def _read_span(file: Path, columns: list[str], rows: range) -> pa.Table:
     if len(table) < rows.stop - first:
         raise pa.ArrowInvalid(f"it has {len(table) + first} rows, not {rows.stop} or more")
     return table.slice(rows.start - first, len(rows))
+
+
+def limited(batches: Iterable[pa.RecordBatch], file: Path) -> Iterator[pa.RecordBatch]:
+    """The same.
+
+    Raises:
+        QAdapterError: they grow like no text does (see `textfiles.ZIPPED_TIMES`).
+    """
+    size, most = 0, max(ZIPPED_BYTES, ZIPPED_TIMES * file.stat().st_size)
+    for batch in batches:
+        size += batch.nbytes
+        if size > most:
+            raise QAdapterError(
+                f"{file} can't be read: it grows to more than {ZIPPED_TIMES} times its size; "
+                "if it really holds that much, save it without compression"
+            )
+        yield batch
 
 
 def _list(files: Sequence[Path], most: int = 8) -> str:

@@ -5,12 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, ReadInstruction, load_dataset, load_from_disk
+from datasets import Dataset, ReadInstruction, load_dataset
 from datasets import config as datasets_config
 from huggingface_hub import HfApi, constants
 
 from qadapter.data.arrow import ArrowRows, ParquetRows, Row
 from qadapter.data.rows import ListRows, Rows
+from qadapter.data.saved import read_saved
 from qadapter.data.split_files import choose_files, files_of_readme
 from qadapter.errors import QAdapterError
 from qadapter.system.documents import parse_json
@@ -99,14 +100,7 @@ def _read_folder(path: Path, config: str | None, split: str, limit: int | None) 
             "a README.md that lists configurations"
         )
     if saved:
-        dataset = _load_saved(path)
-        if isinstance(dataset, DatasetDict):
-            if split not in dataset:
-                raise QAdapterError(f"{path} has no split {split!r}; it has {_list(dataset)}")
-            dataset = dataset[split]
-        elif split != "train":
-            raise QAdapterError(f"{path} is one saved dataset and has no split {split!r}")
-        return _first(ArrowRows(dataset, str(path)), limit)
+        return _first(read_saved(path, split), limit)
     files = sorted(file for file in path.rglob("*") if _is_data(file, path))
     if not files:
         raise QAdapterError(f"folder {path} holds no {', '.join(SUFFIXES)} file")
@@ -176,13 +170,6 @@ def _refuse_single_object(text: str, file: Path) -> None:
         f"{file} holds one JSON {type(value).__name__}{keys}; rows must be a JSON list of objects, "
         "or one object a line"
     )
-
-
-def _load_saved(path: Path) -> Dataset | DatasetDict:
-    try:
-        return load_from_disk(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise QAdapterError(f"{path} cannot be read as a saved dataset: {error}") from error
 
 
 def _may_be_hub_name(name: str) -> bool:

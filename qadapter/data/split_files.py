@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
-import yaml
-
-from qadapter.errors import QAdapterError, nearest
+from qadapter.errors import QAdapterError, nearest, shown
+from qadapter.system.documents import parse_yaml
 from qadapter.system.textfiles import read_text
 
 # The words by which `datasets` tells splits apart.
@@ -25,6 +24,7 @@ _KIND_OF = {word: kind for kind, words in _KINDS.items() for word in words}
 # How the hub names files: NAME-00000-of-00002, and a hash in older ones.
 _SHARD = re.compile(r"(?P<name>.+?)-\d{4,6}-of-\d{4,6}(-[0-9a-f]+)?")
 _NUMBER = re.compile(r"[-_. ]*\d+$")
+_MOST_README = 2**24
 _BETWEEN_WORDS = re.compile(r"[-_. \d]+")
 
 
@@ -124,16 +124,20 @@ def files_of_readme(folder: Path, config: str | None, split: str) -> list[Path] 
             + nearest(config, found)
         )
     patterns = _patterns(found[config].get("data_files"))
-    root = folder / str(found[config].get("data_dir") or "")
+    root = str(found[config].get("data_dir") or "")
     if split not in patterns:
         raise QAdapterError(
             f"{readme} has no split {split!r} in configuration {config!r}; it has "
             f"{_list(patterns)}" + nearest(split, patterns)
         )
+    for name in (root, *patterns[split]):
+        if name.startswith(("/", "~")) or ".." in name.split("/") or "\\" in name:
+            raise QAdapterError(f"{readme} names {shown(name)}, which is not within {folder}")
     try:
-        files = [file for pattern in patterns[split] for file in sorted(root.glob(pattern))]
-    except (NotImplementedError, ValueError) as error:
+        found_files = [sorted((folder / root).glob(pattern)) for pattern in patterns[split]]
+    except (NotImplementedError, ValueError, OSError, RecursionError) as error:
         raise QAdapterError(f"{readme}: {_list(patterns[split])}: {error}") from error
+    files = [file for files in found_files for file in files]
     if not files:
         raise QAdapterError(
             f"{readme} names {_list(patterns[split])} for split {split!r}; no such file is there"
@@ -146,10 +150,11 @@ def _configs(readme: Path) -> dict[str, dict[str, Any]]:
     if not readme.is_file():
         return {}
     try:
-        _, header, _ = re.split(r"^---\s*$", read_text(readme), maxsplit=2, flags=re.MULTILINE)
-        entries = yaml.safe_load(header)["configs"]
+        text = read_text(readme, most=_MOST_README)
+        _, header, _ = re.split(r"^---\s*$", text, maxsplit=2, flags=re.MULTILINE)
+        entries = parse_yaml(header, readme)["configs"]
         return {str(e["config_name"]): e for e in entries if _patterns(e.get("data_files"))}
-    except (QAdapterError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError):
+    except (QAdapterError, ValueError, TypeError, KeyError, AttributeError):
         return {}  # a README is free to be anything
 
 

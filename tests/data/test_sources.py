@@ -1,5 +1,6 @@
 """Reading files, folders and hub names; every bad input ends in one line that names it."""
 
+import contextlib
 import gzip
 import json
 import time
@@ -372,3 +373,58 @@ def test_columns_of_media_are_not_opened(tmp_path, name, kind):
     assert list(read(source)["prompt"]) == ["Why?", "Who?"]
     with pytest.raises(QAdapterError, match=rf"the column '{name}' holds \w+ values"):
         read(source, columns={"prompt": name})
+
+
+# --- folders that name files --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "content", "problem"), [
+    ("state.json", "[" * 5000, "more than 100 deep"), ("state.json", "{}", "no list '_data_files'"),
+    ("state.json", '{"_data_files": [{"filename": 7}]}', "no list '_data_files'"),
+    ("state.json", '{"_data_files": [{"filename": "../secret.arrow"}]}', "not the name of a file"),
+    ("state.json", '{"_data_files": [{"filename": "/etc/hostname"}]}', "not the name of a file"),
+    ("state.json", '{"_data_files": [{"filename": "state.json"}]}', "as a saved dataset"),
+    ("state.json", '{"_data_files": [{"filename": "gone.arrow"}]}', "as a saved dataset"),
+    ("dataset_dict.json", '{"splits": ["../train"]}', "has no split 'train'"),
+    ("dataset_dict.json", '{"splits": 7}', "no list 'splits'"),
+])
+def test_a_saved_dataset_reads_its_own_files_alone(tmp_path, name, content, problem):
+    folder = tmp_path / "saved"
+    Dataset.from_list(ROWS).save_to_disk(folder)
+    (folder / name).write_text(content)
+    assert problem in error(folder)
+    if "../train" in content:
+        assert "not the name of a file in it" in error(folder, split="../train")
+
+
+def test_what_a_saved_dataset_says_of_its_columns_is_not_carried_out(tmp_path):
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    info = tmp_path / "saved/dataset_info.json"
+    info.write_text(json.dumps({"features": {"chosen": {"_type": "Image"}, "x": 7}}))
+    assert len(load_preferences(tmp_path / "saved")) == len(ROWS)
+
+
+@pytest.mark.parametrize("damage", [8, 64, 200, 300, 400, 500, 600])
+def test_a_damaged_arrow_file_is_an_error_or_harmless(tmp_path, damage):
+    Dataset.from_list(ROWS * 50).save_to_disk(tmp_path / "saved")
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    data = bytearray(file.read_bytes())
+    for at in range(damage, len(data), 997):
+        data[at] ^= 0xFF
+    file.write_bytes(data)
+    with contextlib.suppress(QAdapterError):
+        load_preferences(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("entry", [
+    "data_dir: ..", "data_dir: /etc", "data_files: ../secret.jsonl", "data_files: /etc/*",
+    "data_files: {train: [a.jsonl, x/../../secret.jsonl]}", "data_files: '..\\secret.jsonl'",
+])
+def test_a_readme_names_files_of_its_folder_alone(tmp_path, entry):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(tmp_path / "secret.jsonl"), write(folder / "a.jsonl")
+    files = "" if "data_files" in entry else "\n  data_files: a.jsonl"
+    header = f"configs:\n- config_name: default\n  {entry}{files}"
+    (folder / "README.md").write_text(f"---\n{header}\n---\n")
+    assert "is not within" in error(folder)

@@ -391,10 +391,12 @@ def configuration(seed: int) -> Hostile:
     for _ in range(rng.choice((0, 1, 1, 2, 4)) if use != "train" else rng.choice((0, 0, 1))):
         _break(rng, value)
     text = _yaml(rng, value)
-    if rng.random() < 0.3:
+    if rng.random() < 0.2:
         at = text.find("\n", rng.randrange(len(text) + 1)) + 1
         text = text[:at] + rng.choice(("", "k: ")) + rng.choice(_ODD_YAML) + "\n" + text[at:]
-    data = _break_bytes(rng, _encode(rng, text), 0.15)
+    data = text.encode("utf-8", "surrogatepass")
+    if rng.random() < 0.1:
+        data = _break_bytes(rng, _encode(rng, text), 0.5)
     return Hostile(f"{use}.yaml", data, tuple(argv))
 
 
