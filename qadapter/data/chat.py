@@ -102,17 +102,21 @@ class ChatTemplate:
     of texts: content as text or as a list of parts, arguments of tool calls as objects or as JSON
     text. What of the marks appears in no form is left out by the template.
 
+    Args:
+        name: what the template is called in errors; default: by the tokenizer's folder.
+
     Raises:
         QAdapterError: the tokenizer has no chat template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str | None = None) -> None:
         if not tokenizer.chat_template:
             raise QAdapterError(
                 f"the data is conversational, but the tokenizer {tokenizer.name_or_path!r} has no "
                 f"chat template: {_WAY_OUT}; or take an instruction-tuned base, or plain text"
             )
         self.tokenizer = tokenizer
+        self.name = name or f"the chat template of {tokenizer.name_or_path!r}"
         self._plans: dict[Any, _Plan] = {}
         names = inspect.signature(tokenizer.apply_chat_template).parameters
         # How to render, what is rendered, and the special tokens, which mark turns.
@@ -127,12 +131,12 @@ class ChatTemplate:
             text = self._apply(probe, self._plan(probe, {}).form, {})
         except BadRow as bad:
             raise QAdapterError(
-                f"the chat template cannot render a conversation: {bad.detail}"
+                f"{self.name} cannot render a conversation: {bad.detail}"
             ) from bad
         _, found, tail = text.rpartition(_PROBE)
         if not found:
             raise QAdapterError(
-                "the chat template renders a question and its answer without the answer"
+                f"{self.name} renders a question and its answer without the answer"
             )
         special = self.special.search(tail)
         if special is not None:

@@ -78,7 +78,7 @@ class PromptEncoder:
         try:
             text = chat.prompt(messages, options)
         except BadRow as bad:
-            raise QAdapterError(f"the chat template can't render a prompt: {bad.detail}") from bad
+            raise QAdapterError(f"{chat.name} can't render a prompt: {bad.detail}") from bad
         return token_ids(self.tokenizer, text)
 
     def lost(self, prompt: Prompt) -> tuple[Lost, ...]:

@@ -46,7 +46,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, text: str, source: str
         return ""
     tokenizer.chat_template = text
     try:
-        _check(ChatTemplate(tokenizer))
+        _check(ChatTemplate(tokenizer, "the chat template"))
     except QAdapterError as error:
         tokenizer.chat_template = before
         raise QAdapterError(f"chat_template {source}: {error}") from error

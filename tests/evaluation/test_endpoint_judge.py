@@ -361,7 +361,7 @@ def test_prompt_files_that_cannot_be_used(tmp_path, change, message):
 ])
 def test_prompt_files_that_are_none(tmp_path, text, message):
     (tmp_path / "mine.yaml").write_text(text)
-    with pytest.raises(QAdapterError, match=rf"mine.yaml can't be used: {message}") as error:
+    with pytest.raises(QAdapterError, match=rf"mine.yaml can't be used: .*{message}") as error:
         JudgePrompt.read(tmp_path / "mine.yaml")
     assert "\n" not in str(error.value)
 
