@@ -39,6 +39,11 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 
 
+def first_line(error: BaseException) -> str:
+    """The beginning of what an error says: those of other libraries may go on with a stack."""
+    return next((text.strip() for text in str(error).splitlines() if text.strip()), "")[:300]
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``; did you mean 'x'?``, or nothing."""
     if len(name) > 100:

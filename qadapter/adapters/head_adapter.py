@@ -13,6 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qadapter.errors import shown
+
+MAX_RANK = 65_536
+"""Wider than any model's hidden states, and room for compositions."""
+
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
@@ -22,10 +27,10 @@ class AdapterConfig:
         kind: "head". (LoRA adapters are described by PEFT's own ``LoraConfig``.)
         form: "linear": f(h) = B·A·h, exactly mergeable into lm_head and servable anywhere.
             "mlp": a gated bottleneck, B·(silu(G·h) ⊙ A·h): more expressive, not mergeable.
-        rank: width r of the bottleneck.
+        rank: width r of the bottleneck, up to ``MAX_RANK``.
 
     Raises:
-        ValueError: an unknown kind or form, a rank below 1.
+        ValueError: an unknown kind or form, a rank below 1 or beyond.
     """
 
     kind: Literal["head"] = "head"
@@ -35,12 +40,16 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         if self.kind != "head":
             raise ValueError(
-                f'adapter kind must be "head", got {self.kind!r} (for LoRA pass a peft.LoraConfig)'
+                f'adapter kind must be "head", got {shown(self.kind)} (for LoRA pass a '
+                "peft.LoraConfig)"
             )
-        if self.form not in _FORMS:
-            raise ValueError(f'adapter form must be "linear" or "mlp", got {self.form!r}')
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"adapter rank must be a whole number ≥ 1, got {self.rank!r}")
+        if self.form not in tuple(_FORMS):  # not a dict's: what has no hash is no form either
+            raise ValueError(f'adapter form must be "linear" or "mlp", got {shown(self.form)}')
+        if type(self.rank) is not int or not 1 <= self.rank <= MAX_RANK:
+            raise ValueError(
+                f"adapter rank must be a whole number from 1 to {MAX_RANK:,}, got "
+                f"{shown(self.rank)}"
+            )
 
     def build(self, hidden_size: int, device: torch.device | None = None) -> HeadAdapter:
         """A fresh adapter with float32 parameters: a learning rate of 1e-3 moves weights by less

@@ -31,8 +31,9 @@ from qadapter.adapters.gating import (
     frozen_module,
     sums_adapters,
 )
+from qadapter.adapters.peft_config import require_adapting, require_matching
 from qadapter.adapters.streams import BASE
-from qadapter.errors import QAdapterError
+from qadapter.errors import QAdapterError, first_line
 from qadapter.trunk.checkpointing import checkpoints_reentrantly
 from qadapter.trunk.lm_head import input_device, trunk
 from qadapter.trunk.loading import shell_of
@@ -44,13 +45,6 @@ PRESETS = {
     },
 }
 """``paper``: what the authors trained (Li et al., ICLR 2025, and their published code)."""
-_CHANGING_THE_BASE = {
-    "bias": ("none", "biases belong to the frozen base"),
-    "layer_replication": (None, "the base has no such layers"),
-    "trainable_token_indices": (None, "the base's tokens are frozen"),
-    "megatron_config": (None, "Megatron layers are not supported"),
-}
-
 _DROPOUTS = ("rank_dropout", "module_dropout")
 """Fields by which PEFT drops without a module for it."""
 
@@ -84,13 +78,8 @@ class LoraAdapter:
     def __init__(self, base: PreTrainedModel, config: PeftConfig):
         name = type(base).__name__
         base.requires_grad_(False)
-        if config.is_prompt_learning or config.is_adaption_prompt:
-            raise QAdapterError(f"{config.peft_type.value} adapts no layers: use LoRA")
-        for field, (allowed, reason) in _CHANGING_THE_BASE.items():
-            if getattr(config, field, allowed) not in (allowed, [], {}):
-                raise QAdapterError(f"{field}={getattr(config, field)!r} can't be used: {reason}")
-        if config.peft_type == peft.PeftType.ADALORA:
-            raise QAdapterError("AdaLoRA needs a schedule of ranks of its own: use LoRA")
+        require_adapting(config)
+        require_matching(config, (name for name, _ in base.named_modules()))
         before = _probe(base)
         frozen = {id(p) for p in base.parameters()}
         try:
@@ -98,8 +87,8 @@ class LoraAdapter:
                 # PEFT reads a property by the name that transformers gives up.
                 warnings.simplefilter("ignore", FutureWarning)
                 self.peft_model = peft.get_peft_model(base, _trainable(config))
-        except (ValueError, NotImplementedError, TypeError) as error:
-            raise QAdapterError(f"PEFT can't adapt {name}: {error}") from error
+        except Exception as error:  # a class for each kind of adapter, with checks of its own
+            raise QAdapterError(f"PEFT can't adapt {name}: {first_line(error)}") from error
         if not checkpoints_reentrantly(base):
             # PEFT asks for them as transformers does: see QAdapterModel.
             base.disable_input_require_grads()
@@ -125,10 +114,13 @@ class LoraAdapter:
         """
         base, name = self.peft_model.get_base_model(), f"adapter_{len(self.names)}"
         frozen = {id(p) for p in base.parameters()} - {id(p) for p in self.parameters()}
+        require_matching(config, (name for name, _ in base.named_modules()))
         try:
             self.peft_model.add_adapter(name, _trainable(config))
-        except (ValueError, NotImplementedError, TypeError) as error:
-            raise QAdapterError(f"PEFT can't hold these adapters together: {error}") from error
+        except Exception as error:
+            raise QAdapterError(
+                f"PEFT can't hold these adapters together: {first_line(error)}"
+            ) from error
         set_peft_model_state_dict(self.peft_model, weights, adapter_name=name)
         self.names.append(name)
         self._weights = [n for n, p in base.named_parameters() if id(p) not in frozen]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from peft import PeftConfig, inject_adapter_in_model
+from peft import PeftConfig
 from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qadapter.adapters.head_adapter import AdapterConfig
+from qadapter.adapters.planning import require_room
 from qadapter.commands.arguments import AdapterArguments, ModelArguments
 from qadapter.console.progress import progress_bar, saying
 from qadapter.data import (
@@ -91,11 +91,8 @@ def check_without_weights(
         if dataset is not None:
             check_pairs(dataset, shell, tokenizer, f"the {name} data")
     config = None if adapter is None else adapter(shell.config)
-    if isinstance(config, PeftConfig):
-        try:
-            inject_adapter_in_model(copy.deepcopy(config), shell)
-        except ValueError as error:
-            raise QAdapterError(f"PEFT can't adapt {base_name}: {error}") from error
+    if config is not None:
+        require_room(shell, config)
 
 
 def load_model(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 
 import huggingface_hub
 
-from qadapter.errors import QAdapterError
+from qadapter.errors import QAdapterError, shown
 from qadapter.system import manifest
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -44,6 +45,13 @@ class AdapterFiles:
                 f"{self.name}: neither a local folder nor to be had from the hub "
                 f"({type(error).__name__})"
             ) from error
+
+    def require_inside(self, folder: str) -> None:
+        """Raises ValueError unless this is the name of a folder inside, that leads nowhere else."""
+        if not isinstance(folder, str) or not re.fullmatch(r"\w[\w.-]*", folder):
+            raise ValueError(f"{shown(folder)} is no name of a folder of its own")
+        if (self._folder / folder).is_symlink():
+            raise ValueError(f"{shown(folder)} is a link, no folder of its own")
 
     def has(self, name: str) -> bool:
         try:

@@ -206,9 +206,12 @@ def load(
     """
     parts = []
     for folder in saved.adapter.folders:
-        part = storage.read(folder)
+        part, weights = storage.read(folder), storage.read_weights(folder)
+        if isinstance(part.adapter, (AdapterConfig, storage.Composition)):
+            raise QAdapterError(f"{folder}: not an adapter in the trunk: only they are composed so")
         part.base.require(identity, folder)
-        parts.append(Part(part.adapter, part.objective, storage.read_weights(folder)))
+        storage.require_planned(folder, weights, loaded.model, part.adapter)
+        parts.append(Part(part.adapter, part.objective, weights))
     return assemble(loaded, parts, saved.adapter.weights, saved.objective, identity)
 
 

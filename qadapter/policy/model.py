@@ -115,6 +115,7 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         """
         config = _adapter_config(adapter)
         loaded = as_loaded(base, base_kwargs)
+        _require_bare(loaded.model)
         identity = storage.BaseIdentity.of(loaded)
         return cls._assemble(loaded, config, objective or ObjectiveConfig(), identity)
 
@@ -123,10 +124,6 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         cls, loaded: LoadedBase, config: AdapterConfig | PeftConfig, objective: ObjectiveConfig,
         identity: storage.BaseIdentity,
     ) -> QAdapterModel:
-        if hasattr(loaded.model, "peft_config"):
-            raise QAdapterError(
-                f"{type(loaded.model).__name__} holds PEFT layers already: merge or unload them"
-            )
         base = loaded.model.requires_grad_(False).eval()
         head = LanguageModelHead.of(base)
         if isinstance(config, AdapterConfig):
@@ -168,16 +165,19 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
             QAdapterError: a file missing or damaged; the base is not the adapter's.
         """
         saved = storage.read(adapter_dir, objective)
+        composed = isinstance(saved.adapter, storage.Composition)
+        weights = {} if composed else storage.read_weights(adapter_dir)
         if base is None and saved.base_name is None:
             raise QAdapterError(f"{adapter_dir} names no base: pass base=")
         loaded = as_loaded(base if base is not None else saved.base_name, base_kwargs)
+        _require_bare(loaded.model)
         identity = storage.BaseIdentity.of(loaded)
         if saved.base is not None:
             saved.base.require(identity, adapter_dir)
             identity = dataclasses.replace(
                 identity, name=saved.base.name, revision=saved.base.revision
             )
-        if isinstance(saved.adapter, storage.Composition):
+        if composed:
             from qadapter.policy.composition import load
 
             if is_trainable:
@@ -185,8 +185,13 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
             model = load(saved, loaded, identity)
             model.chat_template = storage.read_chat_template(adapter_dir)
             return model
-        model = cls._assemble(loaded, saved.adapter, saved.objective, identity)
-        storage.load_weights(adapter_dir, model.adapter)
+        storage.require_planned(adapter_dir, weights, loaded.model, saved.adapter)
+        try:
+            model = cls._assemble(loaded, saved.adapter, saved.objective, identity)
+        except QAdapterError as error:
+            raise QAdapterError(f"{adapter_dir}: {error}") from error
+        storage.require_fitting(adapter_dir, weights, model.adapter.state_dict())
+        model.adapter.load_state_dict(weights)
         model.adapter.requires_grad_(is_trainable)
         model.chat_template = storage.read_chat_template(adapter_dir)
         return model
@@ -555,6 +560,13 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing to initialise: the base is loaded and the adapter builds itself."""
+
+
+def _require_bare(base: PreTrainedModel) -> None:
+    if hasattr(base, "peft_config"):
+        raise QAdapterError(
+            f"{type(base).__name__} holds PEFT layers already: merge or unload them"
+        )
 
 
 def _adapter_config(adapter: Any) -> AdapterConfig | PeftConfig:

@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils import CHAT_TEMPLATE_FILE
 
 from qadapter.adapters.head_adapter import AdapterConfig, HeadAdapter
-from qadapter.errors import QAdapterError
+from qadapter.adapters.planning import planned_weights
+from qadapter.errors import QAdapterError, shown
 from qadapter.objective import ObjectiveConfig
 from qadapter.policy.adapter_files import (
     CONFIG_NAME,
@@ -34,12 +36,14 @@ from qadapter.policy.adapter_files import (
     AdapterFiles,
 )
 from qadapter.system import manifest
+from qadapter.system.documents import read_json
 from qadapter.system.scratch import scratch_folder
 from qadapter.system.textfiles import read_text
 from qadapter.trunk.identity import BaseIdentity
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+    from transformers import PreTrainedModel
 
     from qadapter.adapters.lora import LoraAdapter
 
@@ -47,6 +51,8 @@ FORMAT_VERSION = 3
 _READABLE = (1, 2, FORMAT_VERSION)
 """1 knew a base by its head and a hash of its whole configuration; 1 and 2 had no manifest."""
 _WITH_MANIFEST = 3
+MAX_BYTES = 2**20
+"""Of a configuration file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,11 +202,13 @@ def read(adapter_dir: str | Path, objective: ObjectiveConfig | None = None) -> S
         adapter = _read_peft(files)
         return SavedAdapter(adapter, objective, None, adapter.base_model_name_or_path, {})
     path = files.checked(CONFIG_NAME)
+    description = read_json(path, most=MAX_BYTES)
     try:
-        description = json.loads(read_text(path))
         version = description["format_version"]
         if version not in _READABLE:
-            raise QAdapterError(f"{path}: format version {version}, this is {FORMAT_VERSION}")
+            raise QAdapterError(
+                f"{path}: format version {shown(version)}, this is {FORMAT_VERSION}"
+            )
         if version >= _WITH_MANIFEST and files.manifest is None:
             raise QAdapterError(
                 f"{adapter_dir}: {manifest.MANIFEST_NAME} is missing: saving it was never "
@@ -212,7 +220,7 @@ def read(adapter_dir: str | Path, objective: ObjectiveConfig | None = None) -> S
             objective=ObjectiveConfig(**description["objective"]),
             base=base, base_name=base.name, versions=description["versions"],
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise QAdapterError(f"{path}: not a Q-Adapter configuration: {error}") from error
     if objective not in (None, saved.objective):
         raise QAdapterError(f"{path}: the adapter was trained with another objective")
@@ -224,44 +232,53 @@ def _read_adapter(
 ) -> AdapterConfig | PeftConfig | Composition:
     if adapter["kind"] == "head":
         return AdapterConfig(**adapter)
-    if adapter["kind"] != "composition":
-        return _read_peft(files)
-    if len(adapter["adapters"]) != len(adapter["weights"]):
+    if adapter["kind"] == "composition":
+        return _read_composition(files, **adapter)
+    path = files.checked(PEFT_CONFIG_NAME)
+    config = _read_peft(files)
+    found = json.loads(json.dumps(describe(config)))
+    for name, value in adapter.items():
+        # Versions of PEFT know of more fields, or of fewer.
+        if found.get(name) != value and (name in found or value):
+            raise QAdapterError(
+                f"{path}: {name} is {shown(found.get(name))}, but {CONFIG_NAME} says "
+                f"{shown(value)}: one of the two was changed"
+            )
+    return config
+
+
+def _read_composition(
+    files: AdapterFiles, kind: str, adapters: list[str], weights: list[float]
+) -> Composition:
+    if not (isinstance(adapters, list) and isinstance(weights, list)):
+        raise ValueError("a composition has lists of adapters and of their weights")
+    if len(adapters) != len(weights) or not adapters:
         raise ValueError("not a weight for each of its adapters")
     folders = []
-    for name in adapter["adapters"]:
+    for name in adapters:
+        files.require_inside(name)
         if files.manifest is not None:
             files.checked(f"{name}/{manifest.MANIFEST_NAME}")
         parts = [files.locate(f"{name}/{file}") for file in
                  (CONFIG_NAME, PEFT_CONFIG_NAME, WEIGHTS_NAME)]
         folders.append(parts[0].parent)
-    return Composition(tuple(folders), tuple(map(float, adapter["weights"])))
+    return Composition(tuple(folders), tuple(map(float, weights)))
 
 
 def _read_peft(files: AdapterFiles) -> PeftConfig:
-    from peft import PeftConfig
+    from qadapter.adapters.peft_config import read_config
 
-    path = files.checked(PEFT_CONFIG_NAME)
-    try:
-        return PeftConfig.from_pretrained(str(path.parent))
-    except (ValueError, KeyError, TypeError) as error:
-        raise QAdapterError(f"{path}: not a PEFT configuration: {error}") from error
+    return read_config(files.checked(PEFT_CONFIG_NAME))
 
 
 def load_weights(adapter_dir: str | Path, adapter: HeadAdapter | LoraAdapter) -> None:
     """Load ``adapter_model.safetensors`` into an adapter of the right form.
 
     Raises:
-        QAdapterError: missing, damaged, or of other names or shapes; the message names the file.
+        QAdapterError: as ``read_weights`` and ``require_fitting``.
     """
     weights = read_weights(adapter_dir)
-    expected = {name: tuple(x.shape) for name, x in adapter.state_dict().items()}
-    found = {name: tuple(x.shape) for name, x in weights.items()}
-    if expected != found:
-        raise QAdapterError(
-            f"{Path(adapter_dir) / WEIGHTS_NAME}: holds {found}, but its configuration describes "
-            f"{expected}"
-        )
+    require_fitting(adapter_dir, weights, adapter.state_dict())
     adapter.load_state_dict(weights)
 
 
@@ -269,13 +286,58 @@ def read_weights(adapter_dir: str | Path) -> dict[str, Tensor]:
     """What ``adapter_model.safetensors`` holds.
 
     Raises:
-        QAdapterError: missing, damaged, or not what was saved.
+        QAdapterError: missing, damaged, or not what was saved; NaN or an infinity, also in
+            float32, in which adapters compute.
     """
     path = AdapterFiles(adapter_dir).checked(WEIGHTS_NAME)
     try:
-        return load_file(path)
+        weights = load_file(path)
     except (SafetensorError, OSError) as error:
         raise QAdapterError(f"{path}: damaged or not a safetensors file: {error}") from error
+    for name, x in weights.items():
+        if x.is_floating_point() and not torch.isfinite(x.float()).all():
+            raise QAdapterError(f"{path}: {shown(name)} holds NaN or infinite numbers")
+    return weights
+
+
+def require_fitting(
+    adapter_dir: str | Path, weights: dict[str, Tensor], expected: dict[str, Tensor]
+) -> None:
+    """
+    Args:
+        expected: an adapter's state dict, or what is planned for it.
+
+    Raises:
+        QAdapterError: names, shapes or kinds of numbers are others; names the first.
+    """
+    path = Path(adapter_dir) / WEIGHTS_NAME
+    for name in sorted({*weights, *expected}):
+        found, wanted = (_kind(tensors.get(name)) for tensors in (weights, expected))
+        if found != wanted:
+            raise QAdapterError(
+                f"{path}: {shown(name)} is {found}, but its configuration describes {wanted}"
+            )
+
+
+def require_planned(
+    adapter_dir: str | Path, weights: dict[str, Tensor], base: PreTrainedModel,
+    adapter: AdapterConfig | PeftConfig,
+) -> None:
+    """Hold weights against a configuration before anything of its sizes is made; raises as
+    ``require_fitting``."""
+    try:
+        planned = planned_weights(base, adapter)
+    except QAdapterError as error:
+        raise QAdapterError(f"{adapter_dir}: {error}") from error
+    if planned is not None:
+        require_fitting(adapter_dir, weights, planned)
+
+
+def _kind(x: Tensor | None) -> str:
+    if x is None:
+        return "not there"
+    numbers = "numbers" if x.is_floating_point() else str(x.dtype).removeprefix("torch.")
+    return f"{' × '.join(map(str, x.shape))} {numbers}"
 
 
 def read_chat_template(adapter_dir: str | Path) -> str | None:

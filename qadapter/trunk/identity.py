@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qadapter.errors import QAdapterError
+from qadapter.errors import QAdapterError, shown
 from qadapter.trunk.lm_head import head_weight
 from qadapter.trunk.loading import LoadedBase
 
@@ -79,8 +79,19 @@ class BaseIdentity:
     @classmethod
     def saved(cls, fields: dict[str, Any]) -> BaseIdentity:
         """From JSON; of adapters saved before only the head is held against a base (their hash of
-        the whole configuration changes with transformers' version)."""
-        return cls(**{name: x for name, x in fields.items() if name != "config_sha256"})
+        the whole configuration changes with transformers' version).
+
+        Raises:
+            TypeError: a field that is none, or of a wrong type.
+        """
+        identity = cls(**{name: x for name, x in fields.items() if name != "config_sha256"})
+        texts = (identity.name, identity.head_sha256, *identity.content.values())
+        others = (identity.revision, identity.layout_sha256, identity.weights_sha256)
+        if not all(isinstance(x, str) for x in texts) or not all(
+            isinstance(x, (str, type(None))) for x in others
+        ) or not isinstance(identity.config, (dict, type(None))):
+            raise TypeError("what it says of the base is of wrong types")
+        return identity
 
     def require(self, found: BaseIdentity, adapter_dir: str | Path) -> None:
         """Raises QAdapterError, with both names and what differs, unless ``found`` is the same
@@ -208,4 +219,4 @@ def _differences(saved: dict[str, Any], found: dict[str, Any]) -> Iterable[str]:
         if isinstance(ours, dict) and isinstance(theirs, dict):
             yield from _differences(ours, theirs)
         elif ours != theirs:
-            yield f"{name}: {ours} there, {theirs} here"
+            yield f"{name}: {shown(ours)} there, {shown(theirs)} here"

@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from qadapter.errors import QAdapterError
+from qadapter.errors import QAdapterError, first_line
 from qadapter.system.hashing import file_sha256
 from qadapter.system.locking import exclusive
 from qadapter.system.scratch import scratch_folder
@@ -270,8 +270,7 @@ def load_tokenizer(
 def _load_failure(what: str, error: Exception, location: str) -> str:
     if (damaged := whole.damaged_file(location)) is not None:
         return f"{what} can't be loaded: {damaged}"
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{what} can't be loaded: {type(error).__name__}: {first[:300]}"
+    return f"{what} can't be loaded: {type(error).__name__}: {first_line(error)}"
 
 
 # --- the demo's base ------------------------------------------------------------------------

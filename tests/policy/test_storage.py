@@ -228,7 +228,7 @@ def test_wrong_configuration(saved, change, message):
         load(saved)
     path.write_text("{ not json")
     vouch(saved)
-    with pytest.raises(QAdapterError, match="not a Q-Adapter configuration"):
+    with pytest.raises(QAdapterError, match=r"qadapter_config\.json:1 is not JSON"):
         load(saved)
 
 
