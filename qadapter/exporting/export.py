@@ -31,6 +31,7 @@ from qadapter.exporting.card import write_card
 from qadapter.exporting.head import LinearPolicy
 from qadapter.exporting.trunk import merged_trunk, reference_logits, write_adapter
 from qadapter.exporting.verification import Check, Reference, check_export, check_states
+from qadapter.system import manifest
 from qadapter.system.locking import sole_run
 from qadapter.system.scratch import remove_abandoned, scratch_folder
 from qadapter.trunk.loading import shell_of
@@ -320,6 +321,7 @@ def _write_and_check(
             generation_config.temperature = temperature
         generation_config.to_json_file(folder / "generation_config.json")
         checked_base = base_name or _write_base(model, scratch / "base")
+    files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
     check = check_export(
         folder, scratch, model, exporter.reference, base=checked_base, revision=revision,
         logits_factor=exporter.logits_factor, temperature=temperature, tokenizer=tokenizer,
@@ -328,6 +330,7 @@ def _write_and_check(
         folder, target.name, model, form, base_name, exporter.rank, temperature,
         tokenizer is not None, check, exporter.approximation,
     )
+    manifest.write(folder, files)  # not the card: it is for people, who may write on
     return ExportReport(
         form, target, temperature, tokenizer is not None, check, exporter.approximation
     )

@@ -10,9 +10,10 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from qadapter.errors import QAdapterError
+from qadapter.errors import QAdapterError, shown
+from qadapter.system.documents import read_json
 from qadapter.system.hashing import file_sha256
 from qadapter.system.scratch import scratch_folder
 
@@ -56,6 +57,8 @@ class Manifest:
         expected = self.files[name]
         try:
             size = path.stat().st_size
+            if not path.is_file():  # a device, or a pipe, would be read without end
+                raise QAdapterError(f"{path} is no file, but {MANIFEST_NAME} lists it")
             found = Entry(size, file_sha256(path) if size == expected.bytes else "")
         except OSError as error:
             raise QAdapterError(
@@ -102,13 +105,19 @@ def read(path: str | Path) -> Manifest:
     Raises:
         QAdapterError: missing, or no manifest.
     """
+    found = read_json(path)
     try:
-        entries = json.loads(Path(path).read_text(encoding="utf-8"))["files"]
-        files = {name: Entry(**fields) for name, fields in entries.items()}
+        files = {name: Entry(**fields) for name, fields in found["files"].items()}
         if not all(type(e.bytes) is int and type(e.sha256) is str for e in files.values()):
             raise ValueError("sizes and digests are missing")
-    except OSError as error:
-        raise QAdapterError(f"{path}: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        if outside := [name for name in files if not _is_inside(name)]:
+            raise ValueError(f"{shown(outside[0])} is no file of this folder")
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise QAdapterError(f"{path} is damaged, or no list of files: {error}") from error
     return Manifest(files)
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    plain = str(path) == name and "\0" not in name
+    return plain and not path.is_absolute() and ".." not in path.parts

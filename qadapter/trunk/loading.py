@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from qadapter.errors import QAdapterError, first_line
+from qadapter.system import manifest
 from qadapter.system.hashing import file_sha256
 from qadapter.system.locking import exclusive
 from qadapter.system.scratch import scratch_folder
@@ -124,10 +125,12 @@ def load_base(
 
     Raises:
         QAdapterError: not found, not a causal LM, unreadable, or not whole (a tensor is missing,
-            has another shape, or holds NaN); the message names it.
+            has another shape, or holds NaN); an export of which a file is not what was written; the
+            message names it.
     """
     found = resolve_base(name_or_path, say)
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    whole.require_as_written(found.location)
     try:
         config = AutoConfig.from_pretrained(found.location, **common)
         _require_causal(config, name_or_path)
@@ -366,6 +369,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     model.config._name_or_path = SMOLLM2_HUB
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    manifest.write(folder, [path.name for path in folder.iterdir()])
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         if not (folder / name).is_file():
             shutil.rmtree(folder, ignore_errors=True)

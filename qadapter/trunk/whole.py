@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from qadapter.errors import QAdapterError, shown
+from qadapter.system import manifest
 from qadapter.system.documents import read_json
 from qadapter.trunk.base_dtype import dtype_name
 
@@ -56,6 +57,23 @@ def require_finite(model: PreTrainedModel, name: str | Path) -> None:
             f"{name}: {_some(wrong)} holds NaN or infinite numbers: the checkpoint is damaged, or "
             "its numbers don't fit this dtype"
         )
+
+
+def require_as_written(folder: str | Path) -> None:
+    """Hold a model that was written with a manifest, as exports are, against it: all that is
+    listed. Nothing is known of other folders, and of names of the hub.
+
+    Raises:
+        QAdapterError: a file is missing, or is not what was written; names it.
+    """
+    folder = Path(folder).expanduser()
+    listed = folder / manifest.MANIFEST_NAME
+    if listed.is_file():
+        try:
+            found = manifest.read(listed)
+        except QAdapterError:
+            return  # of another tool
+        found.check(folder)
 
 
 def damaged_file(folder: str | Path) -> str | None:

@@ -64,3 +64,35 @@ def test_no_flipped_bit_of_the_list_itself_goes_unnoticed(folder):
     manifest.remove(folder)
     with pytest.raises(QAdapterError, match="No such file"):
         listed(folder)
+
+
+@pytest.mark.parametrize("name", [
+    "/dev/zero", "../a.bin", "part/../a.bin", "..", ".", "", "./a.bin", "part//b.txt", "a\0b",
+])
+def test_a_list_of_a_stranger_names_nothing_outside(folder, name):
+    path = folder / manifest.MANIFEST_NAME
+    path.write_text(json.dumps({"files": {name: {"bytes": 0, "sha256": ""}}}))
+    with pytest.raises(QAdapterError, match=r"manifest\.json"):
+        listed(folder).check(folder)
+
+
+def test_a_device_is_not_read(folder):
+    (folder / "a.bin").unlink()
+    (folder / "a.bin").symlink_to("/dev/zero")
+    path = folder / manifest.MANIFEST_NAME
+    path.write_text(json.dumps({"files": {"a.bin": {"bytes": 0, "sha256": ""}}}))
+    with pytest.raises(QAdapterError, match=r"a\.bin is no file"):
+        listed(folder).check(folder)
+
+
+@pytest.mark.parametrize("text", [
+    "", "[]", "{}", '{"files": []}', '{"files": {"a": 1}}', '{"files": {"a": {"bytes": true}}}',
+    '{"files": {"a": {"bytes": 1, "sha256": 2}}}', "[" * 10_000, '{"files": null}',
+    '{"files": {"a": {"bytes": 1, "sha256": "", "more": 1}}}', '"files"', "9" * 10_000,
+])
+def test_what_is_no_list(folder, text):
+    path = folder / manifest.MANIFEST_NAME
+    path.write_text(text)
+    with pytest.raises(QAdapterError) as raised:
+        listed(folder)
+    assert str(path) in str(raised.value)

@@ -13,6 +13,7 @@ from tiny_models import ARCHITECTURES, tiny_base
 from transformers import BertConfig, BertModel
 
 from qadapter import QAdapterError, QAdapterModel
+from qadapter.system import manifest
 from qadapter.trunk.loading import load_base, load_tokenizer
 
 INDEX = "model.safetensors.index.json"
@@ -150,3 +151,17 @@ def test_weights_without_a_head_are_not_a_language_model(tmp_path):
     )
     with pytest.raises(QAdapterError, match=str(tmp_path)):
         load_base(tmp_path / "bert")
+
+
+def test_a_base_with_a_manifest_is_held_against_it(base):
+    names = [path.name for path in base.iterdir()]
+    manifest.write(base, names)
+    load_base(base)
+    for name in names:
+        content = (base / name).read_bytes()
+        (base / name).write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+        with pytest.raises(QAdapterError, match=rf"{name} is not what was saved"):
+            load_base(base)
+        (base / name).write_bytes(content)
+    (base / "manifest.json").write_text('{"pages": ["of another tool"]}')
+    load_base(base)
