@@ -235,15 +235,15 @@ class ChatTemplate:
 
     def _plan(self, messages: Sequence[Message], options: Mapping[str, Any]) -> _Plan:
         keywords = {name: value for name, value in options.items() if name != "tools"}
-        shape = (
-            tuple(map(_shape, messages)), bool(options.get("tools")),
+        key = (
+            tuple(map(shape, messages)), bool(options.get("tools")),
             json.dumps(keywords, sort_keys=True, default=str) if keywords else "",
         )
-        if shape not in self._plans:
+        if key not in self._plans:
             if len(self._plans) >= _MOST_PLANS:
                 self._plans.clear()
-            self._plans[shape] = self._make_plan(messages, options)
-        return self._plans[shape]
+            self._plans[key] = self._make_plan(messages, options)
+        return self._plans[key]
 
     def _make_plan(self, messages: Sequence[Message], options: Mapping[str, Any]) -> _Plan:
         marked, marks = _marked(messages)
@@ -270,7 +270,7 @@ class ChatTemplate:
         return _Plan(form, tuple(sorted(lost, key=lambda x: (x.index, x.what))))
 
 
-def _shape(message: Message) -> tuple:
+def shape(message: Message) -> tuple:
     """All of a message that how it is rendered may depend on, but for its texts."""
     calls = message.get("tool_calls", ())
     return (

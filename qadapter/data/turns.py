@@ -9,12 +9,18 @@ known from the conversation up to it, where the model is asked for the turn or h
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from qadapter.data.chat import ChatTemplate, marker, replaced
-from qadapter.data.messages import Message
+from qadapter.data.chat import ChatTemplate, marker, replaced, shape
+from qadapter.data.messages import REASONING, Message
 from qadapter.data.report import BadRow
+
+_APART = 8
+"""Of many messages, those that far apart are looked for in one rendering."""
+_MARGIN = 16
+"""Characters beside a message's own that may change with it: quotes, brackets."""
 
 
 class Span(NamedTuple):
@@ -41,7 +47,8 @@ def locate_turns(
     Raises:
         BadRow: a turn can't be told from its surroundings.
     """
-    whole = _Rendering(chat, messages, options, text)
+    wanted = range(max(0, first - 1), len(messages))
+    whole = _Rendering(chat, messages, options, text, wanted=wanted)
     spans: list[Span] = []
     done = 0
     for index in range(first, len(messages)):
@@ -60,15 +67,22 @@ def locate_turns(
 
 
 class _Rendering:
-    """A conversation as text, and where in it each message's own texts are."""
+    """A conversation as text, and where in it each message's own texts are.
+
+    Args:
+        text: where it is rendered already.
+        wanted: the messages that will be asked for.
+    """
 
     def __init__(
         self, chat: ChatTemplate, messages: Sequence[Message], options: Mapping[str, Any],
-        text: str | None = None, *, ask: bool = False,
+        text: str | None = None, *, ask: bool = False, wanted: Sequence[int] = (),
     ) -> None:
         self.chat, self.messages, self.options, self.ask = chat, messages, options, ask
         self.text = self._render(messages) if text is None else text
+        self.wanted = wanted
         self._own: dict[int, Span] = {}
+        self._behind: dict[tuple, list[tuple[str, int]]] = {}
 
     def up_to(self, count: int, *, ask: bool = False) -> _Rendering:
         return _Rendering(self.chat, self.messages[:count], self.options, ask=ask)
@@ -76,23 +90,98 @@ class _Rendering:
     def own(self, index: int) -> Span:
         """What changes in the text with the texts of one message."""
         if index not in self._own:
-            self._own[index] = self._changed(index)
+            group = [i for i in self.wanted if i % _APART == index % _APART]
+            if len(group) > 1 and (found := self._changed_together(group)) is not None:
+                self._own |= found
+            else:
+                self.wanted = ()
+                self._own[index] = self._changed(index)
         return self._own[index]
 
+    def behind(self, index: int, *, ask: bool) -> tuple[str, int]:
+        """What is written behind a message where it is the last one (with `ask`, and the next turn
+        is asked for), and how many of these characters stand behind it here too."""
+        own, message = self.own(index), self.messages[index]
+        before = self.messages[index - 1]["role"] if index else None
+        seen = self._behind.setdefault((ask, before, shape(message)), [])
+        # Turns of one shape are scaffolded alike: what was found twice is only looked up.
+        if len(seen) > 1 and seen[-1] == seen[-2] and seen[-1][1] == self._shared(own, seen[-1][0]):
+            return seen[-1]
+        last = self
+        if ask or index < len(self.messages) - 1:
+            last = self.up_to(index + 1, ask=ask)
+        text = last.text[last.own(index).stop :]
+        seen.append((text, self._shared(own, text)))
+        return seen[-1]
+
+    def _shared(self, own: Span, text: str) -> int:
+        return common_prefix(self.text[own.stop : own.stop + len(text)], text)
+
     def _changed(self, index: int) -> Span:
-        mark, message = marker(self.text), self.messages[index]
-        if not message.get("content") and "tool_calls" not in message:
-            other = {**message, "content": mark}
-        else:
-            # A tool's name may stand elsewhere too: with its reply.
-            other = replaced(message, lambda _: mark, names=False)
-        changed = self._render([*self.messages[:index], other, *self.messages[index + 1 :]])
+        mark = marker(self.text)
+        changed = self._render([
+            *self.messages[:index], _marked(self.messages[index], mark), *self.messages[index + 1 :]
+        ])
         if changed == self.text:
             raise _not_found(index, "the template leaves it out")
         start = common_prefix(self.text, changed)
         most = min(len(self.text), len(changed)) - start
-        same_end = min(most, common_prefix(self.text[::-1], changed[::-1]))
+        same_end = min(most, common_suffix(self.text, changed))
         return Span(start, len(self.text) - same_end)
+
+    def _changed_together(self, group: Sequence[int]) -> dict[int, Span] | None:
+        """`_changed` of messages that stand apart, in one rendering: what is between them is found
+        again in the text. None where that is not sure."""
+        opening, _, closing = marker(self.text)
+        marks = {index: f"{opening}{index}{closing}" for index in group}
+        try:
+            changed = self._render([
+                _marked(message, marks[index]) if index in marks else message
+                for index, message in enumerate(self.messages)
+            ])
+        except BadRow:
+            return None
+        pieces, at = [], 0
+        for mark in marks.values():
+            start = changed.find(mark, at)
+            if start < 0:
+                return None
+            pieces.append(changed[at:start])
+            at = changed.rfind(mark, start) + len(mark)
+        found: dict[int, Span] = {}
+        end = common_prefix(self.text, pieces[0])
+        if len(pieces[0]) - end > _MARGIN:
+            return None
+        for index, piece in zip(group, [*pieces[1:], changed[at:]], strict=True):
+            if index == group[-1]:
+                same = min(common_suffix(self.text, piece), len(self.text) - end)
+                place = (len(self.text) - same, len(self.text)) if (
+                    len(piece) - same <= _MARGIN
+                ) else None
+            else:
+                place = self._find(piece, end, _length(self.messages[index]))
+            if place is None:
+                return None
+            found[index] = Span(end, place[0])
+            end = place[1]
+        return found
+
+    def _find(self, piece: str, after: int, most: int) -> tuple[int, int] | None:
+        """Where a piece stands in the text, but for a few characters at its ends.
+
+        Args:
+            most: characters between `after` and the piece.
+        """
+        cut = _MARGIN if len(piece) > 4 * _MARGIN else 0
+        core, window = piece[cut : len(piece) - cut], after + most + 2 * _MARGIN + len(piece)
+        at = self.text.find(core, after, window)
+        if at < 0 or self.text.find(core, at + 1, window) >= 0:
+            return None
+        before = self.text[max(after, at - cut) : at]
+        start = at - common_suffix(before, piece[:cut])
+        stop = at + len(core)
+        tail = piece[len(piece) - cut :]
+        return start, stop + common_prefix(self.text[stop : stop + len(tail)], tail)
 
     def _render(self, messages: Sequence[Message]) -> str:
         try:
@@ -101,40 +190,51 @@ class _Rendering:
             raise BadRow("turn_not_found", bad.detail) from bad
 
 
+def _marked(message: Message, mark: str) -> Message:
+    if not message.get("content") and "tool_calls" not in message:
+        return {**message, "content": mark}
+    # A tool's name may stand elsewhere too: with its reply.
+    return replaced(message, lambda _: mark, names=False)
+
+
+def _length(message: Message) -> int:
+    """The most characters that a message's texts may take, about."""
+    return len(message.get("content") or "") + sum(
+        len(json.dumps(call)) for call in message.get("tool_calls", ())
+    ) + sum(len(str(message.get(name) or "")) for name in REASONING)
+
+
 def _start(whole: _Rendering, index: int) -> int:
     """Where the model goes on from being asked for a turn: behind the message before it and what
     follows that when the turn is asked for. That may end in more than the turn then has (an
     opened thought): as far as the two agree."""
-    asked = whole.up_to(index, ask=True)
     if index == 0:
-        return common_prefix(whole.text, asked.text)
+        return common_prefix(whole.text, whole.up_to(0, ask=True).text)
     before, own = whole.own(index - 1), whole.own(index)
     if before.stop > own.start:
         raise _not_found(index, "it overlaps with the message before it")
-    scaffold = asked.text[asked.own(index - 1).stop :]
-    shared = common_prefix(whole.text[before.stop :], scaffold)
+    scaffold, shared = whole.behind(index - 1, ask=True)
     start = before.stop + shared
     return start if shared == len(scaffold) else min(start, own.start)
 
 
 def _stop(whole: _Rendering, index: int) -> tuple[int, bool]:
     """Behind the turn's end of turn, and whether there is one."""
-    chat, behind = whole.chat, whole.text[whole.own(index).stop :]
+    chat, own = whole.chat, whole.own(index)
     # As it is where the turn is the last: nothing of another message is in it.
-    last = whole if index == len(whole.messages) - 1 else whole.up_to(index + 1)
-    tail = last.text[last.own(index).stop :]
+    tail, shared = whole.behind(index, ask=False)
     ends = list(chat.special.finditer(tail))
     usual = [end for end in ends if chat.token_id(end.group()) == chat.end.token_id]
     # Others may stand behind the usual one (an end of text behind every rendering). Turns of tool
     # calls may have another, behind the call's own special tokens.
     end = usual[0] if usual else ends[-1] if ends else None
     if end is None or not (usual or not tail[end.end() :].strip()):
-        return whole.own(index).stop + common_prefix(behind, tail), False
+        return own.stop + shared, False
     # A turn may end with another token in the middle of a conversation, at the same place.
-    found = chat.special.match(behind, end.start())
-    if found is None or behind[: end.start()] != tail[: end.start()]:
+    found = chat.special.match(whole.text, own.stop + end.start())
+    if found is None or shared < end.start():
         raise _not_found(index, "it ends otherwise within a conversation than at its end")
-    return whole.own(index).stop + found.end(), True
+    return found.end(), True
 
 
 def _not_found(index: int, why: str) -> BadRow:
@@ -158,3 +258,8 @@ def common_prefix(left: Sequence, right: Sequence) -> int:
         else:
             high = middle - 1
     return low
+
+
+def common_suffix(left: str, right: str) -> int:
+    """How many characters two strings share at their end."""
+    return common_prefix(left[::-1], right[::-1])

@@ -9,7 +9,8 @@ import pytest
 from tiny import CHATML, LLAMA3, PLAIN, llama3, turns
 
 from qadapter.data import tokenize_preferences
-from qadapter.data.turns import common_prefix
+from qadapter.data.chat import ChatTemplate
+from qadapter.data.turns import _Rendering, common_prefix
 from qadapter.errors import QAdapterError
 
 ASKED = turns("What color is the sky?")
@@ -189,3 +190,69 @@ def test_every_familys_template(file):
     assert len(found) == 2
     assert "Blue." in found[0] and "Very." in found[1] and "Sure?" not in "".join(found)
     assert "sky" not in "".join(found)
+
+
+# --- many turns -----------------------------------------------------------------------------------
+
+
+def long_answer(count, *, same, tools):
+    """An answer of `count` turns, every third of the assistant's a tool call."""
+    found = []
+    for i in range(count):
+        text = "Yes." if same else f"Turn {i} of {count * 7 % (i + 3)}."
+        asked = tools and i % 6 == 2 and i < count - 1
+        if i % 2 == 0:
+            found.append(call("Rome" if same else f"{i}", name="look") if asked else (
+                {"role": "assistant", "content": text}
+            ))
+        else:
+            found.append(reply(text) if "tool_calls" in found[-1] else turns(text)[0])
+    return found
+
+
+@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("same", [False, True])
+def test_many_turns_are_found_as_few_are(name, same, monkeypatch):
+    template = ENDS[name][0]
+    row = {"prompt": ASKED, "chosen": long_answer(61, same=same, tools=name == "gpt-oss")}
+    together = prepare(row, template, max_length=None).dataset[0]
+    # One by one, and nothing looked up.
+    monkeypatch.setattr("qadapter.data.turns._APART", 10**6)
+    original = _Rendering.behind
+    monkeypatch.setattr(
+        _Rendering, "behind",
+        lambda self, *args, **options: self._behind.clear() or original(self, *args, **options),
+    )
+    assert prepare(row, template, max_length=None).dataset[0] == together
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_renderings_do_not_grow_with_the_turns(name, monkeypatch):
+    counts = []
+    for turns_of_it in (41, 161):
+        rendered = []
+        original = ChatTemplate._apply
+        monkeypatch.setattr(
+            ChatTemplate, "_apply",
+            lambda *args, count=rendered, apply=original, **options: (
+                count.append(1) or apply(*args, **options)
+            ),
+        )
+        answer = long_answer(turns_of_it, same=False, tools=name == "gpt-oss")
+        prepare({"prompt": ASKED, "chosen": answer}, ENDS[name][0], max_length=None)
+        monkeypatch.setattr(ChatTemplate, "_apply", original)
+        counts.append(len(rendered))
+    assert counts[1] <= counts[0] + 4, counts
+
+
+@pytest.mark.parametrize("where", [3, 20, 38])
+def test_a_text_that_repeats_what_follows_it_is_still_one_turn(where):
+    answer = long_answer(41, same=False, tools=False)
+    tokenizer = llama3()
+    whole = tokenizer.apply_chat_template([*ASKED, *answer], tokenize=False)
+    at = whole.index(f"Turn {where + 1} ")
+    # As if the next turns stood there twice.
+    answer[where]["content"] += whole[at - 40 : at + 600]
+    found = scored(prepare({"prompt": ASKED, "chosen": answer}, LLAMA3, max_length=None))
+    own = [turn["content"] for turn in answer if turn["role"] == "assistant"]
+    assert [text.removesuffix("<|eot|>") for text in found] == own
