@@ -93,13 +93,13 @@ def _read(source: str) -> str:
 
 def _of_tokenizer(source: str) -> str:
     try:
-        found = AutoTokenizer.from_pretrained(source).chat_template
+        found = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # transformers and the hub raise many kinds
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise QAdapterError(
             f"chat_template {source}: neither {PLAIN!r}, nor a file, nor a tokenizer that can be "
             f"loaded ({reason})"
         ) from error
-    if not (text := default_of(found)):
+    if not (text := default_of(found.chat_template)):
         raise QAdapterError(f"chat_template {source}: its tokenizer has no chat template")
     return text

@@ -47,6 +47,10 @@ def replace_head(shell: PreTrainedModel, weight: Tensor, bias: Tensor | None) ->
     }
 
 
+_NAMING_CODE = ("auto_map", "custom_pipelines")
+"""What names Python files beside a base, which an export doesn't have."""
+
+
 def write_checkpoint(
     model: PreTrainedModel, folder: Path, generation_config: GenerationConfig,
     max_shard_size: int | str,
@@ -57,6 +61,9 @@ def write_checkpoint(
         QAdapterError: a generation config that transformers refuses to write.
     """
     model.generation_config = copy.deepcopy(generation_config)
+    if _is_stock(model):
+        for name in _NAMING_CODE:
+            vars(model.config).pop(name, None)
     try:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
     except ValueError as error:
@@ -82,11 +89,22 @@ def tokenizer_of(base: PreTrainedModel) -> PreTrainedTokenizerBase | None:
     if name is None:
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main")
+        # Without a word about code of its own, transformers would ask on the terminal.
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision or "main", trust_remote_code=False
+        )
     except (OSError, ValueError, HFValidationError):
         return None
+    if _is_stock(tokenizer):
+        for name in _NAMING_CODE:
+            tokenizer.init_kwargs.pop(name, None)
     # Without files transformers makes up a tokenizer of the right class that knows no word.
     return tokenizer if tokenizer("word")["input_ids"] else None
+
+
+def _is_stock(part: object) -> bool:
+    """Whether its code is transformers' own, so that nothing else is needed to load it."""
+    return type(part).__module__.startswith("transformers.")
 
 
 def shard_size_of(base: PreTrainedModel) -> int | str:

@@ -28,7 +28,7 @@ def load(request):
         request["base"] or request["export"], revision=request["revision"] or "main",
         dtype=getattr(torch, request["dtype"]),
         attn_implementation=request["attn_implementation"], output_loading_info=True,
-        device_map="auto" if request["device"] == "auto" else None,
+        device_map="auto" if request["device"] == "auto" else None, trust_remote_code=False,
     )
     wrong = {key: sorted(map(str, names)) for key, names in report.items() if names}
     if wrong:
@@ -61,7 +61,7 @@ def answer(request):
         states = [layers[-1][0, -1] for layers in output.hidden_states]
         tensors[f"states.{i}"] = torch.stack(states).float().cpu()
     if request["texts"] is not None:
-        tokenizer = AutoTokenizer.from_pretrained(request["export"])
+        tokenizer = AutoTokenizer.from_pretrained(request["export"], trust_remote_code=False)
         for i, text in enumerate(request["texts"]):
             tensors[f"prompt.{i}"] = torch.tensor(tokenizer(text)["input_ids"])
     metadata = {"versions": json.dumps(versions), "temperature": json.dumps(stored.temperature)}

@@ -7,6 +7,7 @@ import functools
 import itertools
 import logging
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -134,6 +135,8 @@ def load_base(
     try:
         config = AutoConfig.from_pretrained(found.location, **common)
         _require_causal(config, name_or_path)
+        if not trust_remote_code:
+            require_no_kernels(config, name_or_path)
         if dtype == "auto":
             dtype = auto_dtype(config, say, **kwargs)
         elif dtype == "checkpoint":
@@ -157,6 +160,21 @@ def _require_causal(config: PretrainedConfig, name_or_path: str | Path) -> None:
         )
 
 
+def require_no_kernels(config: PretrainedConfig, name_or_path: str | Path) -> None:
+    """
+    Raises:
+        QAdapterError: a model's configuration names attention kernels of a hub: transformers would
+            fetch and run them whether or not code of others is trusted.
+    """
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        wanted = getattr(part, "_attn_implementation", None)
+        if isinstance(wanted, str) and "/" in wanted:
+            raise QAdapterError(
+                f"{name_or_path}: its config.json asks for attention from the hub ({wanted}), "
+                "which is code: take attn_implementation out of it, or pass trust_remote_code"
+            )
+
+
 def base_without_weights(
     name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel | None:
@@ -173,6 +191,8 @@ def base_without_weights(
     except Exception as error:
         raise QAdapterError(_load_failure(str(name_or_path), error, found.location)) from error
     _require_causal(config, name_or_path)
+    if not trust_remote_code:
+        require_no_kernels(config, name_or_path)
     return _on_meta(config, trust_remote_code)
 
 
@@ -273,6 +293,11 @@ def load_tokenizer(
 def _load_failure(what: str, error: Exception, location: str) -> str:
     if (damaged := whole.damaged_file(location)) is not None:
         return f"{what} can't be loaded: {damaged}"
+    if isinstance(error, pickle.UnpicklingError):
+        return (
+            f"{what} can't be loaded: its weights are a pickle that holds more than tensors, which "
+            "could run anything: it is not read"
+        )
     return f"{what} can't be loaded: {type(error).__name__}: {first_line(error)}"
 
 

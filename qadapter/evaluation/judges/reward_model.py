@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -22,7 +23,12 @@ from qadapter.errors import QAdapterError
 from qadapter.evaluation.judges.interface import Progress, RewardJudge, check_lengths
 from qadapter.evaluation.judges.texts import judged_messages, prompt_text
 from qadapter.evaluation.scoring import evaluating
-from qadapter.trunk.loading import auto_dtype
+from qadapter.trunk.loading import auto_dtype, require_no_kernels
+
+# RuntimeError: weights of other shapes than the config says.
+_UNREADABLE = (
+    OSError, ValueError, ImportError, RuntimeError, SafetensorError, UnpicklingError
+)
 
 
 class SequenceClassificationJudge(RewardJudge):
@@ -50,15 +56,16 @@ class SequenceClassificationJudge(RewardJudge):
         options = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
+            config = AutoConfig.from_pretrained(model_name_or_path, **options)
+            if not trust_remote_code:
+                require_no_kernels(config, model_name_or_path)
             if dtype == "auto":
-                config = AutoConfig.from_pretrained(model_name_or_path, **options)
                 dtype = auto_dtype(config, None, device_map=device)
             self.tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **options)
             model, loading = AutoModelForSequenceClassification.from_pretrained(
                 model_name_or_path, dtype=dtype, output_loading_info=True, **options
             )
-        # RuntimeError: weights of other shapes than the config says.
-        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        except _UNREADABLE as error:
             raise QAdapterError(
                 f"the reward model {model_name_or_path} can't be loaded: {error}"
             ) from error
