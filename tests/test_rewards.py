@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
@@ -253,6 +254,43 @@ def test_command_writes_a_page_of_pairs(place, tmp_path, capsys):
     assert cli(*command) == 2
     assert "exists" in capsys.readouterr().err
     assert cli(*command, "--overwrite_output_file") == 0
+
+
+@pytest.mark.parametrize("spelling", [
+    "pairs.jsonl", "sub/../pairs.jsonl", "hard link", "symlink", "adapter", "config", "base",
+])
+def test_an_input_is_never_written_over(place, tmp_path, capsys, spelling):
+    shutil.copytree(place / "adapter", tmp_path / "adapter")
+    shutil.copy(place / "pairs.jsonl", tmp_path)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "run.yaml").write_text("max_pairs: 2\n")
+    (tmp_path / "hard").hardlink_to(tmp_path / "pairs.jsonl")
+    (tmp_path / "soft").symlink_to(tmp_path / "pairs.jsonl")
+    page = {
+        "hard link": "hard", "symlink": "soft", "adapter": "adapter/qadapter_config.json",
+        "config": "run.yaml", "base": place / "model/config.json",
+    }.get(spelling, spelling)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    assert cli("rewards", tmp_path / "adapter", "--dataset_name", tmp_path / "pairs.jsonl",
+               "--config", tmp_path / "run.yaml", "--output_file", tmp_path / page,
+               "--overwrite_output_file") == 2
+    assert "is another file than this command writes" in " ".join(capsys.readouterr().err.split())
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_a_page_that_can_not_be_written_is_named_before_any_work(place, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for page in (tmp_path / "file/r.html", tmp_path / ("x" * 300), "/proc/r.html"):
+        for command in ("rewards", "generate"):
+            asked = tmp_path / "asked.txt"
+            asked.write_text("Hot?\n")
+            flags = ("--prompts_file", asked) if command == "generate" else (
+                "--prompt", "a", "--answer", "b"
+            )
+            assert cli(command, "--model_name_or_path", tmp_path / "nowhere", *flags,
+                       "--output_file", page) == 2
+            error = capsys.readouterr().err
+            assert "output_file" in error and "can't be written" in error, error
 
 
 def test_command_scores_one_prompt_with_its_end_of_turn(place, tmp_path, capsys):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import typer
@@ -16,7 +15,7 @@ from qadapter.commands import arguments as args
 from qadapter.commands.loading import load_model, say_left_out
 from qadapter.commands.options import Group, command
 from qadapter.console.environment import quiet_libraries
-from qadapter.console.folders import telling_full_disk
+from qadapter.console.folders import check_output_file, telling_full_disk
 from qadapter.console.progress import progress_bar
 from qadapter.console.terminal import Terminal
 from qadapter.data import Prompt, read_prompts
@@ -59,8 +58,7 @@ def run(
     if options.output_file is not None:
         if options.prompts_file is None:
             raise QAdapterError("output_file is for the answers to a prompts_file")
-        if Path(options.output_file).exists():
-            raise QAdapterError(f"output_file {options.output_file} exists; it is not written over")
+        options.output_file = str(check_output_file(options.output_file))
     sampling = _sampling(options, given)
     if options.best_of < 1:
         raise QAdapterError(f"best_of must be at least 1, got {options.best_of}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import typer
 from transformers import PreTrainedTokenizerBase
@@ -12,11 +11,12 @@ from qadapter.commands import arguments as args
 from qadapter.commands.loading import load_model
 from qadapter.commands.options import Group, command
 from qadapter.console.environment import quiet_libraries
-from qadapter.console.folders import telling_full_disk
+from qadapter.console.folders import check_output_file, telling_full_disk
 from qadapter.console.progress import progress_bar
 from qadapter.console.terminal import Terminal
 from qadapter.data import as_preferences, load_preferences, tokenize_preferences
 from qadapter.errors import QAdapterError
+from qadapter.evaluation.html_page import PAGE_BEGINS
 from qadapter.evaluation.rewards_page import write_rewards_page
 from qadapter.evaluation.token_rewards import (
     RewardedPair,
@@ -81,6 +81,13 @@ def run(model_args: args.AdapterArguments, options: RewardsArguments, given: set
     if "model_name_or_path" not in given:
         raise QAdapterError("rewards needs --model_name_or_path")
     _check(options)
+    page = (
+        check_output_file(options.output_file, replaces=PAGE_BEGINS)
+        if options.overwrite_output_file else
+        check_output_file(
+            options.output_file, way_out="choose another, or --overwrite_output_file"
+        )
+    )
     quiet_libraries()
     preferences = None
     if options.dataset_name is not None:
@@ -111,8 +118,8 @@ def run(model_args: args.AdapterArguments, options: RewardsArguments, given: set
             for name in ("alpha_0", "alpha_tilde", "gamma", "bootstrap")
         ),
     }
-    with telling_full_disk(options.output_file):
-        write_rewards_page(options.output_file, pairs, "Rewards, token by token", facts)
+    with telling_full_disk(page):
+        write_rewards_page(page, pairs, "Rewards, token by token", facts)
     found = summarize(pairs)
     if found["pairs"] > 1:
         console.print(
@@ -121,7 +128,7 @@ def run(model_args: args.AdapterArguments, options: RewardsArguments, given: set
         )
     for name, answer in pairs[0].answers.items() if preferences is None else ():
         console.print(f"{name}: R = {answer.total:+.3f}", highlight=False)
-    console.print(f"wrote {options.output_file}", highlight=False)
+    console.print(f"wrote {page}", highlight=False)
 
 
 def _check(options: RewardsArguments) -> None:
@@ -135,13 +142,6 @@ def _check(options: RewardsArguments) -> None:
     for name in ("max_pairs", "batch_size"):
         if getattr(options, name) < 1:
             raise QAdapterError(f"{name} must be at least 1, got {getattr(options, name)}")
-    file = Path(options.output_file).expanduser()
-    if file.is_dir():
-        raise QAdapterError(f"output_file {file} is a folder")
-    if file.exists() and not options.overwrite_output_file:
-        raise QAdapterError(
-            f"output_file {file} exists: choose another, or --overwrite_output_file"
-        )
 
 
 def _one_prompt(

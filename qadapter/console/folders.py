@@ -86,6 +86,46 @@ def check_output_dir(
     return folder
 
 
+def check_output_file(
+    file: str | Path, *, replaces: str | None = None, way_out: str = "choose another"
+) -> Path:
+    """The one file that a command writes as a path, if it can be written.
+
+    Args:
+        replaces: how a file begins that may be written over; None: none may. It is the content
+            that tells: an input stays what it is under whatever name or link it is given.
+        way_out: what the user can do instead, for the message.
+
+    Raises:
+        QAdapterError: a folder, not writable, or another file is there.
+    """
+    path = Path(file).expanduser()
+    try:
+        if path.is_dir():
+            raise QAdapterError(f"output_file {path} is a folder")
+        if path.exists():
+            if replaces is None:
+                raise QAdapterError(
+                    f"output_file {path} exists; it is not written over: {way_out}"
+                )
+            if not path.is_file() or not _begins(path, replaces.encode()):
+                raise QAdapterError(
+                    f"output_file {path} is another file than this command writes; it is not "
+                    f"written over: {way_out}"
+                )
+        require_writable(path.parent)
+    except OSError as error:
+        raise QAdapterError(
+            f"output_file {path} can't be written: {error.strerror}"
+        ) from error
+    return path
+
+
+def _begins(path: Path, text: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(text)) == text
+
+
 def _cannot_write(folder: Path, error: OSError) -> QAdapterError:
     return QAdapterError(f"output_dir {folder} can't be written to: {error.strerror}")
 
