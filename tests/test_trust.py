@@ -559,8 +559,9 @@ def test_what_an_endpoint_gets_and_says(world, tmp_path, capsys, monkeypatch):
 def test_pages_and_texts(world, tmp_path, monkeypatch, capsys):
     """The many texts and places are in system/test_markup.py, test_what_names_may_hold.py and
     compare/test_names_and_numbers.py; here is one of each."""
-    from rich.console import Console
+    from data.tiny import chatml
 
+    from qadapter.commands.generate import Streamer
     from qadapter.console.terminal import Terminal
     from qadapter.system.markup import html_text, markdown_text, picture_text
 
@@ -570,8 +571,11 @@ def test_pages_and_texts(world, tmp_path, monkeypatch, capsys):
     assert picture_text(evil) == "<script>\\$x\\$[/b]\\x1b[2J|"
     terminal = Terminal(file=io.StringIO(), width=200)
     terminal.print(evil)
-    assert isinstance(terminal, Console)
     assert terminal.file.getvalue() == "<script>$x$[/b]\\x1b[2J|\n"
+    for tty, shown in ((True, "\\x1b[2J é\n"), (False, "\x1b[2J é\n")):
+        monkeypatch.setattr("sys.stdout.isatty", lambda tty=tty: tty)
+        Streamer(chatml()).on_finalized_text("\x1b[2J é", stream_end=True)
+        assert capsys.readouterr().out == shown
     assert cli("rewards", world[0] / "head", "--prompt", evil, "--answer", evil, "--output_file",
                tmp_path / "rewards.html") == 0
     page = (tmp_path / "rewards.html").read_text()

@@ -24,6 +24,7 @@ from qadapter.evaluation.answers import generate_answers, with_system
 from qadapter.evaluation.report import write_text
 from qadapter.evaluation.token_rewards import best_of_n
 from qadapter.policy.model import QAdapterModel
+from qadapter.system.markup import visible
 
 GROUPS = (
     Group(args.AdapterArguments, "Model", (
@@ -116,11 +117,23 @@ def _stream(
     sampling: dict[str, Any],
 ) -> str:
     """Print an answer as it comes; returns it whole."""
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     [answer] = generate_answers(
         model, tokenizer, [prompt], seed=seed, streamer=streamer, **sampling
     )
     return answer.text
+
+
+class Streamer(TextStreamer):
+    """Prints text as it comes. A terminal shows what is in an answer and obeys none of it."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(_for_stdout(text), stream_end)
+
+
+def _for_stdout(text: str) -> str:
+    """As it is, where it is piped."""
+    return visible(text) if sys.stdout.isatty() else text
 
 
 def _best(
@@ -134,7 +147,7 @@ def _best(
     )
     worth = ", ".join(f"{candidate.reward:+.2f}" for candidate in found)
     console.print(f"R of {len(found)} answers, the best is printed: {worth}", highlight=False)
-    print(found[0].answer.text)
+    print(_for_stdout(found[0].answer.text))
 
 
 def _answer_file(
@@ -156,7 +169,7 @@ def _answer_file(
     ]
     text = "".join(line + "\n" for line in lines)
     if options.output_file is None:
-        sys.stdout.write(text)
+        sys.stdout.write(_for_stdout(text))
     else:
         with telling_full_disk(options.output_file):
             write_text(options.output_file, text)
