@@ -25,6 +25,7 @@ from qadapter.console.progress import TrainingProgress, progress_bar, saying
 from qadapter.console.terminal import Terminal
 from qadapter.data import tokenize_preferences
 from qadapter.demo.manner import DESCRIPTION, keeps_manner
+from qadapter.errors import QAdapterError
 from qadapter.evaluation import (
     Answer,
     PreferenceResult,
@@ -51,6 +52,7 @@ from qadapter.evaluation.report import (
 )
 from qadapter.objective import ObjectiveConfig
 from qadapter.policy.model import QAdapterModel
+from qadapter.system.documents import read_json
 from qadapter.system.markup import markdown_list, markdown_quote, markdown_text, one_line
 from qadapter.training import QAdapterConfig, QAdapterTrainer
 from qadapter.trunk.base_dtype import dtype_of
@@ -256,8 +258,8 @@ def _demo_folder(output_dir: str | Path) -> Iterator[Path]:
     earlier = False
     if summary.is_file():
         try:
-            earlier = json.loads(summary.read_text(encoding="utf-8")).get("run") == RUN
-        except (ValueError, AttributeError, RecursionError):
+            earlier = read_json(summary).get("run") == RUN
+        except (QAdapterError, AttributeError):
             earlier = False
     with output_folder(folder, RUN_FILES, earlier, "choose another with --output_dir"):
         yield folder

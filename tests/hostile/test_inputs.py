@@ -4,11 +4,14 @@ import itertools
 
 import pytest
 from data.tiny import chatml
-from hostile.inputs import configurations, data_file, data_files
+from hostile.inputs import configuration, configurations, data_file, data_files
 
+from qadapter.commands import options, train
+from qadapter.compare.reading import read_config
 from qadapter.data import load_preferences, read_prompts, read_texts, tokenize_preferences
 from qadapter.data.encoding import PromptEncoder
 from qadapter.errors import QAdapterError
+from qadapter.evaluation.judges.endpoint import JudgePrompt
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +48,44 @@ def test_data_files(tmp_path, tokenizer, start):
             seen["read"] += 1
         path.unlink()
     assert all(seen.values())  # neither are all broken nor none
+
+
+def settle(hostile, path):
+    """As the command does with its options and files, before it reads any data."""
+    if hostile.argv[0] == "judge":
+        return JudgePrompt.read(path)
+    if hostile.argv[0] == "compare":
+        return read_config(path)
+    known = options.options(
+        train.GROUPS, defaults=train.DEFAULTS, helps=train.HELPS, without=train.WITHOUT
+    )
+    values = {"output_dir": str(path.parent)}
+    if "--config" in hostile.argv:
+        values |= options.read_config(path, known)
+    else:
+        name, _, text = hostile.argv[-1].removeprefix("--").partition("=")
+        values[name] = known[name].convert(text, name)
+    classes = list(dict.fromkeys(group.arguments for group in train.GROUPS))
+    _, script, config, _ = options.build(classes, known, values)
+    script.load_kwargs()
+    return config
+
+
+@pytest.mark.parametrize("start", range(0, 240, 60))
+def test_configurations(tmp_path, start):
+    seen = {"read": 0, "refused": 0}
+    for seed in range(start, start + 60):
+        hostile = configuration(seed)
+        path = tmp_path / hostile.name
+        path.write_bytes(hostile.data)
+        try:
+            settle(hostile, path)
+        except QAdapterError as error:
+            assert len(str(error)) < 2200, seed
+            seen["refused"] += 1
+        else:
+            seen["read"] += 1
+    assert all(seen.values())
 
 
 def test_a_seed_gives_its_input_alone():
