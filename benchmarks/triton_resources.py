@@ -73,7 +73,7 @@ def _soft_value(
 def _soft_value_backward(dtype: torch.dtype, coef: Coefficients, odd: bool = False) -> None:
     a, b, row = _logits(MANY, dtype, odd), _logits(MANY, dtype, odd), torch.empty(MANY)
     backend.logits_backward(
-        a, b, torch.empty(MANY, dtype=torch.int64), row, row, row, coef, a
+        a, b, torch.empty(MANY, dtype=torch.int64), torch.empty(2, MANY), row, row, coef, a
     )
 
 

@@ -24,6 +24,7 @@ from qadapter_kernels import (
     linear_soft_value,
     soft_value,
 )
+from qadapter_kernels.checks import coefficients, finite
 
 _CHOICES = {
     "parametrization": ("policy", "q"),
@@ -54,7 +55,8 @@ class ObjectiveConfig:
             the first completion token, scores one past the end).
 
     Raises:
-        ValueError: a value out of range; the message names the field.
+        ValueError: a value out of range; the message names the field. α̃ is at least 1e-30, nothing
+            is larger than 1e30, and α₀ and q's coefficients are at most 1e30 times α̃.
     """
 
     alpha_0: float = 1.0
@@ -71,10 +73,12 @@ class ObjectiveConfig:
             number = getattr(self, name)
             if isinstance(number, bool) or not isinstance(number, (int, float)):
                 raise ValueError(f"{name} must be a number, got {number!r}")
-            if not math.isfinite(number) or number < 0:
+            if not 0 <= number < math.inf:
                 raise ValueError(f"{name} must be finite and not negative, got {number!r}")
+            finite(name, number)  # what the kernels have room for
         if self.alpha_tilde == 0:
             raise ValueError("alpha_tilde must be positive, got 0")
+        coefficients(*self.coefficients)
         if self.gamma > 1:
             raise ValueError(f"gamma must lie in [0, 1], got {self.gamma!r}")
         for name, choices in _CHOICES.items():

@@ -440,7 +440,8 @@ def test_16_bit_streams_give_a_float32_loss(level):
 @pytest.mark.parametrize("field, value, says", [
     ("alpha_0", -0.1, "not negative"), ("alpha_0", math.nan, "finite"), ("alpha_0", "1", "number"),
     ("alpha_0", True, "number"), ("alpha_tilde", 0, "positive"),
-    ("alpha_tilde", math.inf, "finite"), ("gamma", 1.01, r"\[0, 1\]"),
+    ("alpha_tilde", math.inf, "finite"), ("alpha_tilde", 1e-40, "at least 1e-30"),
+    ("gamma", 1.01, r"\[0, 1\]"),
     ("gamma", -0.5, "not negative"), ("chi2_coef", -1.0, "not negative"),
     ("chi2_coef", None, "number"), ("parametrization", "policies", '"policy" or "q"'),
     ("bootstrap", "last", '"next" or "current"'), ("bootstrap", None, '"next" or "current"'),
@@ -450,6 +451,16 @@ def test_16_bit_streams_give_a_float32_loss(level):
 def test_a_bad_objective_names_the_field_and_the_value(field, value, says):
     with pytest.raises(ValueError, match=f"^{field} must .*{says}.*, got {value!r}$"):
         ObjectiveConfig(**{field: value})
+
+
+def test_an_objective_that_float32_has_no_room_for_is_refused():
+    with pytest.raises(ValueError, match=r"alpha_tilde is 1e-20: too small beside .* 1e\+15"):
+        ObjectiveConfig(alpha_0=1e15, alpha_tilde=1e-20, parametrization="q")
+    with pytest.raises(ValueError, match=r"chi2_coef must not be larger than .*, got 1e\+40"):
+        ObjectiveConfig(chi2_coef=1e40)
+    with pytest.raises(ValueError, match=r"alpha_0 must not be larger than .*, got more"):
+        ObjectiveConfig(alpha_0=10**5000)
+    ObjectiveConfig(alpha_0=1e15, alpha_tilde=1e-20)  # here it has no part in the policy
 
 
 def test_objective_is_frozen_and_its_defaults_are_the_documented_ones():

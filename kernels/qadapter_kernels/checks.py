@@ -10,6 +10,10 @@ from torch import Tensor
 
 from .reference import MASKED_ROW, NO_ACTION, Coefficients
 
+SMALLEST, LARGEST = 1e-30, 1e30
+"""Kernels take numbers as float32: none may be larger, and none that is divided by smaller, so that
+there is room for the logits. inf·0 would be NaN; what vanishes where it is added does no harm."""
+
 # Asked once: torch 2.8 can't trace the question in torch.compile.
 _AUTOCAST = {k for k in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(k)}
 
@@ -22,18 +26,46 @@ def exact_products(device_type: str) -> contextlib.AbstractContextManager:
 
 
 def coefficients(*numbers: float) -> Coefficients:
+    """The four numbers of ``Coefficients``, checked.
+
+    Raises:
+        ValueError: one is out of range, or alpha_tilde too small beside the others.
+    """
     coef = Coefficients(*map(finite, Coefficients._fields, numbers))
-    if coef.alpha_tilde <= 0:
-        raise ValueError(f"alpha_tilde must be positive, got {coef.alpha_tilde}")
+    if coef.alpha_tilde < SMALLEST:
+        raise ValueError(
+            f"alpha_tilde must be positive, at least {SMALLEST:g}, got {coef.alpha_tilde}"
+        )
+    weight = max(abs(coef.adapter_coef), abs(coef.base_weight))
+    if weight > LARGEST * coef.alpha_tilde:
+        raise ValueError(
+            f"alpha_tilde is {coef.alpha_tilde:g}: too small beside a stream's weight of "
+            f"{weight:g}, whose logits it divides (at most {LARGEST:g} times as much)"
+        )
     return coef
 
 
 def finite(name: str, number: float, at_least: float = -math.inf) -> float:
+    """The number as a float.
+
+    Raises:
+        ValueError: not finite, below ``at_least``, or too large for float32 arithmetic.
+    """
     # Comparisons, because math.isfinite does not take torch.compile's symbolic floats.
     if not -math.inf < number < math.inf or number < at_least:
         bound = "" if at_least == -math.inf else f", at least {at_least:g}"
         raise ValueError(f"{name} must be a finite number{bound}, got {number}")
+    if not -LARGEST <= number <= LARGEST:
+        shown = number if -1e300 < number < 1e300 else "more"  # some ints can't be printed
+        raise ValueError(f"{name} must not be larger than {LARGEST:g} in size, got {shown}")
     return float(number)
+
+
+def denominator(name: str, number: float) -> float:
+    """0 (nothing to average over) or a positive number."""
+    if 0 < number < SMALLEST:
+        raise ValueError(f"{name} must be 0 or at least {SMALLEST:g}, got {number}")
+    return finite(name, number, at_least=0.0)
 
 
 def workspace_bytes(workspace_mb: int) -> int:

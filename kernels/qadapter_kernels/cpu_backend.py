@@ -32,27 +32,26 @@ def logits_forward(
     num_rows, num_columns = a_NV.shape
     actions_N = _actions(actions_N)
     base_lse_N = _float32(base_lse_N)
-    outputs_5N = _empty(5, num_rows, like=a_NV)
+    outputs_6N = _empty(6, num_rows, like=a_NV)
     stats_3N = _empty(*((3, num_rows) if statistics else (0,)), like=a_NV)
     _check(native.library("cpu").qadapter_cpu_logits_forward(
         *matrix(a_NV), *matrix(b_NV), pointer(actions_N), pointer(base_lse_N), _doubles(coef),
-        num_rows, num_columns, pointer(outputs_5N), pointer(stats_3N) if statistics else None,
+        num_rows, num_columns, pointer(outputs_6N), pointer(stats_3N) if statistics else None,
         torch.get_num_threads(),
     ), num_columns)
     # Clones: the outputs of an op may not share memory.
-    q_N, value_N, logprob_N, lse_N, policy_lse_N = (x_N.clone() for x_N in outputs_5N)
-    return q_N, value_N, logprob_N, lse_N, policy_lse_N, stats_3N
+    return *(x_N.clone() for x_N in outputs_6N[:4]), outputs_6N[4:].clone(), stats_3N
 
 
 def logits_backward(
-    a_NV: Tensor, b_NV: Tensor, actions_N: Tensor, policy_lse_N: Tensor,
+    a_NV: Tensor, b_NV: Tensor, actions_N: Tensor, normalizer_2N: Tensor,
     grad_q_N: Tensor, grad_v_N: Tensor, coef: Coefficients, out_NV: Tensor,
 ) -> None:
     num_columns = a_NV.shape[1]
-    actions_N, policy_lse_N = _actions(actions_N), _float32(policy_lse_N)
+    actions_N, normalizer_2N = _actions(actions_N), _float32(normalizer_2N)
     grad_q_N, grad_v_N = _float32(grad_q_N), _float32(grad_v_N)
     _check(native.library("cpu").qadapter_cpu_logits_backward(
-        *matrix(a_NV), *matrix(b_NV), pointer(actions_N), pointer(policy_lse_N),
+        *matrix(a_NV), *matrix(b_NV), pointer(actions_N), pointer(normalizer_2N),
         pointer(grad_q_N), pointer(grad_v_N), _doubles(coef), len(a_NV), num_columns,
         *matrix(out_NV), torch.get_num_threads(),
     ), num_columns)

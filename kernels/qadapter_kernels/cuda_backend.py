@@ -54,7 +54,8 @@ def logits_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_rows, num_columns = a_NV.shape
     actions_N, base_lse_N = _int64(actions_N), _float32(base_lse_N)
-    outputs = [_empty(num_rows, like=a_NV) for _ in range(5)]  # an op's outputs share no memory
+    # An op's outputs share no memory.
+    outputs = [_empty(num_rows, like=a_NV) for _ in range(4)] + [_empty(2, num_rows, like=a_NV)]
     stats_3N = _statistics(num_rows, statistics, like=a_NV)
     splits = _splits(a_NV)
     partials = _empty(num_rows * splits if splits > 1 else 0, 8, like=a_NV)
@@ -67,14 +68,14 @@ def logits_forward(
 
 
 def logits_backward(
-    a_NV: Tensor, b_NV: Tensor, actions_N: Tensor, policy_lse_N: Tensor,
+    a_NV: Tensor, b_NV: Tensor, actions_N: Tensor, normalizer_2N: Tensor,
     grad_q_N: Tensor, grad_v_N: Tensor, coef: Coefficients, out_NV: Tensor,
 ) -> None:
     num_rows, num_columns = a_NV.shape
     if out_NV.dtype != a_NV.dtype:
         raise TypeError(f"the gradient of {a_NV.dtype} logits can't be {out_NV.dtype}")
     actions_N = _int64(actions_N)
-    rows = [_float32(x_N) for x_N in (policy_lse_N, grad_q_N, grad_v_N)]
+    rows = [_float32(x_N) for x_N in (normalizer_2N, grad_q_N, grad_v_N)]
     _launch(
         "logits_backward", a_NV, *matrix(a_NV), *matrix(b_NV), pointer(actions_N),
         *map(pointer, rows), _doubles(coef), num_rows, num_columns, *matrix(out_NV),

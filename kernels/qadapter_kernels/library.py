@@ -45,7 +45,8 @@ def soft_value(
     alpha_0: float, alpha_tilde: float, adapter_coef: float, base_coef: float,
     statistics: bool, inplace_backward: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """→ q_action, value, base_logprob, base_logsumexp, lse(u) [N], statistics [3, N] or [0]."""
+    """→ q_action, value, base_logprob, base_logsumexp [N], the policy's normalizer [2, N]
+    (``reference.DefinitionOutput``), statistics [3, N] or [0]."""
     coef = Coefficients(alpha_0, alpha_tilde, adapter_coef, base_coef)
     return _distinct(
         dispatch.select(adapter_logits, backend).logits_forward(
@@ -59,39 +60,40 @@ def _(adapter_logits, base_logits, actions, base_logsumexp, alpha_0, alpha_tilde
       base_coef, statistics, inplace_backward, backend):
     rows = _per_row(adapter_logits)
     stats = rows.new_empty((3, rows.shape[0]) if statistics else (0,))
-    return *(torch.empty_like(rows) for _ in range(5)), stats
+    normalizer = rows.new_empty((2, rows.shape[0]))
+    return *(torch.empty_like(rows) for _ in range(4)), normalizer, stats
 
 
 @torch.library.custom_op("qadapter::soft_value_backward", mutates_args=())
 def soft_value_backward(
-    adapter_logits: Tensor, base_logits: Tensor, actions: Tensor, policy_logsumexp: Tensor,
+    adapter_logits: Tensor, base_logits: Tensor, actions: Tensor, policy_normalizer: Tensor,
     grad_q: Tensor, grad_v: Tensor,
     alpha_0: float, alpha_tilde: float, adapter_coef: float, base_coef: float, backend: str,
 ) -> Tensor:
     out = torch.empty_like(adapter_logits, memory_format=torch.contiguous_format)
     coef = Coefficients(alpha_0, alpha_tilde, adapter_coef, base_coef)
     dispatch.select(adapter_logits, backend).logits_backward(
-        adapter_logits, base_logits, actions, policy_logsumexp, grad_q, grad_v, coef, out
+        adapter_logits, base_logits, actions, policy_normalizer, grad_q, grad_v, coef, out
     )
     return out
 
 
 @soft_value_backward.register_fake
-def _(adapter_logits, base_logits, actions, policy_logsumexp, grad_q, grad_v, alpha_0,
+def _(adapter_logits, base_logits, actions, policy_normalizer, grad_q, grad_v, alpha_0,
       alpha_tilde, adapter_coef, base_coef, backend):
     return torch.empty_like(adapter_logits, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("qadapter::soft_value_backward_", mutates_args={"adapter_logits"})
 def soft_value_backward_(
-    adapter_logits: Tensor, base_logits: Tensor, actions: Tensor, policy_logsumexp: Tensor,
+    adapter_logits: Tensor, base_logits: Tensor, actions: Tensor, policy_normalizer: Tensor,
     grad_q: Tensor, grad_v: Tensor,
     alpha_0: float, alpha_tilde: float, adapter_coef: float, base_coef: float, backend: str,
 ) -> None:
     """The gradient written over the adapter's logits: no second [N, V] tensor."""
     coef = Coefficients(alpha_0, alpha_tilde, adapter_coef, base_coef)
     dispatch.select(adapter_logits, backend).logits_backward(
-        adapter_logits, base_logits, actions, policy_logsumexp, grad_q, grad_v, coef,
+        adapter_logits, base_logits, actions, policy_normalizer, grad_q, grad_v, coef,
         adapter_logits,
     )
 
@@ -114,8 +116,8 @@ def _soft_value_backward(ctx, grad_q, grad_v, *_):
             "soft_value(inplace_backward=True) wrote its gradient over adapter_logits: "
             "a second backward pass needs inplace_backward=False"
         )
-    logits, _, actions, policy_logsumexp = ctx.saved_tensors
-    grads = _grads(actions, policy_logsumexp.dtype, grad_q, grad_v)
+    logits, _, actions, policy_normalizer = ctx.saved_tensors
+    grads = _grads(actions, policy_normalizer.dtype, grad_q, grad_v)
     arguments = (*ctx.saved_tensors, *grads, *ctx.coef, ctx.backend)
     if not ctx.inplace:
         return soft_value_backward(*arguments), *none

@@ -30,6 +30,7 @@ from .reference import (
     MASKED_ROW,
     Coefficients,
     accumulation_dtype,
+    minus_infinity,
     value_from_logsumexps,
     weighted_sum,
 )
@@ -158,7 +159,7 @@ def forward(
     has_action, kept = actions >= 0, actions != MASKED_ROW
     q_action = weighted_sum(coef.adapter_coef, a_action, coef.base_coef, b_action)
     value = value_from_logsumexps(policy_lse, base_lse, coef)
-    base_logprob = torch.where(b_action == -torch.inf, -torch.inf, b_action - base_lse)
+    base_logprob = minus_infinity(b_action == -torch.inf, b_action - base_lse, base_lse)
     return (
         torch.where(has_action, q_action, 0.0),
         torch.where(kept, value, 0.0),

@@ -26,6 +26,7 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 SIGNATURES: dict[str, dict[str, tuple[type | None, list[type]]]] = {
     "cpu": {
+        "qadapter_cpu_interface": (I32, []),
         "qadapter_cpu_isa": (ctypes.c_char_p, []),
         "qadapter_cpu_select_isa": (I32, [ctypes.c_char_p]),
         "qadapter_cpu_exp": (None, [P, P, I64]),
@@ -48,6 +49,7 @@ SIGNATURES: dict[str, dict[str, tuple[type | None, list[type]]]] = {
         ),
     },
     "cuda": {  # every function that launches returns a cudaError_t and takes a stream, last
+        "qadapter_cuda_interface": (I32, []),
         "qadapter_cuda_probe": (I32, []),
         "qadapter_cuda_error_name": (ctypes.c_char_p, [I32]),
         "qadapter_cuda_logits_forward": (
@@ -70,6 +72,8 @@ SIGNATURES: dict[str, dict[str, tuple[type | None, list[type]]]] = {
     },
 }
 """Result and argument types of every C function, by library."""
+INTERFACE = 2
+"""What the libraries' ``interface`` functions say where they take the arguments above."""
 
 
 class LibraryUnavailable(RuntimeError):
@@ -104,9 +108,19 @@ def _load(name: str) -> ctypes.CDLL | str:
         for function, (result, arguments) in SIGNATURES[name].items():
             getattr(lib, function).restype = result
             getattr(lib, function).argtypes = arguments
-    except (OSError, AttributeError) as error:
+    except AttributeError:
+        return _other_sources(name)
+    except OSError as error:
         return f"the compiled {name} library can't be loaded: {error}"
-    return lib
+    found = getattr(lib, f"qadapter_{name}_interface")()
+    return lib if found == INTERFACE else _other_sources(name)
+
+
+def _other_sources(name: str) -> str:
+    return (
+        f"the compiled {name} library was built from other sources than this Python code: install "
+        "the package again (in a checkout: python setup.py build_native --inplace)"
+    )
 
 
 def unavailable_reason(name: str) -> str | None:

@@ -20,11 +20,18 @@ from .checks import (
     check_offsets,
     check_rows,
     coefficients,
+    denominator,
     finite,
     unit_columns,
     workspace_bytes,
 )
-from .reference import NO_ACTION, Coefficients, PolicyStatistics, accumulation_dtype
+from .reference import (
+    NO_ACTION,
+    Coefficients,
+    PolicyStatistics,
+    accumulation_dtype,
+    minus_infinity,
+)
 
 
 class SoftValue(NamedTuple):
@@ -287,7 +294,7 @@ def bradley_terry(
             f"got {length_normalization!r}"
         )
     num_pairs, num_actions = (
-        None if x is None else finite(name, float(x), at_least=0.0)
+        x if x is None else denominator(name, float(x))
         for name, x in (("num_pairs", num_pairs), ("num_actions", num_actions))
     )
     losses, sequence_rewards, token_rewards = library.bradley_terry(
@@ -317,14 +324,14 @@ def _with_cached_base(
     acts_N = acts_N & kept_N
     q_N = alone.q_action
     if coef.base_coef != 0:
-        q_N = torch.where(excluded_N, -torch.inf, q_N + coef.base_coef * b_N)
+        q_N = minus_infinity(excluded_N, q_N + coef.base_coef * b_N, q_N)
     value_N = alone.value
     if coef.alpha_0 != 0:
-        value_N = torch.where(value_N == -torch.inf, value_N, value_N - coef.alpha_0 * lse_N)
+        value_N = minus_infinity(value_N == -torch.inf, value_N - coef.alpha_0 * lse_N, lse_N)
     return SoftValue(
         q_action=torch.where(acts_N, q_N, 0.0),
         value=torch.where(kept_N, value_N, 0.0),
-        base_logprob=torch.where(acts_N, torch.where(excluded_N, -torch.inf, b_N - lse_N), 0.0),
+        base_logprob=torch.where(acts_N, minus_infinity(excluded_N, b_N - lse_N, lse_N), 0.0),
         base_logsumexp=torch.where(kept_N, lse_N, 0.0),
     )
 

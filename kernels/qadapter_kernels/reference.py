@@ -40,7 +40,8 @@ class Coefficients(NamedTuple):
 
 
 class PolicyStatistics(NamedTuple):
-    """How far the customised policy π̃ stands from the base π at each state. float32 [N], nats."""
+    """How far the customised policy π̃ stands from the base π at each state. float32 [N], nats. Like
+    all outputs 0 at rows masked out, whatever their logits: leave those out of a mean."""
 
     entropy: Tensor
     """Entropy of π̃."""
@@ -55,7 +56,9 @@ class DefinitionOutput(NamedTuple):
     value: Tensor
     base_logprob: Tensor
     base_logsumexp: Tensor
-    policy_logsumexp: Tensor
+    policy_normalizer: Tensor
+    """[2, N]: the largest u (0 where it is infinite) and Σ exp(u − largest), 0 without support.
+    Apart, because a rounded lse(u) is off by half its last place: 5e-4 at 10⁴."""
     statistics: PolicyStatistics
 
 
@@ -71,12 +74,30 @@ def logsumexp(x_NV: Tensor) -> Tensor:
 
 
 def peak_and_log_total(x_NV: Tensor) -> tuple[Tensor, Tensor]:
-    """The two parts of a log-sum-exp: max m (0 for a row of -inf) and log Σ exp(x − m)."""
+    """The two parts of a log-sum-exp: max m (0 where it is infinite) and log Σ exp(x − m)."""
+    peak_N, total_N = peak_and_total(x_NV)
+    return peak_N, log_of_total(total_N)
+
+
+def peak_and_total(x_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """The same before the logarithm. NaN in a row is NaN in both."""
     peak_N = x_NV.detach().amax(-1)
     peak_N = torch.where(torch.isinf(peak_N), 0.0, peak_N)
-    total_N = (x_NV - peak_N[:, None]).exp().sum(-1)
+    return peak_N, (x_NV - peak_N[:, None]).exp().sum(-1)
+
+
+def log_of_total(total_N: Tensor) -> Tensor:
+    """-inf (with a zero gradient, not NaN) for 0."""
     empty_N = total_N == 0
-    return peak_N, torch.where(empty_N, -torch.inf, torch.where(empty_N, 1.0, total_N).log())
+    return torch.where(empty_N, -torch.inf, torch.where(empty_N, 1.0, total_N).log())
+
+
+def minus_infinity(where: Tensor, x: Tensor, *parts: Tensor) -> Tensor:
+    """x with -inf where a token or a whole row is excluded (-inf − -inf would be NaN there). Only
+    that NaN: where one of the ``parts`` that x is made of is NaN, x is NaN and stays it."""
+    for part in parts:
+        where = where & ~part.isnan()
+    return torch.where(where, -torch.inf, x)
 
 
 def log_softmax(x_NV: Tensor) -> Tensor:
@@ -88,11 +109,13 @@ def log_softmax(x_NV: Tensor) -> Tensor:
 
 def weighted_sum(weight_a: float, a: Tensor, weight_b: float, b: Tensor) -> Tensor:
     """weight_a·a + weight_b·b, where a stream of weight 0 is not looked at (0·inf would be NaN)
-    and -inf in either stream is -inf in the sum: what one stream excludes stays excluded."""
+    and -inf in either stream is -inf in the sum, whatever the signs: what one stream excludes stays
+    excluded. NaN in a stream that counts is NaN in the sum, beside -inf too."""
     streams = [(w, x) for w, x in ((weight_a, a), (weight_b, b)) if w != 0]
     if not streams:
         return torch.zeros_like(a)
-    excluded = torch.stack([x == -torch.inf for _, x in streams]).any(0)
+    lowest = streams[0][1] if len(streams) == 1 else torch.minimum(*(x for _, x in streams))
+    excluded = lowest == -torch.inf  # minimum() keeps NaN
     total = sum(w * torch.where(excluded, 0.0, x) for w, x in streams)
     return torch.where(excluded, -torch.inf, total)
 
@@ -103,12 +126,18 @@ def policy_logits(a_NV: Tensor, b_NV: Tensor, coef: Coefficients) -> Tensor:
     return weighted_sum(scale_a, a_NV, coef.base_weight / coef.alpha_tilde, b_NV)
 
 
-def value_from_logsumexps(policy_lse_N: Tensor, base_lse_N: Tensor, coef: Coefficients) -> Tensor:
-    """V = α̃·lse(u) − α₀·lse(b); -inf where the policy has no support left."""
+def value_from_logsumexps(
+    policy_lse_N: Tensor, base_lse_N: Tensor, coef: Coefficients,
+    policy_peak_N: Tensor | float = 0.0, base_peak_N: Tensor | float = 0.0,
+) -> Tensor:
+    """V = α̃·lse(u) − α₀·lse(b); -inf where the policy has no support left. Where the peaks are
+    given, the log-sum-exps are those above them: what the streams have in common cancels first."""
     value_N = coef.alpha_tilde * policy_lse_N
-    if coef.alpha_0 != 0:
-        value_N = value_N - coef.alpha_0 * base_lse_N
-    return torch.where(policy_lse_N == -torch.inf, -torch.inf, value_N)
+    if coef.alpha_0 == 0:
+        return coef.alpha_tilde * policy_peak_N + value_N
+    common_N = coef.alpha_tilde * policy_peak_N - coef.alpha_0 * base_peak_N
+    value_N = common_N + (value_N - coef.alpha_0 * base_lse_N)
+    return minus_infinity(policy_lse_N == -torch.inf, value_N, base_lse_N)
 
 
 def policy_statistics(u_NV: Tensor, b_NV: Tensor) -> PolicyStatistics:
@@ -140,20 +169,22 @@ def soft_value(
     keep_N, has_action_N = actions != MASKED_ROW, actions >= 0
 
     u_NV = policy_logits(a_NV, b_NV, coef)
-    policy_lse_N = logsumexp(u_NV)
+    policy_peak_N, policy_total_N = peak_and_total(u_NV)
     if base_logsumexp is None:
         peak_N, log_total_N = peak_and_log_total(b_NV)
     else:
         peak_N, log_total_N = 0.0, base_logsumexp.to(dtype)
     base_lse_N = log_total_N + peak_N
-    value_N = value_from_logsumexps(policy_lse_N, base_lse_N, coef)
+    value_N = value_from_logsumexps(
+        log_of_total(policy_total_N), log_total_N, coef, policy_peak_N, peak_N
+    )
 
     column_N1 = actions.clamp_min(0)[:, None]
     a_action_N, b_action_N = (x.gather(1, column_N1)[:, 0] for x in (a_NV, b_NV))
     q_action_N = weighted_sum(coef.adapter_coef, a_action_N, coef.base_coef, b_action_N)
     # Not b[a] − lse(b): under a large common offset that would lose the digits of a small log π.
     base_logprob_N = (b_action_N - peak_N) - log_total_N
-    base_logprob_N = torch.where(b_action_N == -torch.inf, -torch.inf, base_logprob_N)
+    base_logprob_N = minus_infinity(b_action_N == -torch.inf, base_logprob_N, log_total_N)
 
     def rows(x_N: Tensor, where_N: Tensor) -> Tensor:
         return torch.where(where_N, x_N, 0.0)
@@ -164,7 +195,7 @@ def soft_value(
         value=rows(value_N, keep_N),
         base_logprob=rows(base_logprob_N, has_action_N),
         base_logsumexp=rows(base_lse_N, keep_N),
-        policy_logsumexp=rows(policy_lse_N, keep_N),
+        policy_normalizer=rows(torch.stack([policy_peak_N, policy_total_N.detach()]), keep_N),
         statistics=PolicyStatistics(*(rows(x_N, keep_N) for x_N in statistics)),
     )
 
@@ -262,5 +293,6 @@ def bradley_terry(
     chosen_B, rejected_B = sequence_rewards_S.tensor_split(2)
     preference_loss = -F.logsigmoid(chosen_B - rejected_B).sum() / num_pairs
     chi2_loss = token_rewards_N.square().sum() / num_actions
-    loss = preference_loss + chi2_coef * chi2_loss
+    # A coefficient of 0 reads nothing: 0·inf would be NaN.
+    loss = preference_loss + chi2_coef * chi2_loss if chi2_coef != 0 else preference_loss
     return loss, preference_loss, chi2_loss, sequence_rewards_S, token_rewards_N

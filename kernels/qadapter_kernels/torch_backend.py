@@ -38,26 +38,28 @@ def logits_forward(
     base_lse_N: Tensor | None, statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_rows, num_columns = a_NV.shape
-    outputs_5N = a_NV.new_empty((5, num_rows), dtype=accumulation_dtype(a_NV.dtype))
+    outputs_6N = a_NV.new_empty((6, num_rows), dtype=accumulation_dtype(a_NV.dtype))
     stats_3N = _statistics_buffer(num_rows, statistics, a_NV)
     for rows in _blocks(num_rows, num_columns):
         lse = None if base_lse_N is None else base_lse_N[rows]
         out = reference.soft_value(a_NV[rows], b_NV[rows], actions_N[rows], coef, lse)
-        outputs_5N[:, rows] = torch.stack(out[:5])
+        outputs_6N[:, rows] = torch.stack([*out[:4], *out.policy_normalizer])
         if statistics:
             stats_3N[:, rows] = torch.stack(out.statistics)
-    q_N, value_N, logprob_N, base_lse_N, policy_lse_N = outputs_5N.unbind()
-    return q_N, value_N, logprob_N, base_lse_N, policy_lse_N, stats_3N
+    return *outputs_6N[:4].unbind(), outputs_6N[4:], stats_3N
 
 
 def logits_backward(
-    a_NV: Tensor, b_NV: Tensor, actions_N: Tensor, policy_lse_N: Tensor,
+    a_NV: Tensor, b_NV: Tensor, actions_N: Tensor, normalizer_2N: Tensor,
     grad_q_N: Tensor, grad_v_N: Tensor, coef: Coefficients, out_NV: Tensor,
 ) -> None:
     dtype = accumulation_dtype(a_NV.dtype)
+    if coef.adapter_coef == 0:
+        out_NV.zero_()
+        return
     for rows in _blocks(*a_NV.shape):
         u = reference.policy_logits(a_NV[rows].to(dtype), b_NV[rows].to(dtype), coef)
-        grad = _softmax(u, policy_lse_N[rows], actions_N[rows]).mul_(grad_v_N[rows, None])
+        grad = _softmax(u, *normalizer_2N[:, rows], actions_N[rows]).mul_(grad_v_N[rows, None])
         _add_at_action(grad, actions_N[rows], grad_q_N[rows])
         masked = actions_N[rows, None] == reference.MASKED_ROW
         grad.masked_fill_((u == -torch.inf) | masked, 0.0)
@@ -80,16 +82,16 @@ def rows_forward(
         exact_2R = None if action_logits_2R is None else action_logits_2R[:, rows]
         actions = actions_R[rows]
         u = _affine(z_RV[rows], scale, offset_bias_V, actions, exact_2R, 0)
-        policy_lse_R[rows] = reference.logsumexp(u)
+        peak, total = reference.peak_and_total(u)
+        policy_lse_R[rows] = reference.log_of_total(total) + peak
         if zb_RV is not None:
             b = _affine(zb_RV[rows], base_scale, base_bias_V, actions, exact_2R, 1)
             base_lse_R[rows] = reference.logsumexp(b)
             if statistics:
                 stats_3R[:, rows] = torch.stack(reference.policy_statistics(u, b))
         if write_residual:
-            residual = _softmax(u, policy_lse_R[rows], actions)
-            supported = policy_lse_R[rows] != -torch.inf
-            _add_at_action(residual, actions, torch.where(supported, -1.0, 0.0).to(dtype))
+            residual = _softmax(u, peak, total, actions)
+            _add_at_action(residual, actions, torch.where(total != 0, -1.0, 0.0).to(dtype))
             residual_RV[rows] = residual.to(residual_dtype)
     masked_R = actions_R == reference.MASKED_ROW
     policy_lse_R.masked_fill_(masked_R, 0.0)
@@ -132,8 +134,10 @@ def bradley_terry_backward(
     lengths_S = offsets_S1.diff()
     grad_r_N = torch.repeat_interleave(grad_R_S, lengths_S, output_size=len(token_rewards_N))
     chi2_slope = 2 * inv_actions * (chi2_coef * grad_loss + grad_chi2)
-    grad_r_N = grad_r_N + chi2_slope * token_rewards_N + grad_tokens_N
-    grad_v_N = -gamma * grad_r_N
+    # A coefficient of 0 reads nothing: 0·inf would be NaN.
+    of_squares_N = torch.where(chi2_slope == 0, 0.0, chi2_slope * token_rewards_N)
+    grad_r_N = grad_r_N + of_squares_N + grad_tokens_N
+    grad_v_N = -gamma * grad_r_N if gamma != 0 else torch.zeros_like(grad_r_N)
     if bootstrap_next:  # V(s_k) enters the reward of the action before it; the first state's none
         grad_v_N = torch.cat([grad_v_N.new_zeros(min(1, len(grad_v_N))), grad_v_N[:-1]])
         grad_v_N[offsets_S1[:-1][lengths_S > 0]] = 0.0
@@ -147,14 +151,14 @@ def combine_logits(
     for rows in _blocks(*a_NV.shape):
         a, b = a_NV[rows].to(out_NV.dtype), b_NV[rows].to(out_NV.dtype)
         u = reference.policy_logits(a, b, coef)
-        logp = u - reference.logsumexp(u)[:, None]
+        logp = reference.log_softmax(u)
         if strength_N is not None:
             strength = strength_N[rows, None]
-            logpi = b - reference.logsumexp(b)[:, None]
+            logpi = reference.log_softmax(b)
             mixed = strength * logp + (1 - strength) * logpi
-            mixed = torch.where((logp == -torch.inf) | (logpi == -torch.inf), -torch.inf, mixed)
+            mixed = torch.where(torch.minimum(logp, logpi) == -torch.inf, -torch.inf, mixed)
             mixed = torch.where(strength == 0, logpi, torch.where(strength == 1, logp, mixed))
-            logp = mixed - reference.logsumexp(mixed)[:, None]
+            logp = reference.log_softmax(mixed)
         out_NV[rows] = logp
     return out_NV
 
@@ -216,7 +220,8 @@ def _logsumexp_and_logprob(x: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
     """Of each row; log-probability 0 where there is no action."""
     peak, log_total = reference.peak_and_log_total(x)
     at_action = x.gather(1, actions.clamp_min(0)[:, None])[:, 0]
-    logprob = torch.where(at_action == -torch.inf, -torch.inf, (at_action - peak) - log_total)
+    logprob = (at_action - peak) - log_total
+    logprob = reference.minus_infinity(at_action == -torch.inf, logprob, log_total)
     return log_total + peak, torch.where(actions >= 0, logprob, 0.0)
 
 
@@ -235,10 +240,11 @@ def _affine(
     return logits
 
 
-def _softmax(u: Tensor, lse: Tensor, actions: Tensor) -> Tensor:
-    """exp(u − lse); zeros for a row without support and for a masked row."""
-    dead = ((lse == -torch.inf) | (actions == reference.MASKED_ROW))[:, None]
-    return torch.where(dead, 0.0, (u - torch.where(dead, 0.0, lse[:, None])).exp())
+def _softmax(u: Tensor, peak: Tensor, total: Tensor, actions: Tensor) -> Tensor:
+    """exp(u − peak)/total; zeros for a row without support and for a masked row."""
+    dead = (total == 0) | (actions == reference.MASKED_ROW)
+    weight = (u - peak[:, None]).exp_().mul_(1 / torch.where(dead, 1.0, total)[:, None])
+    return weight.masked_fill_(dead[:, None], 0.0)
 
 
 def _add_at_action(x: Tensor, actions: Tensor, amount: Tensor) -> None:

@@ -8,6 +8,7 @@ import math
 from torch import Tensor
 
 from qadapter.objective import ObjectiveConfig
+from qadapter_kernels.checks import coefficients, finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +29,18 @@ class Policy:
 
     def __post_init__(self) -> None:
         _check_strength(self.strength)
-        if self.alpha_tilde is not None and not self.alpha_tilde > 0:
-            raise ValueError(f"alpha_tilde must be positive, got {self.alpha_tilde}")
         if self.alpha_0 is not None and not self.alpha_0 >= 0:
             raise ValueError(f"alpha_0 must not be negative, got {self.alpha_0}")
+        objective = self.objective
+        coefficients(*self._alphas, objective.adapter_coef, objective.base_coef)
+
+    @property
+    def _alphas(self) -> tuple[float, float]:
+        """(α₀, α̃) to decode with."""
+        return (
+            self.objective.alpha_0 if self.alpha_0 is None else self.alpha_0,
+            self.objective.alpha_tilde if self.alpha_tilde is None else self.alpha_tilde,
+        )
 
     def stream_weights(
         self, strength: float | Tensor | None = None
@@ -48,8 +57,7 @@ class Policy:
             raise ValueError(
                 f"strength must be a number or [B] for one adapter, got {list(strength.shape)}"
             )
-        alpha_0 = self.objective.alpha_0 if self.alpha_0 is None else self.alpha_0
-        alpha_tilde = self.objective.alpha_tilde if self.alpha_tilde is None else self.alpha_tilde
+        alpha_0, alpha_tilde = self._alphas
         weight_a = self.objective.adapter_coef / alpha_tilde
         weight_b = (self.objective.base_coef + alpha_0) / alpha_tilde
         return strength * weight_a, strength * weight_b + (1 - strength)
@@ -104,5 +112,6 @@ class ComposedPolicy(Policy):
 
 
 def _check_strength(strength: float) -> None:
-    if not math.isfinite(strength) or strength < 0:
+    if not 0 <= strength < math.inf:
         raise ValueError(f"strength must be finite and not negative, got {strength}")
+    finite("strength", strength)

@@ -56,9 +56,9 @@ def test_opcheck_soft_value(backend, options):
 @pytest.mark.parametrize("op", [library.soft_value_backward, library.soft_value_backward_])
 def test_opcheck_soft_value_backward(backend, op):
     case = logits_case(rows=5, vocab=13, dtype=torch.bfloat16)
-    lse = torch.randn(5) + 20
+    normalizer = torch.randn(2, 5) + 20
     torch.library.opcheck(op, (
-        case.adapter_logits, case.base_logits, case.actions, lse, case.grad_q, case.grad_v,
+        case.adapter_logits, case.base_logits, case.actions, normalizer, case.grad_q, case.grad_v,
         *COEF, backend,
     ))
 

@@ -83,7 +83,8 @@ def test_the_committed_table_is_complete_and_has_no_spills():
     check_resources(table)
     for row in table["rows"]:
         if row["case"].startswith("soft_value") and "statistics" not in row["case"]:
-            assert row["registers"] <= 64, row  # four programs fit, as launch.TILES wants it
+            # Four programs fit, as launch.TILES wants it: AMD's lanes have 512 registers.
+            assert row["registers"] <= (64 if row["target"].startswith("cuda") else 128), row
 
 
 def test_the_committed_table_is_what_the_code_compiles_to(report):

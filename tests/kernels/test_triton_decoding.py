@@ -205,12 +205,12 @@ def test_draws_are_named_by_seed_offset_row_and_column(monkeypatch):
 
 
 def test_rows_in_which_nothing_can_be_drawn():
-    logits = torch.randn(4, 50)
+    logits = torch.randn(5, 50)
     logits[1], logits[2] = -INF, torch.nan
-    logits[3, 7] = INF
+    logits[3, 7], logits[4, 7] = INF, torch.nan
     for filters in ({}, {"top_k": 3, "top_p": 0.9, "min_p": 0.1}):
         drawn = draw(logits, **filters)
-        assert drawn[1] == -1 and drawn[2] == -1 and drawn[3] == 7 and 0 <= drawn[0] < 50
+        assert drawn[[1, 2, 4]].tolist() == [-1] * 3 and drawn[3] == 7 and 0 <= drawn[0] < 50
 
 
 def test_the_only_survivor_is_always_drawn():

@@ -91,7 +91,7 @@ def test_more_elements_than_2_31_and_more_rows_than_65_535():
     actions = torch.full((rows,), vocab - 1, device=DEVICE)
     out = backend_module.logits_forward(a, a, actions, coef, None, False)
     one = torch.ones(rows, device=DEVICE)
-    assert all(torch.equal(x, x[:1].expand(rows)) for x in out[:5])
+    assert all(torch.equal(x, x[..., :1].expand_as(x)) for x in out[:5])
     backend_module.logits_backward(a, a, actions, out[4], one, -one, coef, a)
     assert torch.equal(a[-1], a[0]) and torch.equal(a[rows // 2], a[0])
 
@@ -195,7 +195,7 @@ def test_cuda_graph():
     options = (0.9, 0.1, True, 1.0, 1 / 300)
 
     def step():
-        q, v, _, _, policy_lse, _ = backend_module.logits_forward(a, b, actions, coef, None, True)
+        q, v, _, _, normalizer, _ = backend_module.logits_forward(a, b, actions, coef, None, True)
         losses, returns, rewards = backend_module.bradley_terry_forward(
             q, v, offsets, divisors, *options
         )
@@ -204,7 +204,7 @@ def test_cuda_graph():
             torch.zeros_like(returns), torch.zeros_like(rewards),
         )
         out = torch.empty_like(a)
-        backend_module.logits_backward(a, b, actions, policy_lse, *grads, coef, out)
+        backend_module.logits_backward(a, b, actions, normalizer, *grads, coef, out)
         return losses, out
 
     stream = torch.cuda.Stream()

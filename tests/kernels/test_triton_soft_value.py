@@ -184,7 +184,7 @@ def test_more_rows_than_a_grid_dimension(monkeypatch):
     row = torch.empty(70_000, device=DEVICE)
     coef = COEFFICIENTS["q"]
     backend_module.logits_forward(a, a, row.long(), coef, None, True)
-    backend_module.logits_backward(a, a, row.long(), row, row, row, coef, a)
+    backend_module.logits_backward(a, a, row.long(), row.expand(2, -1), row, row, coef, a)
     backend_module.rows_forward(a, None, row.long(), 1.0, None, 1.0, None, True, a.dtype, False)
     tiles = -(-600 // launch.TILES["soft_value_backward"].columns)
     assert grids == [(70_000,), (70_000 * tiles,), (70_000,)]
@@ -200,16 +200,16 @@ def test_scalars_are_arguments_and_not_compiled_in(monkeypatch):
         a, row = torch.empty(rows, 700, device=DEVICE), torch.empty(rows, device=DEVICE)
         coef = Coefficients(alpha, 1.0 + alpha, alpha, alpha / 2)
         backend_module.logits_forward(a, a, row.long(), coef, None, False)
-        backend_module.logits_backward(a, a, row.long(), row, row, row, coef, a)
+        backend_module.logits_backward(a, a, row.long(), row.expand(2, -1), row, row, coef, a)
     assert constants[:2] == constants[2:4] == constants[4:]
 
 
 def test_in_place_gradient_equals_the_other(monkeypatch):
     case = logits_case(rows=4, vocab=777, dtype=torch.bfloat16, coef=COEFFICIENTS["policy_dial"])
     a, b, actions, grad_q, grad_v = on_device(*case[:5])
-    policy_lse = backend_module.logits_forward(a, b, actions, case.coef, None, False)[4]
+    normalizer = backend_module.logits_forward(a, b, actions, case.coef, None, False)[4]
     apart = torch.empty_like(a)
-    rest = (policy_lse, grad_q, grad_v, case.coef)
+    rest = (normalizer, grad_q, grad_v, case.coef)
     backend_module.logits_backward(a, b, actions, *rest, apart)
     backend_module.logits_backward(a, b, actions, *rest, a)
     assert torch.equal(a, apart)
@@ -225,7 +225,7 @@ def test_adapter_without_weight():
     case = logits_case(rows=3, vocab=300, coef=Coefficients(0.5, 0.8, 0.0, 0.3))
     _, b, actions, grad_q, grad_v = on_device(*case[:5])
     unread = torch.full_like(b, torch.nan)
-    q, value, _, _, policy_lse, _ = backend_module.logits_forward(
+    q, value, _, _, normalizer, _ = backend_module.logits_forward(
         unread, b, actions, case.coef, None, False
     )
     exact = reference.soft_value(case.adapter_logits.double(), case.base_logits.double(),
@@ -233,7 +233,7 @@ def test_adapter_without_weight():
     assert error(q.cpu(), exact.q_action).max() < 1e-5
     assert error(value.cpu(), exact.value).max() < 1e-5
     backend_module.logits_backward(
-        unread, b, actions, policy_lse, grad_q, grad_v, case.coef, unread
+        unread, b, actions, normalizer, grad_q, grad_v, case.coef, unread
     )
     assert not unread.any()
 
@@ -326,7 +326,7 @@ def test_unavailable_reason(monkeypatch):
 
 
 def test_the_backend_agrees_with_the_torch_backend_row_by_row():
-    """Every output of the interface, policy_lse and masked rows included."""
+    """Every output of the interface, the normalizer and masked rows included."""
     case = logits_case(rows=5, vocab=515, coef=COEFFICIENTS["policy_dial"])
     case.actions[4] = reference.MASKED_ROW
     a, b, actions = on_device(*case[:3])

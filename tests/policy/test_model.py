@@ -126,7 +126,8 @@ def test_set_policy_without_arguments_is_the_trained_policy(pair):
 
 @pytest.mark.parametrize(
     "arguments", [{"strength": -1.0}, {"strength": float("nan")}, {"alpha_tilde": 0.0},
-                  {"alpha_0": -0.1}, {"strength": 1.0, "alpha_0": 1.0}],
+                  {"alpha_0": -0.1}, {"strength": 1.0, "alpha_0": 1.0}, {"strength": 1e40},
+                  {"alpha_tilde": 1e-40}, {"alpha_0": 1e20, "alpha_tilde": 1e-20}],
 )
 def test_policy_out_of_range(pair, arguments):
     with pytest.raises(ValueError, match=r"strength|alpha"):

@@ -44,7 +44,7 @@ QADAPTER_API void qadapter_cpu_bradley_terry_forward(
   }
   preference *= inv_pairs;
   squares *= inv_actions;
-  losses_3[0] = float(preference + chi2_coef * squares);
+  losses_3[0] = float(chi2_coef != 0 ? preference + chi2_coef * squares : preference);
   losses_3[1] = float(preference);
   losses_3[2] = float(squares);
 }
@@ -64,7 +64,8 @@ QADAPTER_API void qadapter_cpu_bradley_terry_backward(
     const double slope = preference_slope * sigmoid(-margin);
     const double per_token = ((i < num_pairs ? slope : -slope) + grad_sequence[i]) / divisors[i];
     for (int64_t k = offsets[i]; k < offsets[i + 1]; ++k) {
-      const double grad = per_token + chi2_slope * token_rewards[k] + grad_tokens[k];
+      double grad = per_token + grad_tokens[k];
+      if (chi2_slope != 0) grad += chi2_slope * token_rewards[k];  // 0 times inf would be NaN
       grad_q[k] = float(grad);
       // V of the next state enters this reward; the state after the last has none.
       const int64_t state = bootstrap_next ? k + 1 : k;

@@ -89,6 +89,13 @@ inline void set_policy(Row* row, const Matrix& a, const Matrix& b, const Coeffic
   }
 }
 
+// weight_a a + weight_b b of single logits: a stream of weight 0 is given as 0; NaN, then -inf, in
+// either is so in the sum.
+inline double weighted(double weight_a, double a, double weight_b, double b) {
+  if (std::isnan(a) || std::isnan(b)) return a + b;
+  return a == -HUGE_VAL || b == -HUGE_VAL ? -HUGE_VAL : weight_a * a + weight_b * b;
+}
+
 inline Row empty_row() {
   Row row = {};
   row.exact_column = -1;
@@ -167,9 +174,11 @@ inline void put_statistics(const Summary& s, int64_t n, int64_t num_rows, float*
   stats[n] = policy ? float(log_policy - s.policy_energy / s.policy_sum) : 0.0f;
   const float uncovered = std::numeric_limits<float>::infinity();
   stats[num_rows + n] = !policy ? 0.0f
-      : !base ? uncovered : float(s.policy_cross / s.policy_sum - log_policy + log_base);
+      : !base ? float(s.policy_sum) + uncovered  // NaN stays NaN
+              : float(s.policy_cross / s.policy_sum - log_policy + log_base);
   stats[2 * num_rows + n] = !base ? 0.0f
-      : !policy ? uncovered : float(s.base_cross / s.base_sum - log_base + log_policy);
+      : !policy ? float(s.base_sum) + uncovered
+                : float(s.base_cross / s.base_sum - log_base + log_policy);
 }
 
 }  // namespace qadapter

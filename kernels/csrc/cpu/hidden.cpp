@@ -47,9 +47,7 @@ QADAPTER_API int32_t qadapter_cpu_rows_forward(
     const bool has_action = begin <= action && action < end;
     double at_action = -1.0;  // from the logits, before they are overwritten
     if (has_action) {
-      const double x = z_RV.at(n, action);
-      double u = x == -HUGE_VAL ? x : float(scale) * x + (bias ? bias[action] : 0.0f);
-      if (row.exact_column == action) u = row.exact_policy;
+      const double u = selected_kernels().policy_at(row, action);
       at_action += std::exp(u - s.policy_peak) / s.policy_sum;
     }
     selected_kernels().write_exp(row, begin, end, float(s.policy_peak), float(1.0 / s.policy_sum),

@@ -29,6 +29,9 @@ namespace qadapter {
 const Kernels& selected_kernels() { return *selected.load(std::memory_order_relaxed); }
 }  // namespace qadapter
 
+// What native.py's INTERFACE has to be: raised with every change of a function's arguments.
+QADAPTER_API int32_t qadapter_cpu_interface() { return 2; }
+
 // Name of the kernels in use: "portable", "avx2" or "avx512".
 QADAPTER_API const char* qadapter_cpu_isa() { return selected_kernels().name; }
 

@@ -4,5 +4,5 @@
 #include "score_kernels.inl"
 
 namespace qadapter {
-const Kernels kAvx2Kernels = {"avx2", reduce, write_exp, write_log, exp_array, score};
+const Kernels kAvx2Kernels = {"avx2", reduce, write_exp, write_log, policy_at, exp_array, score};
 }

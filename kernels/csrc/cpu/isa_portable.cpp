@@ -4,5 +4,5 @@
 #include "score_kernels.inl"
 
 namespace qadapter {
-const Kernels kPortableKernels = {"portable", reduce, write_exp, write_log, exp_array, score};
+const Kernels kPortableKernels = {"portable", reduce, write_exp, write_log, policy_at, exp_array, score};
 }

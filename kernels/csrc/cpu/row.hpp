@@ -94,6 +94,8 @@ struct Kernels {
   // out[k] = u[k] - peak - log_sum
   void (*write_log)(const Row& row, int64_t begin, int64_t end, float peak, float log_sum,
                     float* out);
+  // u of one column, rounded as everywhere else here: beside a large common offset that is 5e-4.
+  float (*policy_at)(const Row& row, int64_t column);
   void (*exp)(const float* in, float* out, int64_t count);
   void (*score)(const ScoreRow& row, int64_t begin, int64_t end, ScoreSummary* summary);
 };

@@ -52,15 +52,18 @@ struct Float16 {
 enum class Mode {
   kScale,      // scale * x, scale > 0: -inf stays -inf by itself
   kAffine,     // scale * x + bias, -inf where x is
-  kAccumulate  // staged + scale * x, -inf where either is
+  kAccumulate  // staged + scale * x, -inf where either is, but NaN where either is
 };
 
 template <class T, Mode mode>
 inline V transform(V x, V scale, V addend) {
   if (mode == Mode::kScale) return x * scale;
   const V infinity = splat(-kInf);
-  const V sum = where_equal(x, infinity, infinity, fma(x, scale, addend));
-  return mode == Mode::kAccumulate ? where_equal(addend, infinity, infinity, sum) : sum;
+  const V sum = fma(x, scale, addend);
+  if (mode == Mode::kAffine) return where_equal(x, infinity, infinity, sum);
+  // min gives its second operand where either is NaN: a NaN x is handed on, and a NaN addend is no
+  // -inf, so that the sum is taken.
+  return where_equal(min(x, addend), infinity, min(infinity, x), sum);
 }
 
 // Stages columns [begin, begin + count) and returns their maximum (NaN is passed over).
@@ -134,6 +137,12 @@ float stage_policy(const Row& row, int64_t begin, int64_t count, float* staged) 
 float stage_base(const Row& row, int64_t begin, int64_t count, float* staged) {
   const float peak = stage_first(row.base, begin, count, staged);
   return put_exact(row, row.exact_base, begin, count, peak, staged);
+}
+
+float policy_at(const Row& row, int64_t column) {
+  alignas(64) float staged[kBlock];
+  stage_policy(row, column, 1, staged);
+  return staged[0];
 }
 
 // Four independent sums hide the latency of the additions.

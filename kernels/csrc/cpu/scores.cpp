@@ -10,7 +10,8 @@ Mixture mixture(double weight_a, double weight_b) {  // of a = b + d and b
 }
 
 double log_probability(double logit, double peak, double sum) {
-  return logit == -HUGE_VAL || sum == 0.0 ? -HUGE_VAL : (logit - peak) - std::log(sum);
+  if (sum == 0.0 || (logit == -HUGE_VAL && !std::isnan(sum))) return -HUGE_VAL;
+  return (logit - peak) - std::log(sum);
 }
 
 }  // namespace
@@ -68,14 +69,17 @@ QADAPTER_API int32_t qadapter_cpu_score_rows(
     if (rewards) {
       const double lse = other ? log_sum_exp(s.trained_peak, s.trained_sum)
                                : log_sum_exp(sums.policy_peak, sums.policy_sum);
-      value = lse == -HUGE_VAL ? lse : c.alpha_tilde * lse - c.alpha_0 * base_lse;
+      value = c.alpha_tilde * lse;
+      if (c.alpha_0 != 0 && !(lse == -HUGE_VAL && !std::isnan(base_lse))) value -= c.alpha_0 * base_lse;
       if (s.has_action) {
         q = s.base_action == -HUGE_VALF
             ? -HUGE_VAL : (c.adapter + c.base) * s.base_action + c.adapter * s.difference_action;
       }
     }
+    // Tops pass over NaN; a row that holds one has none.
+    const bool same_top = s.same_top && !std::isnan(sums.policy_sum) && !std::isnan(sums.base_sum);
     const double outputs[8] = {q, value, base_logprob, base_lse, policy_logprob, stats[2], stats[1],
-                               !customised || s.same_top ? 1.0 : 0.0};
+                               !customised || same_top ? 1.0 : 0.0};
     for (int64_t k = 0; k < 8; ++k) outputs_8R[k * num_rows + n] = float(outputs[k]);
   };
 #pragma omp parallel for num_threads(threads) if (threads > 1)

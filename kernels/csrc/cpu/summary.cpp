@@ -13,6 +13,10 @@ double rescaled(double factor, double x, double shift, double sum) {
 
 }  // namespace
 
+double rescaled_sum(double sum, double shift) {
+  return sum == 0.0 || std::isinf(sum) ? sum : sum * std::exp(shift);
+}
+
 double move_peak(double* peak, double sum, float candidate) {
   if (!std::isfinite(candidate)) return 0.0;
   if (sum != 0.0 && candidate <= *peak) return 0.0;
@@ -27,12 +31,12 @@ void rescale(Summary* s, double policy_shift, double base_shift) {
     const double factor = std::exp(policy_shift), sum = s->policy_sum;
     s->policy_energy = rescaled(factor, s->policy_energy, policy_shift, sum);
     s->policy_cross = rescaled(factor, s->policy_cross, policy_shift - base_shift, sum);
-    s->policy_sum = sum * factor;
+    s->policy_sum = rescaled_sum(sum, policy_shift);
   }
   if (s->base_sum != 0.0) {
     const double factor = std::exp(base_shift), sum = s->base_sum;
     s->base_cross = rescaled(factor, s->base_cross, base_shift - policy_shift, sum);
-    s->base_sum = sum * factor;
+    s->base_sum = rescaled_sum(sum, base_shift);
   }
 }
 
@@ -53,8 +57,6 @@ void merge(Summary* into, Summary other) {
   into->base_sum += other.base_sum;
   into->base_cross += other.base_cross;
 }
-
-double rescaled_sum(double sum, double shift) { return sum == 0.0 ? 0.0 : sum * std::exp(shift); }
 
 void merge(ScoreSummary* into, const ScoreSummary& other) {
   if (!other.filled) return;

@@ -74,7 +74,7 @@ total_loss(const float* terms_2B, long long pairs, Objective objective, float* l
   if (thread() != 0) return;
   const float preference = objective.inv_pairs * sums.rewards;
   const float chi2 = objective.inv_actions * sums.squares;
-  losses_3[0] = preference + objective.chi2_coef * chi2;
+  losses_3[0] = preference + (objective.chi2_coef != 0 ? objective.chi2_coef * chi2 : 0.0f);
   losses_3[1] = preference;
   losses_3[2] = chi2;
 }
@@ -98,10 +98,12 @@ bradley_terry_backward(const float* token_rewards, const float* sequence_rewards
   const int64_t start = sequences.offsets[sequence], end = sequences.offsets[sequence + 1];
   if (objective.bootstrap_next && start < end && thread() == 0) grad_v[start] = 0.0f;
   for (int64_t k = start + thread(); k < end; k += threads()) {
-    const float grad_r = grad_reward + chi2_slope * token_rewards[k] + grad_tokens[k];
+    // A coefficient of 0 reads nothing: 0·inf would be NaN.
+    const float of_square = chi2_slope != 0 ? chi2_slope * token_rewards[k] : 0.0f;
+    const float grad_r = grad_reward + of_square + grad_tokens[k];
     grad_q[k] = grad_r;
     const int64_t state = k + objective.bootstrap_next;
-    if (state < end) grad_v[state] = -objective.gamma * grad_r;
+    if (state < end) grad_v[state] = objective.gamma != 0 ? -objective.gamma * grad_r : 0.0f;
   }
 }
 

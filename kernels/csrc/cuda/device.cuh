@@ -68,6 +68,13 @@ QADAPTER_DEVICE float exp_fast(float x) {
   return y;
 }
 
+// The smaller one; NaN where either is NaN, which fminf passes over.
+QADAPTER_DEVICE float min_or_nan(float a, float b) {
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+
 template <int WIDTH, class T> QADAPTER_DEVICE Pack<T, WIDTH> load(const T* p) {
   return *reinterpret_cast<const Pack<T, WIDTH>*>(p);
 }

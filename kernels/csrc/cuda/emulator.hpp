@@ -181,6 +181,7 @@ inline void sync() { emulator::machine.wait(emulator::machine.block().barrier); 
 template <class T> T* shared() { return reinterpret_cast<T*>(emulator::machine.block().shared); }
 
 inline float exp_fast(float x) { return std::exp(x); }
+inline float min_or_nan(float a, float b) { return a != a || b != b ? a + b : min(a, b); }
 
 template <int WIDTH, class T> Pack<T, WIDTH> load(const T* p) {
   Pack<T, WIDTH> x;

@@ -7,6 +7,9 @@ namespace {
 __global__ void probe() {}
 }  // namespace
 
+// What native.py's INTERFACE has to be: raised with every change of a function's arguments.
+QADAPTER_EXPORT int qadapter_cuda_interface() { return 2; }
+
 // The name of an error the other functions returned.
 QADAPTER_EXPORT const char* qadapter_cuda_error_name(int error) {
   return cudaGetErrorName(static_cast<cudaError_t>(error));

@@ -38,7 +38,9 @@ template <class T> struct PairReader {
 constexpr int FORWARD_THREADS = 512;
 
 struct ForwardOutputs {
-  float *q, *value, *base_logprob, *base_lse, *policy_lse, *stats;
+  float *q, *value, *base_logprob, *base_lse;
+  float* normalizer_2N;  // of the policy: the largest u (0 where it is infinite), Σ e^(u - largest)
+  float* stats;
 };
 
 // Columns that are worth a block of their own where rows are too few to fill the device.
@@ -51,8 +53,8 @@ QADAPTER_DEVICE void finish_row(const State& state, const TwoStreams<T>& in, con
                                 long long row) {
   const Coefficients& coef = in.coef;
   const int64_t action = rows.actions[row];
-  const float policy_lse = state.u.lse();
-  const float base_lse = given_base_lse ? given_base_lse[row] : state.b.lse();
+  const float base_max = given_base_lse ? 0.0f : finite(state.b.max);
+  const float base_rest = given_base_lse ? given_base_lse[row] : logf(state.b.sum);
   float q = 0.0f, base_logprob = 0.0f;
   if (action >= 0) {
     // An id outside the vocabulary reads nothing and is loud: NaN.
@@ -63,22 +65,21 @@ QADAPTER_DEVICE void finish_row(const State& state, const TwoStreams<T>& in, con
                           coef.base, coef.base != 0 ? b : 0.0f)
                : NAN;
     // b - max first: log π keeps its digits under a large common offset.
-    base_logprob = b == -INF        ? -INF
-                   : given_base_lse ? b - base_lse
-                                    : b - finite(state.b.max) - logf(state.b.sum);
+    base_logprob = b == -INF && base_rest == base_rest ? -INF : b - base_max - base_rest;
   }
   out.q[row] = q;
-  out.value[row] = coef.value(policy_lse, base_lse);
+  out.value[row] = coef.value(finite(state.u.max), logf(state.u.sum), base_max, base_rest);
   out.base_logprob[row] = base_logprob;
-  out.base_lse[row] = base_lse;
-  out.policy_lse[row] = policy_lse;
+  out.base_lse[row] = base_max + base_rest;
+  out.normalizer_2N[row] = finite(state.u.max);
+  out.normalizer_2N[rows.count + row] = state.u.sum;
   write_statistics(state, out.stats, rows.count, row);
 }
 
 template <class State>
 QADAPTER_DEVICE void finish_masked_row(const Rows& rows, const ForwardOutputs& out, long long row) {
   out.q[row] = out.value[row] = out.base_logprob[row] = 0.0f;
-  out.base_lse[row] = out.policy_lse[row] = 0.0f;
+  out.base_lse[row] = out.normalizer_2N[row] = out.normalizer_2N[rows.count + row] = 0.0f;
   if (std::is_same<State, ComparedStreams>::value)
     out.stats[row] = out.stats[rows.count + row] = out.stats[2 * rows.count + row] = 0;
 }
@@ -141,19 +142,20 @@ constexpr int BACKWARD_UNROLL = 2;
 // writes it. Blocks of a row are on grid.y.
 template <class T>
 __global__ void __launch_bounds__(BACKWARD_THREADS)
-logits_backward(TwoStreams<T> in, Rows rows, const float* policy_lse, const float* grad_q,
+logits_backward(TwoStreams<T> in, Rows rows, const float* normalizer_2N, const float* grad_q,
                 const float* grad_v, Matrix<T> out_NV) {
   const long long row = block_x();
   const int64_t action = rows.actions[row];
   const Coefficients& coef = in.coef;
-  const bool is_masked = action == MASKED_ROW;
-  const float lse = is_masked ? -INF : policy_lse[row];
-  const bool is_zero = lse == -INF;  // masked, or no support left
+  const bool is_read = action != MASKED_ROW && coef.adapter != 0;
+  const float sum = is_read ? normalizer_2N[rows.count + row] : 0.0f;
+  const bool is_zero = sum == 0;  // not read, or no support left
+  const float shift = is_zero ? 0.0f : normalizer_2N[row];
   const PairReader<T> read = {in.a.row(row), in.b.row(row), coef.policy_a != 0 && !is_zero,
                               coef.policy_b != 0 && !is_zero};
   T* out = out_NV.row(row);
   const float at_action = is_zero || action < 0 ? 0.0f : coef.adapter * grad_q[row];
-  const float everywhere = is_zero ? 0.0f : coef.adapter * grad_v[row];
+  const float everywhere = is_zero ? 0.0f : coef.adapter * grad_v[row] / sum;
 
   const int head = columns_to_boundary(out);
   const bool together = (!read.read_a || columns_to_boundary(read.a) == head) &&
@@ -168,7 +170,7 @@ logits_backward(TwoStreams<T> in, Rows rows, const float* policy_lse, const floa
         coef.policy(a, b, u);
 #pragma unroll
         for (int e = 0; e < width; ++e) {
-          const float p = exp_fast(u[e] - (is_zero ? 0.0f : lse));
+          const float p = exp_fast(u[e] - shift);
           const float onehot = column + e == action ? at_action : 0.0f;
           grad[e] = is_zero || u[e] == -INF ? 0.0f : everywhere * p + onehot;
         }
@@ -197,11 +199,12 @@ combine_logits(TwoStreams<T> in, int columns, const float* strength_N, Matrix<fl
     state.add(u, b, is_mixed);
   });
   state = block_reduce(state, shared<Streams>());
-  const float log_sum_u = logf(state.u.sum), log_sum_b = logf(state.b.sum);
+  auto log_sum = [](const MaxSum& x) { return x.sum == 0 ? 0.0f : logf(x.sum); };
+  const float log_sum_u = log_sum(state.u), log_sum_b = log_sum(state.b);
 
   auto log_probability = [&](float u, float b) {
-    const float logp = u == -INF ? -INF : u - finite(state.u.max) - log_sum_u;
-    const float logpi = b == -INF ? -INF : b - finite(state.b.max) - log_sum_b;
+    const float logp = u - finite(state.u.max) - log_sum_u;
+    const float logpi = b - finite(state.b.max) - log_sum_b;
     if (!is_mixed || w == 1) return logp;
     return w == 0 ? logpi : weighted(w, logp, 1 - w, logpi);
   };
@@ -247,7 +250,7 @@ QADAPTER_EXPORT int qadapter_cuda_logits_splits(long long rows, int columns) {
 QADAPTER_EXPORT int qadapter_cuda_logits_forward(
     const void* a, long long a_stride, int dtype, const void* b, long long b_stride, int,
     const int64_t* actions, const float* base_lse, const double* coef, long long rows, int columns,
-    float* q, float* value, float* base_logprob, float* base_lse_out, float* policy_lse,
+    float* q, float* value, float* base_logprob, float* base_lse_out, float* normalizer_2N,
     float* stats, int splits, float* partials, cudaStream_t stream) {
   return with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -257,7 +260,7 @@ QADAPTER_EXPORT int qadapter_cuda_logits_forward(
       using State = decltype(state);
       static_assert(sizeof(State) <= 8 * sizeof(float));
       const Rows shape = {actions, rows, columns};
-      const ForwardOutputs out = {q, value, base_logprob, base_lse_out, policy_lse, stats};
+      const ForwardOutputs out = {q, value, base_logprob, base_lse_out, normalizer_2N, stats};
       // Whole vectors: a row that starts on a 16-byte boundary goes on with one in every block.
       const int vectors = (columns + VECTOR<T> - 1) / VECTOR<T>;
       const int width = (vectors + splits - 1) / splits * VECTOR<T>;
@@ -276,7 +279,7 @@ QADAPTER_EXPORT int qadapter_cuda_logits_forward(
 
 QADAPTER_EXPORT int qadapter_cuda_logits_backward(
     const void* a, long long a_stride, int dtype, const void* b, long long b_stride, int,
-    const int64_t* actions, const float* policy_lse, const float* grad_q, const float* grad_v,
+    const int64_t* actions, const float* normalizer_2N, const float* grad_q, const float* grad_v,
     const double* coef, long long rows, int columns, void* out, long long out_stride, int,
     cudaStream_t stream) {
   return with_dtype(dtype, [&](auto zero) {
@@ -286,7 +289,7 @@ QADAPTER_EXPORT int qadapter_cuda_logits_backward(
     const int tile = BACKWARD_THREADS * BACKWARD_UNROLL * VECTOR<T>;
     const int blocks = columns / tile + 1;
     return launch(logits_backward<T>, {rows, blocks < 65535 ? blocks : 65535, BACKWARD_THREADS, 0, 0},
-                  stream, in, Rows{actions, rows, columns}, policy_lse, grad_q, grad_v,
+                  stream, in, Rows{actions, rows, columns}, normalizer_2N, grad_q, grad_v,
                   Matrix<T>{static_cast<T*>(out), out_stride});
   });
 }

@@ -127,14 +127,15 @@ struct ComparedStreams {
   }
   QADAPTER_DEVICE static float divergence(float gap, float own, float other, bool is_infinite) {
     if (own == 0) return 0.0f;
-    return is_infinite ? INF : gap / own - logf(own) + logf(other);
+    return is_infinite ? own + other + INF /* NaN stays NaN */ : gap / own - logf(own) + logf(other);
   }
 };
 
 // weight_a·a + weight_b·b. A stream of weight 0 is given as zeros, never as what it holds (0·inf
-// would be NaN); what one stream excludes with -inf stays excluded, whatever the weight's sign.
+// would be NaN); what one stream excludes with -inf stays excluded, whatever the weight's sign; NaN
+// in either is NaN.
 QADAPTER_DEVICE float weighted(float weight_a, float a, float weight_b, float b) {
-  return fminf(a, b) == -INF ? -INF : fmaf(weight_a, a, weight_b * b);
+  return min_or_nan(a, b) == -INF ? -INF : fmaf(weight_a, a, weight_b * b);
 }
 
 // u = (q + α₀·b)/α̃ = policy_a·a + policy_b·b and q = adapter·a + base·b.
@@ -153,9 +154,12 @@ struct Coefficients {
       u[e] = weighted(policy_a, policy_a != 0 ? a[e] : 0.0f, policy_b, policy_b != 0 ? b[e] : 0.0f);
   }
 
-  QADAPTER_DEVICE float value(float policy_lse, float base_lse) const {
-    if (policy_lse == -INF) return -INF;
-    return alpha_tilde * policy_lse - (alpha_0 != 0 ? alpha_0 * base_lse : 0.0f);
+  // From max and log Σ exp(x - max) of each stream, the maxima first: what the streams have in common
+  // cancels before anything is rounded at its size.
+  QADAPTER_DEVICE float value(float u_max, float u_rest, float b_max, float b_rest) const {
+    if (alpha_0 == 0) return alpha_tilde * u_max + alpha_tilde * u_rest;
+    if (u_rest == -INF && b_rest == b_rest) return -INF;
+    return (alpha_tilde * u_max - alpha_0 * b_max) + (alpha_tilde * u_rest - alpha_0 * b_rest);
   }
 };
 

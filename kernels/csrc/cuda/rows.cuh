@@ -61,13 +61,13 @@ QADAPTER_DEVICE void write_masked(const RowProblem<T>& in, bool compare, long lo
 
 // P' at some columns from their logits u. From (max, sum) rather than the rounded log-sum-exp.
 struct Residual {
-  float shift, inverse_sum;  // both 0: a masked row, or one without support
+  float shift, inverse_sum;  // inverse_sum < 0: a masked row, or one without support
   int64_t action;
 
   QADAPTER_DEVICE Residual(const MaxSum& u, int64_t action)
-      : shift(finite(u.max)), inverse_sum(u.sum > 0 ? 1.0f / u.sum : 0.0f), action(action) {}
+      : shift(finite(u.max)), inverse_sum(u.sum == 0 ? -1.0f : 1.0f / u.sum), action(action) {}
 
-  QADAPTER_DEVICE bool is_zero() const { return inverse_sum == 0; }
+  QADAPTER_DEVICE bool is_zero() const { return inverse_sum < 0; }
 
   template <int WIDTH> QADAPTER_DEVICE void operator()(float (&x)[WIDTH], int column) const {
 #pragma unroll

@@ -81,7 +81,8 @@ def _forward_kernel(
             )
         preference_loss = inv_pairs * tl.sum(preference_sum, axis=0)
         chi2_loss = inv_actions * tl.sum(squares_sum, axis=0)
-        tl.store(losses_ptr, preference_loss + chi2_coef * chi2_loss)
+        weighted = tl.where(chi2_coef == 0, 0.0, chi2_coef * chi2_loss)  # 0·inf would be NaN
+        tl.store(losses_ptr, preference_loss + weighted)
         tl.store(losses_ptr + 1, preference_loss)
         tl.store(losses_ptr + 2, chi2_loss)
 
@@ -119,14 +120,15 @@ def _backward_kernel(
         inside = rows < end
         reward = tl.load(token_rewards_ptr + rows, mask=inside, other=0.0)
         upstream = tl.load(grad_tokens_ptr + rows, mask=inside, other=0.0)
-        grad = shared + chi2_slope * reward + upstream
+        grad = shared + tl.where(chi2_slope == 0, 0.0, chi2_slope * reward) + upstream
         tl.store(grad_q_ptr + rows, grad, mask=inside)
         if NEXT:  # V_k enters the reward of action k − 1; the first state's value enters none
             before = inside & (rows > begin)
             reward = tl.load(token_rewards_ptr + rows - 1, mask=before, other=0.0)
             upstream = tl.load(grad_tokens_ptr + rows - 1, mask=before, other=0.0)
-            grad = tl.where(before, shared + chi2_slope * reward + upstream, 0.0)
-        tl.store(grad_v_ptr + rows, -gamma * grad, mask=inside)
+            grad = shared + tl.where(chi2_slope == 0, 0.0, chi2_slope * reward) + upstream
+            grad = tl.where(before, grad, 0.0)
+        tl.store(grad_v_ptr + rows, tl.where(gamma == 0, 0.0, -gamma * grad), mask=inside)
 
 
 def bradley_terry_forward(

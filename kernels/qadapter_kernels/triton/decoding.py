@@ -91,7 +91,7 @@ def _log_softmax_kernel(
         scale_a, scale_b, POLICY_A, POLICY_B, strength_ptr is not None,
     )
     # Peak first: log-probabilities keep their digits whatever offset the logits have in common.
-    logprobs = (logits - finite(peak)) - tl.log(tl.where(total > 0, total, 1.0))
+    logprobs = (logits - finite(peak)) - tl.log(tl.where(total == 0, 1.0, total))
     tl.store(out_ptr + row * num_columns + columns, logprobs, mask=inside)
 
 

@@ -56,11 +56,11 @@ def log1p(x):
 
 @triton.jit
 def weighted_sum(weight_a, a, weight_b, b, USE_A: tl.constexpr, USE_B: tl.constexpr):
-    """weight_a·a + weight_b·b; −inf where a stream in use is −inf, whatever the signs. A stream
-    of weight 0 is not in use and never touched: 0·inf is NaN."""
+    """weight_a·a + weight_b·b; −inf where a stream in use is −inf, whatever the signs, and NaN
+    where one is NaN. A stream of weight 0 is not in use and never touched: 0·inf is NaN."""
     if USE_A and USE_B:
-        total = weight_a * a + weight_b * b
-        total = tl.where((a == float("-inf")) | (b == float("-inf")), float("-inf"), total)
+        lowest = tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+        total = tl.where(lowest == float("-inf"), lowest, weight_a * a + weight_b * b)
     elif USE_A:
         total = tl.where(a == float("-inf"), float("-inf"), weight_a * a)
     elif USE_B:
@@ -149,7 +149,7 @@ def merge_statistics(peak_u, total_u, peak_b, total_b, own_u, cross_u, gap_b):
 def store_statistics(stats_ptr, row, num_rows, keep, total_u, total_b, own_u, cross_u, gap_b):
     """Entropy of π̃, KL(π̃‖π), KL(π‖π̃) into stats [3, rows]. An expectation under a distribution
     without support is 0."""
-    some_u, some_b = total_u > 0, total_b > 0
+    some_u, some_b = total_u != 0, total_b != 0  # and not > 0: a NaN stays one
     per_u, per_b = 1 / tl.where(some_u, total_u, 1.0), 1 / tl.where(some_b, total_b, 1.0)
     log_u = tl.log(tl.where(some_u, total_u, 1.0))
     log_b = tl.log(tl.where(some_b, total_b, 1.0))

@@ -111,7 +111,7 @@ def _rows_kernel(
         # the barrier between a tile's loads and its stores. No second barrier: the next tile's
         # loads lie beyond everything stored so far. (The merges above end pass one the same
         # way: no warp leaves them before all have entered.)
-        supported = total_u > 0
+        supported = total_u != 0  # NaN counts as support and is handed on
         reference, per_total = finite(peak_u), 1 / tl.where(supported, total_u, 1.0)
         one_hot = tl.where(supported, action, NO_ACTION)  # a row without support stays zeros
         for start in range(0, num_columns, TILE):

@@ -30,7 +30,7 @@ from .device import LOG2E, finite, log1p, tile_columns
 def _ordered(x):
     """An int32 that orders like x: the bits of a negative number count backwards, so flip them.
     16-bit types give 16-bit integers, and half as many steps to search. −0 counts as 0, and NaN
-    as −inf: it is never drawn."""
+    as −inf."""
     wide = x.to(tl.float32)
     wide = tl.where(wide == 0, 0.0, tl.where(wide != wide, float("-inf"), wide))
     if x.dtype == tl.float32:
@@ -136,7 +136,8 @@ def _sample_kernel(
     for start in range(0, num_columns, LANES * VEC):
         columns = start + tile
         x = tl.load(row_ptr + columns, mask=columns < num_columns, other=float("-inf"))
-        peaks = tl.maximum(peaks, x.to(tl.float32))
+        peaks = tl.maximum(peaks, x.to(tl.float32), propagate_nan=tl.PropagateNan.ALL)
+    holds_nan = tl.max(tl.max((peaks != peaks).to(tl.int32), axis=1), axis=0) > 0
     lane_peak = tl.max(peaks, axis=1)
     peak = tl.max(lane_peak, axis=0)
     reference = finite(peak)
@@ -190,7 +191,8 @@ def _sample_kernel(
             best = tl.where(better, tile_best, best)
             best_column = tl.where(better, column, best_column)
     winner = tl.where(best == tl.max(best, axis=0), best_column, 0x7FFFFFFF)
-    tl.store(tokens_ptr + row, tl.min(winner, axis=0).to(tl.int64))
+    token = tl.where(holds_nan, -1, tl.min(winner, axis=0))
+    tl.store(tokens_ptr + row, token.to(tl.int64))
 
 
 def sample(
@@ -207,7 +209,7 @@ def sample(
             equal draws, whatever the batch or the device; use a new offset for every step.
 
     Returns:
-        Token ids; -1 for a row in which nothing can be drawn (−inf or NaN everywhere).
+        Token ids; -1 for a row in which nothing can be drawn: −inf everywhere, or NaN anywhere.
 
     Raises:
         ValueError: a filter out of its range.

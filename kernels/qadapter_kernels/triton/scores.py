@@ -73,7 +73,7 @@ def _fold_tops(same, peak_u, peak_b, top_u, top_b, u, b):
 @triton.jit
 def _log_probability(logit, peak, total):
     logprob = (logit - finite(peak)) - tl.log(tl.where(total == 0, 1.0, total))
-    return tl.where(logit == float("-inf"), float("-inf"), logprob)
+    return tl.where((logit == float("-inf")) & (total == total), float("-inf"), logprob)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -140,6 +140,8 @@ def _score_kernel(
             peak_u, total_u, peak_b, total_b, own_u, cross_u, gap_b
         )
         top = tl.max(tl.where((lane_u == peak_u) & (lane_b == peak_b), same, 0)).to(tl.float32)
+        # Peaks may pass over NaN; a row that holds one has no top token.
+        top = tl.where((total_u == total_u) & (total_b == total_b), top, 0.0)
         some_u, some_b = total_u != 0, total_b != 0  # a NaN stays one
         log_u = tl.log(tl.where(some_u, total_u, 1.0))
         log_b = tl.log(tl.where(some_b, total_b, 1.0))
@@ -160,8 +162,8 @@ def _score_kernel(
         lse = logsumexp_of(peak_t, total_t)
         value = alpha_tilde * lse
         if ALPHA_0:
-            value -= alpha_0 * base_lse
-        value = tl.where(lse == float("-inf"), float("-inf"), value)
+            dead = (lse == float("-inf")) & (base_lse == base_lse)
+            value = tl.where(dead, float("-inf"), value - alpha_0 * base_lse)
         q = _mixture(b, d, q_b, q_d)
 
     out = out_ptr + row

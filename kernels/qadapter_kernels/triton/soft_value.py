@@ -20,12 +20,11 @@ from torch import Tensor
 from ..reference import Coefficients
 from . import launch
 from .device import (
-    LOG2E,
     MASKED_ROW,
+    exp_above,
     finite,
     fold_logsumexp,
     fold_statistics,
-    logsumexp_of,
     merge_logsumexp,
     merge_statistics,
     store_statistics,
@@ -40,34 +39,36 @@ def _store_row(
     a_row, b_row, base_lse_ptr, out_ptr, stats_ptr, alpha_0, alpha_tilde, adapter_coef, base_coef,
     ALPHA_0: tl.constexpr, ADAPTER_COEF: tl.constexpr, BASE_COEF: tl.constexpr,
 ):
-    """From a row's totals to its five outputs, out [5, N], and its statistics."""
+    """From a row's totals to its six outputs, out [6, N], and its statistics."""
     keep, has_action = action != MASKED_ROW, action >= 0
     column = tl.maximum(action, 0)
     a_action = tl.load(a_row + column, mask=has_action, other=0.0).to(tl.float32)
     b_action = tl.load(b_row + column, mask=has_action, other=0.0).to(tl.float32)
     q_action = weighted_sum(adapter_coef, a_action, base_coef, b_action, ADAPTER_COEF, BASE_COEF)
 
+    # Peak and rest apart: with a common offset of 10⁴, b − lse(b) and lse(u) − lse(b) would lose
+    # four digits.
     if base_lse_ptr is None:
-        base_lse = logsumexp_of(peak_b, total_b)
-        # Not b − lse(b): with a common offset of 10⁴ that loses four digits.
-        base_logprob = (b_action - finite(peak_b)) - tl.log(total_b)
+        base_peak, base_rest = finite(peak_b), tl.log(total_b)
     else:
-        base_lse = tl.load(base_lse_ptr + row, mask=keep, other=0.0)
-        base_logprob = b_action - base_lse
-    base_logprob = tl.where(b_action == float("-inf"), float("-inf"), base_logprob)
+        base_peak, base_rest = 0.0, tl.load(base_lse_ptr + row, mask=keep, other=0.0)
+    known = base_rest == base_rest  # NaN is not hidden behind a −inf
+    base_logprob = (b_action - base_peak) - base_rest
+    base_logprob = tl.where((b_action == float("-inf")) & known, float("-inf"), base_logprob)
 
-    policy_lse = logsumexp_of(peak_u, total_u)
-    value = alpha_tilde * policy_lse
+    value_peak, value = alpha_tilde * finite(peak_u), alpha_tilde * tl.log(total_u)
     if ALPHA_0:
-        value -= alpha_0 * base_lse
-    value = tl.where(policy_lse == float("-inf"), float("-inf"), value)
+        value_peak -= alpha_0 * base_peak
+        value = tl.where((total_u == 0) & known, float("-inf"), value - alpha_0 * base_rest)
+    value += value_peak
 
     # Every row stores: what is left unwritten by an early return is somebody's NaN.
     tl.store(out_ptr + row, tl.where(has_action, q_action, 0.0))
     tl.store(out_ptr + num_rows + row, tl.where(keep, value, 0.0))
     tl.store(out_ptr + 2 * num_rows + row, tl.where(has_action, base_logprob, 0.0))
-    tl.store(out_ptr + 3 * num_rows + row, tl.where(keep, base_lse, 0.0))
-    tl.store(out_ptr + 4 * num_rows + row, tl.where(keep, policy_lse, 0.0))
+    tl.store(out_ptr + 3 * num_rows + row, tl.where(keep, base_peak + base_rest, 0.0))
+    tl.store(out_ptr + 4 * num_rows + row, tl.where(keep, finite(peak_u), 0.0))
+    tl.store(out_ptr + 5 * num_rows + row, tl.where(keep, total_u, 0.0))
     if stats_ptr is not None:
         store_statistics(
             stats_ptr, row, num_rows, keep, total_u, total_b, own_u, cross_u, gap_b
@@ -192,10 +193,10 @@ def _finish_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["tiles"])
+@triton.jit(do_not_specialize=["num_rows", "tiles"])
 def _backward_kernel(
-    a_ptr, b_ptr, actions_ptr, policy_lse_ptr, grad_q_ptr, grad_v_ptr, out_ptr,
-    a_stride, b_stride, out_stride, num_columns, tiles, scale_a, scale_b, adapter_coef,
+    a_ptr, b_ptr, actions_ptr, normalizer_ptr, grad_q_ptr, grad_v_ptr, out_ptr,
+    a_stride, b_stride, out_stride, num_columns, num_rows, tiles, scale_a, scale_b, adapter_coef,
     POLICY_B: tl.constexpr, TILE: tl.constexpr,
 ):
     """One program a tile of a row, both counted on grid.x.
@@ -208,19 +209,19 @@ def _backward_kernel(
     columns = (program % tiles) * TILE + tl.arange(0, TILE)
     inside = columns < num_columns
     action = tl.load(actions_ptr + row)
-    policy_lse = tl.load(policy_lse_ptr + row)
+    peak, total = tl.load(normalizer_ptr + row), tl.load(normalizer_ptr + num_rows + row)
     # A masked row and a row without support have gradient 0 and are not read: 0·NaN is NaN.
-    alive = (action != MASKED_ROW) & (policy_lse != float("-inf"))
+    alive = (action != MASKED_ROW) & (total != 0)
     read = columns < tl.where(alive, num_columns, 0)
     a = tl.load(a_ptr + row * a_stride + columns, mask=read, other=float("-inf")).to(tl.float32)
     b = tl.zeros_like(a)
     if POLICY_B:
         b = tl.load(b_ptr + row * b_stride + columns, mask=read, other=float("-inf")).to(tl.float32)
     u = weighted_sum(scale_a, a, scale_b, b, True, POLICY_B)
-    policy = tl.exp2((u - finite(policy_lse)) * LOG2E)
+    policy = exp_above(u, peak)
 
     grad_q = tl.load(grad_q_ptr + row, mask=action >= 0, other=0.0)
-    grad_v = tl.load(grad_v_ptr + row, mask=alive, other=0.0)
+    grad_v = tl.load(grad_v_ptr + row, mask=alive, other=0.0) / tl.where(alive, total, 1.0)
     # In float32, before rounding: where π̃ is sure of the action the two nearly cancel.
     grad = grad_v * policy + tl.where(columns == action, grad_q, 0.0)
     grad = tl.where(u == float("-inf"), 0.0, adapter_coef * grad)
@@ -233,12 +234,13 @@ def logits_forward(
     a_NV: Tensor, b_NV: Tensor, actions_N: Tensor, coef: Coefficients,
     base_lse_N: Tensor | None, statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """→ q_action, value, base_logprob, lse(b), lse(u), each float32 [N], and the statistics
-    float32 [3, N] (entropy of π̃, KL(π̃‖π), KL(π‖π̃)), or [0] where not asked for."""
+    """→ q_action, value, base_logprob, lse(b), each float32 [N], u's peak and its total Σ exp(u −
+    peak), float32 [2, N], and the statistics float32 [3, N] (entropy of π̃, KL(π̃‖π), KL(π‖π̃)), or
+    [0] where not asked for."""
     launch.check_rows("adapter_logits", a_NV)
     launch.check_rows("base_logits", b_NV)
     num_rows, num_columns = a_NV.shape
-    out_5N = a_NV.new_empty((5, num_rows), dtype=torch.float32)
+    out_6N = a_NV.new_empty((6, num_rows), dtype=torch.float32)
     stats = a_NV.new_empty((3, num_rows) if statistics else (0,), dtype=torch.float32)
     if num_rows:
         tile = launch.TILES["soft_value_forward"]
@@ -246,11 +248,11 @@ def logits_forward(
         partials = None
         if split.programs > 1:
             fields = 7 if statistics else 4
-            partials = out_5N.new_empty((fields, num_rows, split.programs))
+            partials = out_6N.new_empty((fields, num_rows, split.programs))
         pointers = (
             a_NV, b_NV, actions_N.contiguous(),
             None if base_lse_N is None else base_lse_N.to(torch.float32).contiguous(),
-            out_5N, stats if statistics else None, partials,
+            out_6N, stats if statistics else None, partials,
         )
         scalars = coef.alpha_0, coef.alpha_tilde, coef.adapter_coef, coef.base_coef
         zeros = dict(
@@ -270,11 +272,11 @@ def logits_forward(
                 _finish_kernel, (num_rows,), *pointers, a_NV.stride(0), b_NV.stride(0),
                 num_rows, split.programs, *scalars, **zeros, MAX_SPLITS=launch.MAX_SPLITS, warps=1,
             )
-    return *out_5N.unbind(), stats
+    return *out_6N[:4].unbind(), out_6N[4:], stats
 
 
 def logits_backward(
-    a_NV: Tensor, b_NV: Tensor, actions_N: Tensor, policy_lse_N: Tensor,
+    a_NV: Tensor, b_NV: Tensor, actions_N: Tensor, normalizer_2N: Tensor,
     grad_q_N: Tensor, grad_v_N: Tensor, coef: Coefficients, out_NV: Tensor,
 ) -> None:
     """Write ∂a = c_a·(g·onehot(action) + v·π̃) into ``out_NV``, which may be ``a_NV``. Columns
@@ -291,8 +293,8 @@ def logits_backward(
     tiles = triton.cdiv(num_columns, tile.columns)
     launch.launch(
         _backward_kernel, (num_rows * tiles,), a_NV, b_NV, actions_N.contiguous(),
-        policy_lse_N.contiguous(), grad_q_N.contiguous(), grad_v_N.contiguous(), out_NV,
-        a_NV.stride(0), b_NV.stride(0), out_NV.stride(0), num_columns, tiles,
+        normalizer_2N.contiguous(), grad_q_N.contiguous(), grad_v_N.contiguous(), out_NV,
+        a_NV.stride(0), b_NV.stride(0), out_NV.stride(0), num_columns, num_rows, tiles,
         coef.adapter_coef / coef.alpha_tilde, coef.base_weight / coef.alpha_tilde,
         coef.adapter_coef, POLICY_B=coef.base_weight != 0, TILE=tile.columns, warps=tile.warps,
     )
