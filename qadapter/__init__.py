@@ -9,9 +9,11 @@ Names are imported on first use: ``import qadapter`` itself is quick.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # importing typing takes longer than all else here
 if TYPE_CHECKING:
+    from typing import Any
+
     from qadapter.adapters.head_adapter import AdapterConfig
     from qadapter.errors import QAdapterError
     from qadapter.objective import (

@@ -13,6 +13,7 @@ from tiny_models import preference_rows, save_tiny, write_jsonl
 
 from qadapter import QAdapterError
 from qadapter.cli import main
+from qadapter.console import folders
 from qadapter.evaluation import report
 from qadapter.system import room
 from qadapter.training import QAdapterConfig, QAdapterTrainer
@@ -396,7 +397,7 @@ def test_overwriting_waits_until_the_new_run_can_start(place, tmp_path, fails):
 
 
 def no_space(*args, **kwargs):
-    raise OSError(errno.ENOSPC, "No space left on device", "/somewhere")
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_no_space_for_a_checkpoint_keeps_the_earlier_ones(place, tmp_path, fails, monkeypatch):
@@ -410,7 +411,8 @@ def test_no_space_for_a_checkpoint_keeps_the_earlier_ones(place, tmp_path, fails
 
     monkeypatch.setattr(storage, "save_file", save_once)
     line = fails(*train(place, "--save_steps", 1, "--output_dir", tmp_path))
-    assert "No space left on device" in line and "checkpoint-2" in line
+    assert "No space left on device" in line and "checkpoint-2" in line and "free there" in line
+    assert "go on later from the last one with resume_from_checkpoint true" in line
     assert (tmp_path / "checkpoint-1/adapter_model.safetensors").is_file()
     assert not (tmp_path / "checkpoint-2").exists()
     # What was logged until then is there.
@@ -426,7 +428,10 @@ def test_no_space_for_the_summary_keeps_the_adapter(place, tmp_path, fails, monk
     for module in (storage, manifest):
         monkeypatch.setattr(module, "os", moving)
     line = fails(*train(place, "--output_dir", tmp_path))
-    assert line.startswith(f"error: {tmp_path}: no space left on the device; what was written")
+    assert line == (
+        f"error: {tmp_path}: no space left on the device: free some; the adapter is there: "
+        f"qadapter eval {tmp_path}"
+    )
     assert (tmp_path / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "summary.json").exists()
     assert not list(tmp_path.glob(".qadapter-*"))
@@ -438,7 +443,49 @@ def test_no_space_for_the_tokenizer_which_rust_tells_as_text(place, tmp_path, fa
 
     monkeypatch.setattr(QAdapterTrainer, "save_model", fail)
     line = fails(*train(place, "--output_dir", tmp_path))
-    assert f"{tmp_path}: no space left" in line
+    assert f"{tmp_path}: no space left" in line and "start again later" in line
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_disk_that_is_full_is_named(place, tmp_path, fails, monkeypatch, named):
+    """Not the output folder's, where it is a cache's."""
+    cache, out = tmp_path / "cache", tmp_path / "out"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    error = OSError(errno.ENOSPC, "No space left on device", *(
+        [str(cache / "huggingface/datasets/tokens.arrow")] if named else []
+    ))
+
+    def full(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("qadapter.commands.train.tokenize_preferences", full)
+    monkeypatch.setattr(folders, "free_disk", lambda place: 10 if cache in Path(place).parents
+                        else 10**9)
+    line = fails(*train(place, "--output_dir", out))
+    full_place = cache / ("huggingface/datasets" if named else "qadapter")
+    assert line.startswith(f"error: {full_place}: no space left on the device: free some; there is")
+    assert "start again later" in line
+
+
+@pytest.mark.parametrize("command, told", [
+    ("eval", "run it again"), ("judge", "answers and judgements so far are kept"),
+    ("export", "export again"), ("compare", "what is finished is kept"),
+])
+def test_how_to_go_on_after_a_full_disk(place, tmp_path, fails, monkeypatch, command, told):
+    data = ("--dataset_name", place / "pairs.jsonl", "--output_dir", tmp_path / "out")
+    arguments, patched = {
+        "eval": (["eval", place / "model", *data], "commands.evaluate.write_json"),
+        "judge": (["judge", place / "run", *data, "--judge_model", "m", "--judge_url",
+                   "http://localhost:1"], "commands.judge.write_json"),
+        "export": (["export", place / "run", *data[2:]], "commands.export.export"),
+        "compare": (["compare", tmp_path / "compare.yaml", *data[2:]],
+                    "commands.compare.run_comparison"),
+    }[command]
+    if command == "compare":
+        write_config(write_place(tmp_path))
+    monkeypatch.setattr(f"qadapter.{patched}", no_space)
+    line = fails(*arguments)
+    assert f"{tmp_path / 'out'}: no space left on the device: free some; " in line and told in line
 
 
 def test_interrupted(place, tmp_path, fails, monkeypatch):

@@ -13,11 +13,12 @@ from qadapter.compare import Comparison, read_config, read_results, run_comparis
 from qadapter.compare.config import SPLITS
 from qadapter.compare.page import columns
 from qadapter.console.environment import devices, quiet_libraries, versions
-from qadapter.console.folders import telling_full_disk
+from qadapter.console.folders import telling_how_to_go_on
 from qadapter.console.progress import Heartbeat, Pace
 from qadapter.console.terminal import Terminal
 from qadapter.errors import QAdapterError, shown
 
+AGAIN = "run it again: what is finished is kept"
 _SHOWN = ("accuracy_reward", "new_win_rate", "old_win_rate", "new_gain")
 
 
@@ -84,7 +85,7 @@ def run(arguments: CompareArguments, given: set[str]) -> None:
         heartbeat.said()
         show(line)
 
-    with telling_full_disk(arguments.output_dir), heartbeat:
+    with telling_how_to_go_on(arguments.output_dir, AGAIN), heartbeat:
         if not arguments.report_only:
             run_comparison(
                 config, arguments.output_dir, split=arguments.split, only=only, say=say,

@@ -20,7 +20,7 @@ from qadapter.console.folders import (
     EVALUATION_NAME,
     output_folder,
     remove_files,
-    telling_full_disk,
+    telling_how_to_go_on,
 )
 from qadapter.console.terminal import Terminal
 from qadapter.data import PreparationReport, check_pairs, load_preferences, tokenize_preferences
@@ -108,7 +108,7 @@ def _run(
     console.print(comparison_table(rows, title=model_args.model_name_or_path, note=note))
     if folder is None:
         return
-    with telling_full_disk(folder):
+    with telling_how_to_go_on(folder, "run it again"):
         remove_files(folder, EVALUATION_FILES)
         _write(folder, model_args, dtype_of(model), data, measured, knowledge, report)
     console.print(f"wrote {folder}", highlight=False)

@@ -12,7 +12,7 @@ from qadapter.commands import arguments as args
 from qadapter.commands.loading import load_model
 from qadapter.commands.options import Group, command
 from qadapter.console.environment import quiet_libraries
-from qadapter.console.folders import telling_full_disk
+from qadapter.console.folders import telling_how_to_go_on
 from qadapter.console.terminal import Terminal
 from qadapter.data import read_texts
 from qadapter.errors import QAdapterError
@@ -83,7 +83,7 @@ def run(model_args: args.AdapterArguments, options: ExportArguments, given: set[
     if not isinstance(model, QAdapterModel):
         raise QAdapterError(f"{model_args.model_name_or_path} is a plain model already")
     console.print("exporting, then decoding with stock libraries in another process …")
-    with telling_full_disk(options.output_dir):
+    with telling_how_to_go_on(options.output_dir, "export again"):
         report = export(
             model, options.output_dir, options.form, approximate=options.approximate,
             texts=None if texts is None else tokenizer(texts, verbose=False)["input_ids"],

@@ -15,7 +15,7 @@ from qadapter.commands import arguments as args
 from qadapter.commands.loading import load_model, say_left_out
 from qadapter.commands.options import Group, command
 from qadapter.console.environment import quiet_libraries
-from qadapter.console.folders import check_output_file, telling_full_disk
+from qadapter.console.folders import check_output_file, telling_how_to_go_on
 from qadapter.console.progress import progress_bar
 from qadapter.console.terminal import Terminal
 from qadapter.data import Prompt, read_prompts
@@ -171,7 +171,7 @@ def _answer_file(
     if options.output_file is None:
         sys.stdout.write(_for_stdout(text))
     else:
-        with telling_full_disk(options.output_file):
+        with telling_how_to_go_on(options.output_file, "run it again"):
             write_text(options.output_file, text)
         console.print(f"wrote {len(lines):,} answers to {options.output_file}", highlight=False)
 

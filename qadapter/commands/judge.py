@@ -31,7 +31,7 @@ from qadapter.console.folders import (
     RUN_FILES,
     output_folder,
     remove_files,
-    telling_full_disk,
+    telling_how_to_go_on,
 )
 from qadapter.console.terminal import Terminal
 from qadapter.data import load_preferences
@@ -66,6 +66,7 @@ GROUPS = (
     Group(args.JudgeDataArguments, "Output", ("output_dir", "overwrite_output_dir")),
 )
 SETTINGS = "settings.json"
+AGAIN = "run it again: answers and judgements so far are kept"
 CONTEST_FILES = (SETTINGS, ANSWERS, JUDGEMENTS, "judge.json", "judge.md")
 NOTE = (
     "wins: a tie counts one half, and so does a judge without an opinion (a coin: 0.500). gain: in "
@@ -110,7 +111,7 @@ def _run(
     asked_pairs, judge_pairs = split_pairs(pairs, data, judging, draws.seed, console)
     if judge_pairs is not None:  # not after all answers are drawn
         require_enough(judge_pairs["prompt_id"])
-    with telling_full_disk(folder or "memory"):
+    with telling_how_to_go_on(folder or ".", AGAIN if folder else "run it again"):
         if folder is not None:  # not before: a name that can't be loaded is no contest
             write_json(folder / SETTINGS, settings)
         contest, model, tokenizer = draw_answers(

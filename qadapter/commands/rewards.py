@@ -11,7 +11,7 @@ from qadapter.commands import arguments as args
 from qadapter.commands.loading import load_model
 from qadapter.commands.options import Group, command
 from qadapter.console.environment import quiet_libraries
-from qadapter.console.folders import check_output_file, telling_full_disk
+from qadapter.console.folders import check_output_file, telling_how_to_go_on
 from qadapter.console.progress import progress_bar
 from qadapter.console.terminal import Terminal
 from qadapter.data import as_preferences, load_preferences, tokenize_preferences
@@ -118,7 +118,7 @@ def run(model_args: args.AdapterArguments, options: RewardsArguments, given: set
             for name in ("alpha_0", "alpha_tilde", "gamma", "bootstrap")
         ),
     }
-    with telling_full_disk(page):
+    with telling_how_to_go_on(page, "run it again"):
         write_rewards_page(page, pairs, "Rewards, token by token", facts)
     found = summarize(pairs)
     if found["pairs"] > 1:

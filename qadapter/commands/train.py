@@ -27,8 +27,14 @@ from qadapter.commands.loading import (
 from qadapter.commands.measuring import Measurements, check_texts, measure, read_measures
 from qadapter.commands.options import Group, command
 from qadapter.console.environment import devices, peak_rss_bytes, quiet_libraries, versions
-from qadapter.console.folders import RUN_FILES, output_folder, remove_files, telling_full_disk
+from qadapter.console.folders import (
+    RUN_FILES,
+    output_folder,
+    remove_files,
+    telling_how_to_go_on,
+)
 from qadapter.console.progress import TrainingProgress, progress_bar, saying
+from qadapter.console.signals import Terminated, on_termination
 from qadapter.console.terminal import Terminal
 from qadapter.data import (
     TokenizedPreferences,
@@ -49,9 +55,10 @@ from qadapter.evaluation.report import Section, pictures_markdown, write_json
 from qadapter.policy import storage
 from qadapter.system.markup import markdown_list
 from qadapter.training import QAdapterConfig, QAdapterTrainer, checks
-from qadapter.training.checkpoints import find_checkpoint
+from qadapter.training.checkpoints import find_checkpoint, how_to_go_on
 from qadapter.training.feature_set import FeatureSet
 from qadapter.training.resuming import check_options
+from qadapter.training.stopping import TrainingStopped
 from qadapter.trunk.base_dtype import dtype_of
 from qadapter.trunk.loading import load_tokenizer
 
@@ -136,7 +143,10 @@ def run(
             say = saying(console) if config.process_index == 0 else lambda line: None
             resume = find_checkpoint(folder, resume, say)
             check_options(config, Path(resume), lambda line: None)  # said when training begins
-        _run(model_args, script, config, measures, given, folder, resume or None, console, start)
+        with telling_how_to_go_on(folder, lambda: how_to_go_on(folder)):
+            _run(
+                model_args, script, config, measures, given, folder, resume or None, console, start
+            )
 
 
 def _folder(
@@ -217,12 +227,13 @@ def _run(
             remove_files(folder, RUN_FILES)
     # The tokenized pairs: training puts their features in place of them.
     test_dataset = trainer.eval_dataset
-    with telling_full_disk(folder):
-        _train(trainer, resume, folder, console)
-        if not main_process:
-            return
-        if config.save_strategy == "no":
-            trainer.save_model()
+    _train(trainer, resume, folder, console)
+    if not main_process:
+        return
+    if config.save_strategy == "no":
+        trainer.save_model()
+    if trainer.stop_wanted:  # in its last step
+        raise Terminated(f"the adapter is there, not yet measured: qadapter eval {folder}")
     measured = (
         None if test_dataset is None
         else measure(
@@ -230,7 +241,7 @@ def _run(
             base_states=_base_states(trainer),
         )
     )
-    with telling_full_disk(folder):
+    with telling_how_to_go_on(folder, f"the adapter is there: qadapter eval {folder}"):
         _write(trainer, measured, folder, time.monotonic() - start)
     if measured is not None:
         console.print(comparison_table(measured.rows, title="held-out pairs", note=measured.note))
@@ -294,13 +305,16 @@ def _train(
     if trainer.is_world_process_zero():
         trainer.add_callback(progress)
     try:
-        trainer.train(resume_from_checkpoint=resume)
-    except BaseException:
+        with on_termination(trainer.stop_soon):
+            trainer.train(resume_from_checkpoint=resume)
+    except BaseException as error:
         # What was logged before training broke off is worth keeping; the error is worth more.
         # Where nothing was, an empty file would only pass for another run.
         with contextlib.suppress(OSError):
-            if trainer.state.log_history:
+            if trainer.state.log_history and trainer.is_world_process_zero():
                 write_metrics_jsonl(folder / "metrics.jsonl", trainer.state.log_history)
+        if isinstance(error, TrainingStopped):
+            raise Terminated(str(error)) from None
         raise
     finally:
         progress.stop()

@@ -6,14 +6,19 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import datasets
+
+from qadapter.console.signals import Terminated
 from qadapter.errors import QAdapterError
 from qadapter.policy import storage
 from qadapter.system.locking import sole_run
 from qadapter.system.manifest import MANIFEST_NAME
-from qadapter.system.room import require_writable
+from qadapter.system.room import free_disk, require_writable
+from qadapter.trunk.loading import cache_dir
 
 RUN_FILES = (
     storage.WEIGHTS_NAME, storage.CONFIG_NAME, storage.PEFT_CONFIG_NAME, MANIFEST_NAME,
@@ -141,15 +146,29 @@ def _would_be_lost(read: Path, folder: Path, held: Sequence[Path]) -> bool:
 
 
 @contextlib.contextmanager
-def telling_full_disk(where: str | Path) -> Iterator[None]:
-    """Turns "no space left", however a library puts it, into an error that names the place."""
+def telling_how_to_go_on(where: str | Path, how: str | Callable[[], str]) -> Iterator[None]:
+    """Around work whose results go to a file or folder: turns "no space left", however a library
+    puts it, into an error that names the disk, and says of it and of ``Terminated`` how the work
+    goes on later.
+
+    Args:
+        how: such as "run it again"; or what tells it then.
+    """
+    def said() -> str:
+        return how if isinstance(how, str) else how()
+
     try:
         yield
+    except Terminated as stop:
+        if stop.args:
+            raise
+        raise Terminated(said()) from None
     except Exception as error:
         if isinstance(error, QAdapterError) or not _means_full(error):
             raise
         raise QAdapterError(
-            f"{where}: no space left on the device; what was written before is kept"
+            f"{_full_place(error, Path(where).expanduser())}: no space left on the device: free "
+            f"some; {said()}"
         ) from error
 
 
@@ -158,6 +177,24 @@ def _means_full(error: Exception) -> bool:
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     # Libraries written in Rust (tokenizers, safetensors) have only a text for it.
     return f"os error {errno.ENOSPC}" in str(error)
+
+
+def _full_place(error: Exception, where: Path) -> Path:
+    """The folder that could not be written to: as the error names it, or else the one with the
+    least room of those that are written to besides."""
+    named = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    if isinstance(named, str):
+        file = Path(named).absolute()
+        return where if where.absolute() in file.parents else file.parent
+    places = [where, cache_dir(), Path(datasets.config.HF_CACHE_HOME), Path(tempfile.gettempdir())]
+    return min(places, key=_room)
+
+
+def _room(place: Path) -> int:
+    try:
+        return free_disk(place)
+    except OSError:
+        return 1 << 62
 
 
 def remove_files(folder: Path, files: Sequence[str]) -> None:

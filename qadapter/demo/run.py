@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from qadapter.adapters.head_adapter import AdapterConfig
 from qadapter.console.environment import devices, peak_rss_bytes, quiet_libraries, versions
-from qadapter.console.folders import RUN_FILES, output_folder, remove_files, telling_full_disk
+from qadapter.console.folders import RUN_FILES, output_folder, remove_files, telling_how_to_go_on
 from qadapter.console.progress import TrainingProgress, progress_bar, saying
 from qadapter.console.terminal import Terminal
 from qadapter.data import tokenize_preferences
@@ -179,7 +179,7 @@ def _run(
         trainer.remove_callback(callback)
     progress = TrainingProgress(console)
     trainer.add_callback(progress)
-    with telling_full_disk(folder):
+    with telling_how_to_go_on(folder, "run it again"):
         _claim(folder)
         try:
             trainer.train()
@@ -219,7 +219,7 @@ def _run(
         "peak_rss_bytes": peak_rss_bytes(), "seed": seed,
         "versions": versions(), "devices": devices(),
     }
-    with telling_full_disk(folder):
+    with telling_how_to_go_on(folder, "run it again"):
         history = trainer.state.log_history
         write_metrics_jsonl(folder / "metrics.jsonl", history)
         write_json(folder / SUMMARY_NAME, summary)

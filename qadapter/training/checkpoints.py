@@ -27,6 +27,7 @@ from qadapter.policy.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from qadapter.system import manifest
 from qadapter.system.documents import read_json
 from qadapter.system.manifest import MANIFEST_NAME
+from qadapter.system.room import free_disk, size
 from qadapter.system.scratch import scratch_folder
 from qadapter.training import card, resuming
 from qadapter.training.resuming import ARGUMENTS_NAME, RECORD_NAME, Record
@@ -145,7 +146,10 @@ def how_to_go_on(output_dir: str | Path) -> str:
             "earlier checkpoints are as they were: go on later from the last one with "
             "resume_from_checkpoint true"
         )
-    return "there is no checkpoint to go on from yet: start again later with overwrite_output_dir"
+    return (
+        "there is no checkpoint yet to go on from: start again later (with overwrite_output_dir, "
+        "if it left files)"
+    )
 
 
 def remove_checkpoint(folder: Path) -> None:
@@ -239,7 +243,8 @@ class AdapterCheckpoints(Trainer):
             if self.args.should_save and not was_there:
                 shutil.rmtree(folder, ignore_errors=True)
             raise QAdapterError(
-                f"{folder}: the checkpoint can't be saved: {error}; {how_to_go_on(run_dir)}"
+                f"{folder}: the checkpoint can't be saved: {error} ({_room(run_dir)} free there); "
+                f"{how_to_go_on(run_dir)}"
             ) from error
 
     def _rotate(self, run_dir: Path, newest: Path) -> None:
@@ -329,6 +334,14 @@ class AdapterCheckpoints(Trainer):
     def _load_scaler(self, checkpoint: str | None) -> None:
         with _naming(checkpoint, "the gradient scaler"):
             super()._load_scaler(checkpoint)
+
+
+def _room(folder: Path) -> str:
+    """torch tells of a full disk in words of its own."""
+    try:
+        return size(free_disk(folder))
+    except OSError:
+        return "nothing is known to be"
 
 
 def _begin(folder: Path) -> None:

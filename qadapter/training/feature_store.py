@@ -29,7 +29,7 @@ from qadapter.system.hashing import file_sha256
 from qadapter.system.locking import exclusive
 from qadapter.system.progress import Progress
 from qadapter.system.room import require_writable
-from qadapter.system.scratch import scratch_folder
+from qadapter.system.scratch import remove_abandoned, scratch_folder
 from qadapter.training.feature_set import FeatureSet, Kept, Shard
 from qadapter.training.features import (
     Tokens,
@@ -72,9 +72,12 @@ def load_or_compute(
         pad_token_id=pad_token_id,
     )
     spans = list(_spans(dataset, model, shard_mb))
+    remove_abandoned(folder)
     if (found := _Store(folder).load_all(len(spans))) is not None:
         return FeatureSet(found, Kept.of(model))
     try:
+        for other in folder.parent.iterdir() if folder.parent.is_dir() else ():
+            remove_abandoned(other)  # of other data, which may never be asked for again
         with exclusive(folder / INDEX_NAME, say):
             store = _Store(folder)  # read again: another process may just have written it
             missing = [n for n in range(len(spans)) if not store.holds(n, len(spans))]
@@ -122,7 +125,7 @@ def check_folder(folder: Path) -> None:
 def _cannot_cache(path: Path, error: Exception) -> QAdapterError:
     return QAdapterError(
         f"{path}: features can't be cached ({error}); free some space, or choose another "
-        "feature_cache_dir or cache_features"
+        "feature_cache_dir or cache_features, and run it again: what the base has read is kept"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
 )
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from qadapter.data import (
     PreparationReport,
@@ -29,21 +29,19 @@ from qadapter.data.templates import default_of
 from qadapter.data.tokenization import TokenizedPreferences
 from qadapter.errors import QAdapterError
 from qadapter.policy.model import QAdapterModel
-from qadapter.system.locking import sole_run
 from qadapter.system.progress import Reporter
 from qadapter.system.room import require_writable
-from qadapter.training import card, checks, resuming
+from qadapter.training import card, checks
 from qadapter.training.assembly import EitherCollator, as_qadapter_model
-from qadapter.training.base_reading import BaseReading
-from qadapter.training.checkpoints import AdapterCheckpoints, AllStepsTaken, ResumedState
 from qadapter.training.config import RETENTION_COEF, QAdapterConfig
 from qadapter.training.feature_set import FeatureCollator, FeatureSet, PackedCollator
 from qadapter.training.losses import Totals, averages, batch_loss, count
 from qadapter.training.retention import as_texts
+from qadapter.training.runs import Runs
 from qadapter.trunk.loading import load_tokenizer
 
 
-class QAdapterTrainer(BaseReading, AdapterCheckpoints):
+class QAdapterTrainer(Runs):
     """Trains the adapter of a ``QAdapterModel`` on preference pairs.
 
     Everything that transformers' Trainer does (schedules, checkpoints, callbacks, data parallel
@@ -165,7 +163,7 @@ class QAdapterTrainer(BaseReading, AdapterCheckpoints):
         )
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise QAdapterError("DeepSpeed and FSDP are not supported: use plain data parallelism")
-        self.add_callback(ResumedState)
+        self._follow_runs()
         self.model_accepts_loss_kwargs = True
         self._train_sums: Tensor | None = None
         self._step_losses: list[tuple[Tensor, Tensor]] = []
@@ -318,8 +316,8 @@ class QAdapterTrainer(BaseReading, AdapterCheckpoints):
         if self.accelerator.scaler is None:  # a gradient scaler skips overflowing steps by itself
             finite = [p.grad.isfinite().all().to(healthy.device) for p in parameters]
             healthy = healthy & torch.stack(finite).all()
-        unhealthy = self.accelerator.reduce((~healthy).long(), "sum")
-        if unhealthy.item():
+        unhealthy, self._stopping = self._any_process(~healthy, self.stop_wanted)
+        if unhealthy:
             step = self.state.global_step + 1
             bad = rows[~finite_P].tolist()
             where = f"at rows {', '.join(map(str, bad))}" if bad else "in the gradient"
@@ -355,6 +353,7 @@ class QAdapterTrainer(BaseReading, AdapterCheckpoints):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(loss, rewards [B, 2], index of the preferred answer [B])."""
+        self._leave_evaluation()
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             output = batch_loss(self.model, inputs, workspace_mb=self.args.workspace_mb)
@@ -394,60 +393,12 @@ class QAdapterTrainer(BaseReading, AdapterCheckpoints):
             logs.pop("train_loss", None)
         super().log(logs, start_time)
 
-    # --- runs, the card --------------------------------------------------------------------------
-
-    def train(
-        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
-    ) -> TrainOutput:
-        """Train, and save the adapter to ``output_dir`` (unless ``save_strategy`` is "no").
-
-        Args:
-            resume_from_checkpoint: a checkpoint's folder, or true for the last whole one.
-        """
-        if not any(p.requires_grad for p in self.model.parameters()):
-            raise QAdapterError(
-                "the adapter is frozen: load it with from_pretrained(..., is_trainable=True)"
-            )
-        if self.train_dataset is None:
-            raise QAdapterError("training needs a train_dataset")
-        checks.check_best_is_met(
-            self.args, len(self.train_dataset), self.accelerator.num_processes
-        )
-        if self._pairs_digest is None:  # features take their place
-            self._pairs_digest = resuming.digest_of_pairs(self.train_dataset)
-        with ExitStack() as stack:
-            if self.args.should_save:
-                stack.enter_context(sole_run(self.args.output_dir))
-            stack.enter_context(self._own_rotation())
-            result = self._train(resume_from_checkpoint or None, kwargs)
-        self._keep_the_best_alone()
-        if self.args.save_strategy != "no":
-            self.save_model()
-        return result
-
-    def _train(
-        self, resume_from_checkpoint: str | bool | None, kwargs: dict[str, Any]
-    ) -> TrainOutput:
-        checkpoint = None
-        if resume_from_checkpoint is not None:
-            checkpoint = self._find_checkpoint(resume_from_checkpoint)
-        self._resumed = checkpoint is not None
+    def _forget_sums(self) -> None:
         self._train_sums, self._gradients_checked = None, False
         self._step_losses.clear()
         self._retention_sum, self._retention_count = None, 0
-        self.read_base()
-        if checkpoint is not None:
-            resuming.check_retention(Path(checkpoint), self._retention_states)
-        try:
-            return super().train(checkpoint, **kwargs)
-        except AllStepsTaken:
-            self.is_in_train = False
-            if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
-                self._load_best_model()
-            return TrainOutput(self.state.global_step, 0.0, {})
-        finally:
-            # Mixed precision is the training's: accelerate leaves it around the model's forward.
-            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+
+    # --- the card ---------------------------------------------------------------------------------
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None,

@@ -1,0 +1,97 @@
+"""A run from its first step, or from a checkpoint, to the saved adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import TrainOutput
+
+from qadapter.errors import QAdapterError
+from qadapter.system.locking import sole_run
+from qadapter.training import checks, resuming
+from qadapter.training.base_reading import BaseReading
+from qadapter.training.checkpoints import (
+    AdapterCheckpoints,
+    AllStepsTaken,
+    ResumedState,
+    how_to_go_on,
+)
+from qadapter.training.stopping import LeftAnEvaluation, Stopping, StopWhenAsked
+
+
+class Runs(BaseReading, Stopping, AdapterCheckpoints):
+    """A ``Trainer`` that has its output folder for itself, goes on from whole checkpoints and ends
+    when it is asked to."""
+
+    _resumed = False
+
+    def _follow_runs(self) -> None:
+        self.add_callback(ResumedState)
+        self.add_callback(StopWhenAsked(self))
+
+    def _forget_sums(self) -> None:
+        """Of steps of an earlier run."""
+        raise NotImplementedError
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
+    ) -> TrainOutput:
+        """Train, and save the adapter to ``output_dir`` (unless ``save_strategy`` is "no").
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or true for the last whole one.
+
+        Raises:
+            QAdapterError: another run writes to ``output_dir``; the checkpoint isn't whole, or this
+                run has other options or data than it; a number that isn't finite.
+            TrainingStopped: ``stop_soon`` was called.
+        """
+        if not any(p.requires_grad for p in self.model.parameters()):
+            raise QAdapterError(
+                "the adapter is frozen: load it with from_pretrained(..., is_trainable=True)"
+            )
+        if self.train_dataset is None:
+            raise QAdapterError("training needs a train_dataset")
+        checks.check_best_is_met(
+            self.args, len(self.train_dataset), self.accelerator.num_processes
+        )
+        if self._pairs_digest is None:  # features take their place
+            self._pairs_digest = resuming.digest_of_pairs(self.train_dataset)
+        if not self.args.should_save:
+            return self._run(resume_from_checkpoint or None, kwargs)
+        with sole_run(self.args.output_dir):
+            return self._run(resume_from_checkpoint or None, kwargs)
+
+    def _run(self, wanted: str | bool | None, kwargs: dict[str, Any]) -> TrainOutput:
+        with self._own_rotation():
+            result = self._take_steps(wanted, kwargs)
+        self._raise_if_stopped()
+        self._keep_the_best_alone()
+        if self.args.save_strategy != "no":
+            try:
+                self.save_model()
+            except QAdapterError as error:
+                raise QAdapterError(f"{error}; {how_to_go_on(self.args.output_dir)}") from error
+        return result
+
+    def _take_steps(self, wanted: str | bool | None, kwargs: dict[str, Any]) -> TrainOutput:
+        checkpoint = None if wanted is None else self._find_checkpoint(wanted)
+        self._resumed = checkpoint is not None
+        self.stop_wanted = self._stopping = False
+        self._forget_sums()
+        self.read_base()
+        if checkpoint is not None:
+            resuming.check_retention(Path(checkpoint), self._retention_states)
+        try:
+            return super().train(checkpoint, **kwargs)
+        except AllStepsTaken:
+            self.is_in_train = False
+            if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+                self._load_best_model()
+        except LeftAnEvaluation:
+            self._end_left_evaluation()
+        finally:
+            # Mixed precision is the training's: accelerate leaves it around the model's forward.
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        return TrainOutput(self.state.global_step, 0.0, {})
