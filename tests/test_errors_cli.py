@@ -483,6 +483,7 @@ def test_how_to_go_on_after_a_full_disk(place, tmp_path, fails, monkeypatch, com
     }[command]
     if command == "compare":
         write_config(write_place(tmp_path))
+    monkeypatch.setenv("OPENAI_API_KEY", "any")
     monkeypatch.setattr(f"qadapter.{patched}", no_space)
     line = fails(*arguments)
     assert f"{tmp_path / 'out'}: no space left on the device: free some; " in line and told in line
