@@ -132,6 +132,7 @@ def load_base(
     found = resolve_base(name_or_path, say)
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
     whole.require_as_written(found.location)
+    whole.require_generation_config(found.location)
     try:
         config = AutoConfig.from_pretrained(found.location, **common)
         _require_causal(config, name_or_path)

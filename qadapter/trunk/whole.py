@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from qadapter.errors import QAdapterError, shown
 from qadapter.system import manifest
 from qadapter.system.documents import read_json
 from qadapter.trunk.base_dtype import dtype_name
 
+_OBJECTS = ("config.json", GENERATION_CONFIG_NAME, "tokenizer.json", "tokenizer_config.json")
 _REAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -76,14 +79,31 @@ def require_as_written(folder: str | Path) -> None:
         found.check(folder)
 
 
+def require_generation_config(folder: str | Path) -> None:
+    """transformers passes over a generation_config.json that it can't read, and with it over what
+    ends an answer.
+
+    Args:
+        folder: of a model; names of the hub are passed over.
+
+    Raises:
+        QAdapterError: it is there and can't be read.
+    """
+    path = Path(folder).expanduser() / GENERATION_CONFIG_NAME
+    if os.path.lexists(path) and not isinstance(read_json(path), dict):
+        raise QAdapterError(f"{path} holds no settings: copy the model again")
+
+
 def damaged_file(folder: str | Path) -> str | None:
     """A line about the first JSON or safetensors file of a local folder that can't be read: what
     transformers says names none."""
     for path in sorted(Path(folder).expanduser().glob("*.json")):
         try:
-            read_json(path)
+            found = read_json(path)
         except QAdapterError as error:
             return f"{error}; copy the model again"
+        if path.name in _OBJECTS and not isinstance(found, dict):
+            return f"{path} holds {shown(found)}, no settings; copy the model again"
     for path in sorted(Path(folder).expanduser().glob("*.safetensors")):
         try:
             with safe_open(path, "pt"):

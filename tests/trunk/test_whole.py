@@ -127,6 +127,17 @@ def test_a_damaged_file_is_named(base, damage):
     load_base(base)
 
 
+@pytest.mark.parametrize("content", [b"", b'{"eos_token_id": 1', b"[1]", b"\xff\xfe{}", None])
+def test_settings_of_generation_are_read_or_named(base, content):
+    """transformers goes on without what it can't read, and so without what ends an answer."""
+    path = base / "generation_config.json"
+    path.unlink(missing_ok=True)
+    load_base(base)
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(QAdapterError, match=path.name):
+        load_base(base)
+
+
 def test_a_missing_shard_is_named(base):
     path = shard_with(base, GATE)
     path.unlink()
