@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,9 @@ from qadapter.compare.run import TRAINING_NAME, require_same, run_folder
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.bootstrap import ClusterBootstrap, Estimate
 from qadapter.evaluation.preference import wins
+from qadapter.system.documents import parse_json
+from qadapter.system.sealed import opened
+from qadapter.system.textfiles import read_text, split_lines
 
 
 class Spread(NamedTuple):
@@ -121,14 +125,14 @@ def read_results(config: CompareConfig, folder: str | Path, split: str) -> Compa
         QAdapterError: nothing is, or what is is another comparison's.
     """
     folder, written = Path(folder), json.loads(json.dumps(config.as_dict()))
-    base = _read(folder / BASE / f"{split}.json")
+    base = _read(folder / BASE / f"{split}.json", "dial", "judges")
     if base is None:
         raise QAdapterError(f"{folder}: nothing is measured on the {split} split")
     require_same(written, folder)
     results = [Result(Row(BASE, None, ()), [], [base])]
     for row in config.rows():
         found = [
-            (_read(where / TRAINING_NAME), _read(where / f"{split}.json"))
+            (_read(where / TRAINING_NAME, "seed"), _read(where / f"{split}.json", "dial"))
             for where in (run_folder(folder, row.name, seed) for seed in row.seeds)
         ]
         found = [(t, run) for t, run in found if run and (t or not row.method.trained)]
@@ -136,11 +140,12 @@ def read_results(config: CompareConfig, folder: str | Path, split: str) -> Compa
             trainings, runs = zip(*found, strict=True)
             results.append(Result(row, [t for t in trainings if t], list(runs)))
     touched = folder / TOUCHED_NAME
-    lines = touched.read_text(encoding="utf-8").splitlines() if touched.is_file() else []
-    return Comparison(
-        config.title, split, results, written, base["judges"],
-        [_loads(line, f"{touched}:{number}") for number, line in enumerate(lines, 1)],
-    )
+    lines = split_lines(read_text(touched)) if touched.is_file() else []
+    touches = []
+    for number, line in enumerate(filter(None, lines), 1):
+        with _damaged(f"{touched}:{number}"):
+            touches.append(opened(parse_json(line, "the line")))
+    return Comparison(config.title, split, results, written, base["judges"], touches)
 
 
 def _at(runs: list[dict[str, Any]], strength: float, measure: Measure) -> Spread | None:
@@ -164,17 +169,29 @@ def spread(found: Iterable[tuple[float, list[float] | None]]) -> Spread | None:
     return Spread(statistics.fmean(values), sd, low, high)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    return _loads(path.read_text(encoding="utf-8"), path) if path.is_file() else None
+def _read(path: Path, *needed: str) -> dict[str, Any] | None:
+    """A finished step's results, with what is ``needed`` of them; None where there are none.
+
+    Raises:
+        QAdapterError: they are not what was written.
+    """
+    if not path.is_file():
+        return None
+    with _damaged(path):
+        found = opened(parse_json(read_text(path), path, line=1, surrogates=True))
+        if not all(name in found for name in needed):
+            raise QAdapterError(f"it holds no {' and '.join(needed)}")
+        return found
 
 
-def _loads(text: str, where: object) -> dict[str, Any]:
+@contextlib.contextmanager
+def _damaged(where: object) -> Iterator[None]:
     try:
-        if (found := json.loads(text)) and isinstance(found, dict):
-            return found
-    except ValueError:
-        pass
-    raise QAdapterError(f"{where} is damaged: delete it, and what it held is measured again")
+        yield
+    except QAdapterError as error:
+        raise QAdapterError(
+            f"{where} is damaged ({error}): delete it, and what it held is measured again"
+        ) from error
 
 
 # --- one row against another --------------------------------------------------------------------

@@ -41,7 +41,10 @@ from qadapter.evaluation.judges import pair_accuracy, preference_texts
 from qadapter.evaluation.report import write_json
 from qadapter.policy import storage
 from qadapter.policy.model import QAdapterModel
+from qadapter.system.documents import parse_json
 from qadapter.system.locking import RUN_LOCK_NAME, sole_run
+from qadapter.system.sealed import sealed
+from qadapter.system.textfiles import read_text
 from qadapter.trunk.base_dtype import dtype_of
 
 TRAINING_NAME = "training.json"
@@ -124,9 +127,9 @@ def _prepare(
     if not base_file.is_file():
         say("measuring the base")
         found = evaluate(bench, bench.fresh, split, [0.0], bench.config.evaluation.seed)
-        write_json(base_file, {
+        write_json(base_file, sealed({
             "name": BASE, **found, "judges": _judges(bench, split), "environment": environment,
-        })
+        }))
 
 
 def _measure(
@@ -143,10 +146,10 @@ def _measure(
         found = evaluate_row(bench, model, row, split, seed)
         if split == "test":
             _record_touch(folder, row.name, seed)
-        write_json(where / f"{split}.json", {
+        write_json(where / f"{split}.json", sealed({
             "name": row.name, "seed": seed, **found, "seconds": time.perf_counter() - start,
             "environment": environment,
-        })
+        }))
         say(f"measured in {time.perf_counter() - start:.0f} s")
 
 
@@ -171,8 +174,9 @@ def run_folder(folder: Path, name: str, seed: int) -> Path:
 
 
 def _is_trained(where: Path) -> bool:
-    """Who keeps results under version control may leave the weights out: it trains again then."""
-    return (where / TRAINING_NAME).is_file() and (where / storage.WEIGHTS_NAME).is_file()
+    """Who keeps results under version control may leave the weights out: it trains again then, as
+    it does where they are not what was saved."""
+    return (where / TRAINING_NAME).is_file() and storage.is_whole(where)
 
 
 def _to_train(
@@ -210,19 +214,19 @@ def _trained(
     if _is_trained(where):
         return bench.load(row.method, where)
     known = (where / TRAINING_NAME).is_file()
-    say("its weights are not here: training again" if known else "training")
+    say("its weights are not here, or not whole: training again" if known else "training")
     trained = train(bench, row.method, seed, lambda model: probe(bench, model))
     trained.model.save_pretrained(where)
     facts = trained._asdict()
     del facts["model"]
-    write_json(where / TRAINING_NAME, {
+    write_json(where / TRAINING_NAME, sealed({
         "name": row.name, "seed": seed, "method": row.method.kind,
         "options": dataclasses.asdict(row.method), "sweep": row.sweep, "value": row.value,
         "trainable_parameters": sum(
             p.numel() for p in trained.model.parameters() if p.requires_grad
         ),
         "budget_tokens": round(bench.budget), **facts, "environment": environment,
-    })
+    }))
     say(f"{trained.steps} steps, {trained.tokens:,} tokens in {trained.seconds:.0f} s "
         f"({trained.processor_seconds:.0f} processor seconds), {trained.trained_by}")
     return trained.model
@@ -274,11 +278,8 @@ def require_same(written: dict[str, Any], folder: Path) -> dict[str, Any]:
         QAdapterError: they are not the same comparison's; what changed is named.
     """
     path = folder / CONFIG_NAME
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise QAdapterError(f"{path} can't be read: {error}") from error
-    if not isinstance(before, dict) or "methods" not in before:
+    before = parse_json(read_text(path), path, line=1, surrogates=True)
+    if not isinstance(before, dict) or not {"methods", "sweeps"} <= before.keys():
         raise QAdapterError(f"{path} is no comparison's: choose another output_dir")
     known = {k: v for k, v in before.items() if k != "files_sha256" or k in written}
     if changed := changes(known, json.loads(json.dumps(written))):
@@ -293,4 +294,4 @@ def _record_touch(folder: Path, name: str, seed: int) -> None:
     """The test split is for once: whoever scores a run on it again can be seen to."""
     touch = {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "name": name, "seed": seed}
     with (folder / TOUCHED_NAME).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(touch) + "\n")
+        file.write(json.dumps(sealed(touch)) + "\n")

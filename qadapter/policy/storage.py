@@ -340,6 +340,17 @@ def _kind(x: Tensor | None) -> str:
     return f"{' × '.join(map(str, x.shape))} {numbers}"
 
 
+def is_whole(adapter_dir: str | Path) -> bool:
+    """Whether an adapter is there, and all of it is what was saved."""
+    try:
+        if not isinstance(read(adapter_dir).adapter, Composition):
+            read_weights(adapter_dir)
+        read_chat_template(adapter_dir)
+    except QAdapterError:
+        return False
+    return True
+
+
 def read_chat_template(adapter_dir: str | Path) -> str | None:
     """The chat template that an adapter was trained with, where one was saved with it.
 

@@ -35,5 +35,5 @@ def opened(value: Any) -> dict[str, Any]:
 
 
 def _digest(content: dict[str, Any]) -> str:
-    text = json.dumps(content, sort_keys=True)
+    text = json.dumps(json.loads(json.dumps(content)), sort_keys=True)  # keys are text by then
     return hashlib.sha256(text.encode()).hexdigest()

@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from qadapter.data import fingerprint
 from qadapter.errors import QAdapterError
 from qadapter.policy.model import QAdapterModel
+from qadapter.system.documents import read_json
 from qadapter.system.hashing import file_sha256
 from qadapter.system.locking import exclusive
 from qadapter.system.progress import Progress
@@ -38,7 +39,7 @@ from qadapter.training.features import (
     token_counts,
 )
 from qadapter.trunk.base_dtype import autocast_dtype
-from qadapter.trunk.identity import sampled
+from qadapter.trunk.identity import digest_of
 from qadapter.trunk.loading import cache_dir as default_cache_dir
 
 FORMAT_VERSION = 2
@@ -73,14 +74,15 @@ def load_or_compute(
     )
     spans = list(_spans(dataset, model, shard_mb))
     remove_abandoned(folder)
-    if (found := _Store(folder).load_all(len(spans))) is not None:
+    sizes = [end - start for start, end in spans]
+    if (found := _Store(folder).load_all(sizes)) is not None:
         return FeatureSet(found, Kept.of(model))
     try:
         for other in folder.parent.iterdir() if folder.parent.is_dir() else ():
             remove_abandoned(other)  # of other data, which may never be asked for again
         with exclusive(folder / INDEX_NAME, say):
             store = _Store(folder)  # read again: another process may just have written it
-            missing = [n for n in range(len(spans)) if not store.holds(n, len(spans))]
+            missing = [n for n in range(len(spans)) if not store.holds(n, sizes)]
             parts = {number: dataset.select(range(*spans[number])) for number in missing}
             done = Tokens(sum(int(token_counts(part).sum()) for part in parts.values()), progress)
             for number, part in parts.items():
@@ -136,7 +138,7 @@ def cache_identity(model: QAdapterModel, pad_token_id: int) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         **dataclasses.asdict(model.base_identity),
-        "weights": sampled(bare.state_dict().items()),
+        "weights": digest_of(bare),
         "kept": Kept.of(model)._asdict(),
         "dtype": str(base.dtype),
         "mask_alignment": alignment,
@@ -158,24 +160,27 @@ class _Store:
         self.folder = folder
         self.index = self._read_index()
 
-    def load_all(self, total: int) -> list[Shard] | None:
-        """All shards, or None if one is missing, damaged, or just being deleted."""
-        if not all(self.holds(number, total) for number in range(total)):
+    def load_all(self, sizes: list[int]) -> list[Shard] | None:
+        """All shards, or None if one is missing, damaged, or just being deleted; ``sizes``: the
+        pairs in each."""
+        if not all(self.holds(number, sizes) for number in range(len(sizes))):
             return None
         try:
-            return [self.load(number, total) for number in range(total)]
+            return [self.load(number, len(sizes)) for number in range(len(sizes))]
         except (OSError, SafetensorError):
             return None
 
-    def holds(self, number: int, total: int) -> bool:
+    def holds(self, number: int, sizes: list[int]) -> bool:
         """Whether a shard is there and is what was written, to the last bit."""
-        path = self._path(number, total)
+        path = self._path(number, len(sizes))
         entry = self.index["shards"].get(path.name)
+        if not isinstance(entry, dict):
+            return False
         try:
-            if entry is None or path.stat().st_size != entry["bytes"]:
-                return False
-            return file_sha256(path) == entry["sha256"]
-        except OSError:
+            same_size = path.is_file() and path.stat().st_size == entry.get("bytes")
+            same = same_size and file_sha256(path) == entry.get("sha256")
+            return same and _is_of(path, sizes[number])
+        except (OSError, SafetensorError):
             return False
 
     def write(self, number: int, total: int, shard: Shard) -> None:
@@ -206,13 +211,24 @@ class _Store:
     def _read_index(self) -> dict[str, Any]:
         empty = {"format_version": FORMAT_VERSION, "fingerprint": self.folder.name, "shards": {}}
         try:
-            index = json.loads((self.folder / INDEX_NAME).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            index = read_json(self.folder / INDEX_NAME)
+        except QAdapterError:
             return empty
         same = isinstance(index, dict) and all(
             index.get(key) == empty[key] for key in ("format_version", "fingerprint")
         )
         return index if same and isinstance(index.get("shards"), dict) else empty
+
+
+def _is_of(path: Path, pairs: int) -> bool:
+    """Whether a file is a shard of so many pairs."""
+    with safe_open(path, "pt") as file:
+        names = set(file.keys())
+        needed = {name for name in Shard._fields if name not in Shard._field_defaults}
+        return needed <= names <= set(Shard._fields) and all(
+            file.get_slice(name).get_shape() == [count] for name, count in
+            (("rows", pairs), ("lengths", 2 * pairs), ("offsets", 2 * pairs + 1))
+        )
 
 
 def _spans(dataset: Dataset, model: QAdapterModel, shard_mb: int) -> Iterator[tuple[int, int]]:

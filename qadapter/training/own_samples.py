@@ -8,6 +8,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -16,9 +17,12 @@ from qadapter.data import padding_id
 from qadapter.errors import QAdapterError
 from qadapter.policy.model import QAdapterModel
 from qadapter.policy.sampling import fused_sample
+from qadapter.system.documents import read_json
 from qadapter.system.locking import exclusive
 from qadapter.system.progress import Progress
 from qadapter.system.scratch import scratch_folder
+from qadapter.system.sealed import opened, sealed
+from qadapter.trunk.identity import digest_of
 from qadapter.trunk.lm_head import input_device
 from qadapter.trunk.loading import cache_dir as default_cache_dir
 
@@ -50,20 +54,18 @@ def load_or_sample(
     rng = random.Random(SEED)
     prompts = [prompts[i] for i in sorted(rng.sample(range(len(prompts)),
                                                      min(COUNT, len(prompts))))]
-    identity = dataclasses.asdict(model.base_identity)
-    key = json.dumps([identity, prompts, MAX_NEW_TOKENS, BATCH_SIZE, SEED, str(model.base.dtype)])
-    name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
-    folder = Path(cache_dir or default_cache_dir() / "own_samples").expanduser()
-    path = folder / f"samples-{name}.json"
-    pad = padding_id(model, tokenizer)
-    answers = _read(path, len(prompts))
+    cache = _Cache(Path(cache_dir or default_cache_dir() / "own_samples"), model, prompts)
+    folder, pad = cache.path.parent, padding_id(model, tokenizer)
+    answers = cache.read()
     try:
         if answers is None:
-            with exclusive(path, say):
-                answers = _read(path, len(prompts))
+            with exclusive(cache.path, say):
+                answers = cache.read()
                 if answers is None:
+                    if say is not None and cache.path.exists():
+                        say(f"{cache.path} is not what was written: drawn again")
                     answers = _sample(model, prompts, pad, progress)
-                    _write(path, answers)
+                    cache.write(answers)
     except OSError as error:
         if cache_dir is not None:
             raise QAdapterError(
@@ -77,27 +79,56 @@ def load_or_sample(
     return list(zip(prompts, answers, strict=True))
 
 
-def _read(path: Path, count: int) -> list[list[int]] | None:
-    try:
-        answers = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None  # not there, or damaged
-    return answers if isinstance(answers, list) and len(answers) == count else None
+class _Cache:
+    """The file of one base's answers to one list of prompts."""
+
+    def __init__(self, folder: Path, model: QAdapterModel, prompts: Sequence[list[int]]) -> None:
+        self.count, self.vocabulary = len(prompts), model.head.weight.shape[0]
+        base = model.adapter.bare_base() if model.adapts_trunk else model.base
+        key = json.dumps([
+            dataclasses.asdict(model.base_identity), digest_of(base), str(model.base.dtype),
+            sorted(_ends(model)), prompts, MAX_NEW_TOKENS, BATCH_SIZE, SEED,
+        ])
+        self.key = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+        self.path = folder.expanduser() / f"samples-{self.key}.json"
+
+    def read(self) -> list[list[int]] | None:
+        """None where they are not there, or are not what was drawn."""
+        try:
+            found = opened(read_json(self.path))
+        except QAdapterError:
+            return None
+        answers = found.get("answers")
+        whole = (
+            found.get("key") == self.key and isinstance(answers, list)
+            and len(answers) == self.count and all(map(self._could_be, answers))
+        )
+        return answers if whole else None
+
+    def _could_be(self, answer: Any) -> bool:
+        return isinstance(answer, list) and 0 < len(answer) <= MAX_NEW_TOKENS and all(
+            type(token) is int and 0 <= token < self.vocabulary for token in answer
+        )
+
+    def write(self, answers: list[list[int]]) -> None:
+        with scratch_folder(self.path.parent, "writing") as scratch:
+            written = scratch / self.path.name
+            text = json.dumps(sealed({"key": self.key, "answers": answers}))
+            written.write_text(text, encoding="utf-8")
+            written.replace(self.path)
 
 
-def _write(path: Path, answers: list[list[int]]) -> None:
-    with scratch_folder(path.parent, "writing") as scratch:
-        written = scratch / path.name
-        written.write_text(json.dumps(answers), encoding="utf-8")
-        written.replace(path)
+def _ends(model: QAdapterModel) -> set[int]:
+    """The token ids that end an answer."""
+    ends = model.generation_config.eos_token_id
+    return set(ends if isinstance(ends, list) else [ends]) - {None}
 
 
 @torch.no_grad()
 def _sample(
     model: QAdapterModel, prompts: Sequence[list[int]], pad: int, progress: Progress | None
 ) -> list[list[int]]:
-    ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends]) - {None}
+    ends = _ends(model)
     answers: dict[int, list[int]] = {}
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     training, before = model.training, model.policy

@@ -141,6 +141,13 @@ def summed(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = No
     return digest.hexdigest()
 
 
+def digest_of(model: nn.Module) -> str:
+    """Of everything that a model's numbers come from, packed weights included, as it is stored. Of
+    what is on a disk samples are taken."""
+    offloaded = any(x.is_meta for x in model.state_dict().values())
+    return (sampled if offloaded else summed)(_in_reach(model).items())
+
+
 def _words(raw: Tensor) -> Tensor:
     return (raw if raw.storage_offset() % 8 == 0 else raw.clone()).view(torch.int64)
 

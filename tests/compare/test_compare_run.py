@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import json
 import math
+import re
 import shutil
 import sys
 from collections import Counter
@@ -210,7 +211,7 @@ def test_a_method_that_was_left_out_must_be_what_it_was_when_it_comes_back(tmp_p
         file.unlink()
     lines: list[str] = []
     run_comparison(fewer, folder / "out", split="test", say=lines.append)
-    assert any("its weights are not here: training again" in line for line in lines)
+    assert any("its weights are not here, or not whole: training again" in line for line in lines)
     after = json.loads((where / "training.json").read_text())
     assert after["curve"] == before["curve"] and (where / "test.json").is_file()
 
@@ -330,6 +331,46 @@ def test_a_damaged_result_is_named(place, tmp_path, file, text):
     with pytest.raises(QAdapterError) as raised:
         read_results(read_config(folder / "compare.yaml"), tmp_path / "out", "validation")
     assert str(raised.value).startswith(str(tmp_path / "out" / file))
+
+
+def test_no_changed_number_of_a_result_is_believed(place, tmp_path):
+    folder, _ = place
+    config = read_config(folder / "compare.yaml")
+    for file in ("q/seed-0/validation.json", "q/seed-0/training.json", "base/validation.json"):
+        out = tmp_path / file.replace("/", "-")
+        shutil.copytree(folder / "out", out, ignore=shutil.ignore_patterns("*.safetens*"))
+        text = (out / file).read_text()
+        [number, *_] = re.findall(r"0\.\d{4,}", text)
+        other = f"0.{(int(number[2]) + 1) % 10}{number[3:]}"
+        (out / file).write_text(text.replace(number, other, 1))
+        with pytest.raises(QAdapterError, match=r"is damaged .*not what was written") as told:
+            read_results(config, out, "validation")
+        assert str(told.value).startswith(str(out / file))
+        (out / file).write_bytes(b"\xff\xfe" + text.encode())
+        with pytest.raises(QAdapterError, match=re.escape(str(out / file))):
+            read_results(config, out, "validation")
+        unsealed = json.loads(text)
+        del unsealed["sha256"]  # as comparisons were written before
+        (out / file).write_text(json.dumps(unsealed))
+        read_results(config, out, "validation")
+
+
+def test_an_adapter_that_is_not_whole_is_trained_again(place, tmp_path):
+    folder, _ = place
+    config, lines = read_config(folder / "compare.yaml"), []
+    for number, damage in enumerate((
+        lambda path: path.with_name("manifest.json").unlink(),
+        lambda path: path.write_bytes(path.read_bytes()[:-8]),
+    )):
+        out = tmp_path / str(number)
+        shutil.copytree(folder / "out", out)
+        where = run_folder(out, "q", 0)
+        weights = (where / "adapter_model.safetensors").read_bytes()
+        (where / "validation.json").unlink()
+        damage(where / "adapter_model.safetensors")
+        run_comparison(config, out, only=["q"], say=lines.append)
+        assert any("not whole: training again" in line for line in lines)
+        assert (where / "adapter_model.safetensors").read_bytes() == weights
 
 
 @pytest.mark.slow

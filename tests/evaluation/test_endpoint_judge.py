@@ -276,7 +276,7 @@ def test_no_key_and_a_damaged_file(server, tmp_path, monkeypatch):
     whole = {"key": "x", "verdict": 1.0, "replies": 1, "prompt_tokens": 1,
              "completion_tokens": 1, "without_usage": 0}
     for line, reason in (
-        ("nonsense", "the line is not JSON: Expecting value"), ("[]", "list indices"),
+        ("nonsense", "the line is not JSON: Expecting value"), ("[]", "it is no object"),
         ('{"key": "x", "verdict": null}', "it has no 'replies'"),
         (json.dumps(whole | {"verdict": "A"}), "its verdict is 'A'"),
         (json.dumps(whole | {"replies": None}), "its replies are None"),

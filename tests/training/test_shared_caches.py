@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from training_tiny import build_model, build_pairs, build_tokenizer
 
 from qadapter.data import tokenize_preferences
 from qadapter.errors import QAdapterError
+from qadapter.system.hashing import file_sha256
+from qadapter.system.sealed import sealed
 from qadapter.training import feature_store, own_samples
 
 SCRIPT = """
@@ -150,7 +153,7 @@ def test_a_full_disk_does_not_lose_the_samples(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(own_samples, "_write", full)
+    monkeypatch.setattr(own_samples._Cache, "write", full)
     lines = []
     found = own_samples.load_or_sample(build_model(), [[5, 6]], None, say=lines.append)
     assert found[0][1] and "No space left" in lines[0]
@@ -170,3 +173,135 @@ def test_an_output_folder_that_cannot_be_written(make_trainer, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(QAdapterError, match="output_dir"):
         make_trainer(train=build_pairs(8), output_dir=str(tmp_path / "file/run"))
+
+
+# --- what is there, but is not what was written ---------------------------------------------------
+
+PROMPTS = [[5, 6], [7, 8, 9], [11]]
+
+
+def drawn(cache, model=None, prompts=PROMPTS, say=None):
+    return own_samples.load_or_sample(
+        model or build_model(), prompts, build_tokenizer(), cache_dir=cache, say=say
+    )
+
+
+def counting(monkeypatch):
+    calls, sample = [], own_samples._sample
+
+    def counted(*args):
+        calls.append(args)
+        return sample(*args)
+
+    monkeypatch.setattr(own_samples, "_sample", counted)
+    return calls
+
+
+WRONG_SAMPLES = {
+    "beyond the vocabulary": lambda found: found["answers"][1].__setitem__(0, 10**6),
+    "negative": lambda found: found["answers"][1].__setitem__(0, -1),
+    "no ids": lambda found: found["answers"][1].__setitem__(0, "5"),
+    "true": lambda found: found["answers"][1].__setitem__(0, True),
+    "fractions": lambda found: found["answers"][1].__setitem__(0, 5.0),
+    "too many": lambda found: found["answers"].append([5]),
+    "too few": lambda found: found["answers"].pop(),
+    "too long": lambda found: found["answers"][0].extend([5] * 64),
+    "empty": lambda found: found["answers"][0].clear(),
+    "others": lambda found: found["answers"].reverse(),
+    "another token": lambda found: found["answers"][0].__setitem__(0, found["answers"][0][0] ^ 1),
+    "of other prompts": lambda found: found.__setitem__("key", "0" * 32),
+    "none": lambda found: found.clear(),
+    "a list": None,
+}
+
+
+@pytest.mark.parametrize("vouched", [False, True])
+@pytest.mark.parametrize("wrong", WRONG_SAMPLES)
+def test_samples_that_are_none_are_drawn_again(tmp_path, monkeypatch, wrong, vouched):
+    if vouched and wrong in ("others", "another token"):
+        pytest.skip("no one can tell")
+    expected, calls, lines = drawn(tmp_path), counting(monkeypatch), []
+    [path] = tmp_path.glob("samples-*.json")
+    found = json.loads(path.read_text())
+    if wrong == "a list":
+        found = found["answers"]
+    else:
+        WRONG_SAMPLES[wrong](found)
+        found = sealed(found) if vouched else found
+    path.write_text(json.dumps(found))
+    assert drawn(tmp_path, say=lines.append) == expected
+    assert len(calls) == 1 and [str(path) in line for line in lines] == [True]
+    assert drawn(tmp_path) == expected and len(calls) == 1
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"[", b"null", b"[" * 10_000, b"\xff\xfe", b"9" * 100_000, b'{"answers": NaN}',
+])
+def test_samples_cut_or_overwritten_are_drawn_again(tmp_path, monkeypatch, content):
+    expected, calls = drawn(tmp_path), counting(monkeypatch)
+    [path] = tmp_path.glob("samples-*.json")
+    path.write_bytes(content)
+    assert drawn(tmp_path) == expected and len(calls) == 1
+
+
+def test_a_file_by_another_one_s_name_is_not_taken(tmp_path, monkeypatch):
+    others = [[5, 6], [7, 8, 9], [12]]
+    expected = drawn(tmp_path)
+    [ours] = tmp_path.glob("samples-*.json")
+    drawn(tmp_path, prompts=others)
+    [theirs] = set(tmp_path.glob("samples-*.json")) - {ours}
+    shutil.copy(theirs, ours)
+    calls = counting(monkeypatch)
+    assert drawn(tmp_path) == expected and len(calls) == 1
+
+
+def test_samples_are_of_one_trunk_and_its_ends(tmp_path, monkeypatch):
+    drawn(tmp_path)
+    calls = counting(monkeypatch)
+    other = build_model()
+    with torch.no_grad():  # one number, which samples of tensors may miss; the same identity
+        other.base.model.layers[0].mlp.up_proj.weight.view(-1)[77] += 1
+    drawn(tmp_path, other)
+    ended = build_model()
+    ended.generation_config.eos_token_id = [3, 4]
+    drawn(tmp_path, ended)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("index", [
+    "[]", "null", '{"shards": []}', "[" * 10_000, "9" * 10_000,
+    lambda index: index["shards"].update({name: [] for name in index["shards"]}),
+    lambda index: index["shards"].update({name: {} for name in index["shards"]}),
+    lambda index: index["shards"].update({name: {"bytes": "x"} for name in index["shards"]}),
+    lambda index: index.update(shards=None), lambda index: index.update(format_version=[1]),
+])
+def test_an_index_that_is_none_vouches_for_nothing(tmp_path, index):
+    first = load(tmp_path)
+    [path] = tmp_path.glob("*/index.json")
+    if isinstance(index, str):
+        path.write_text(index)
+    else:
+        found = json.loads(path.read_text())
+        index(found)
+        path.write_text(json.dumps(found))
+    again = load(tmp_path)
+    assert torch.equal(again.shards[0].hidden, first.shards[0].hidden)
+
+
+@pytest.mark.parametrize("change", [
+    lambda x: x | {"rows": x["rows"][:-1]}, lambda x: x | {"offsets": x["offsets"][1:]},
+    lambda x: {k: v for k, v in x.items() if k != "tokens"},
+    lambda x: x | {"more": x["rows"].clone()},
+    lambda x: x | {"lengths": x["lengths"][None]},
+])
+def test_a_shard_that_the_index_vouches_for_but_is_another(tmp_path, change):
+    first = load(tmp_path)
+    [path], [shard] = tmp_path.glob("*/index.json"), tmp_path.glob("*/*.safetensors")
+    save_file(change({name: x.clone() for name, x in load_file(shard).items()}), shard)
+    index = json.loads(path.read_text())
+    index["shards"][shard.name] |= {
+        "bytes": shard.stat().st_size, "sha256": file_sha256(shard)
+    }
+    path.write_text(json.dumps(index))
+    again = load(tmp_path)
+    assert torch.equal(again.shards[0].hidden, first.shards[0].hidden)

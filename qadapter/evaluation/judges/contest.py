@@ -21,6 +21,7 @@ from qadapter.evaluation.judges.interface import Judge, Progress, RewardJudge
 from qadapter.evaluation.judges.winrate import WinRate, judged_gain, score_draws, win_rate
 from qadapter.evaluation.report import format_value, write_text
 from qadapter.system.documents import parse_json
+from qadapter.system.sealed import opened, sealed
 
 Draws = list[list[Answer]]
 """[draws][prompts]"""
@@ -61,7 +62,7 @@ class AnswerStore:
         lines = file.read_bytes().rstrip(b"\n").split(b"\n")
         for number, line in enumerate(lines, 1):
             try:
-                row = parse_json(line.decode(), "the line")
+                row = opened(parse_json(line.decode(), "the line"))
                 answer = Answer(row["text"], row["token_ids"], row["ended"])
                 if not isinstance(answer.text, str) or not isinstance(answer.token_ids, list):
                     raise TypeError("its text is no text or its token_ids no list")
@@ -106,7 +107,7 @@ class AnswerStore:
 
     def _write(self) -> None:
         rows = (
-            {"player": player, "draw": number, "prompt_hash": name, **asdict(answer)}
+            sealed({"player": player, "draw": number, "prompt_hash": name, **asdict(answer)})
             for (player, number), answers in self.draws.items()
             for name, answer in zip(self.hashes, answers, strict=False)
         )

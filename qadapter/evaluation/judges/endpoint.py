@@ -28,6 +28,7 @@ from qadapter.evaluation.judges.interface import Judge, Progress, check_lengths
 from qadapter.evaluation.judges.texts import prompt_text
 from qadapter.system.documents import parse_json, read_yaml
 from qadapter.system.patterns import Pattern
+from qadapter.system.sealed import opened, sealed
 
 PROMPT_FILE = Path(__file__).with_name("endpoint_prompt.yaml")
 ATTEMPTS = 3
@@ -436,7 +437,7 @@ def _read_reply(reply: Any) -> tuple[str | None, tuple[int, int] | None]:
 
 def _append(path: Path, judgement: dict[str, Any]) -> None:
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(judgement, ensure_ascii=False) + "\n")
+        file.write(json.dumps(sealed(judgement), ensure_ascii=False) + "\n")
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
@@ -453,7 +454,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     # Not splitlines(): a reply may hold characters that it takes for the end of a line.
     for number, line in enumerate(whole.split(b"\n")[:-1], 1):
         try:
-            judgement = parse_json(line.decode(), "the line")
+            judgement = opened(parse_json(line.decode(), "the line"))
             if judgement["verdict"] not in (None, 0, 0.5, 1):
                 raise TypeError(f"its verdict is {shown(judgement['verdict'])}")
             for name in _COUNTS:
