@@ -133,6 +133,7 @@ def load_base(
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
     whole.require_as_written(found.location)
     whole.require_generation_config(found.location)
+    config = None
     try:
         config = AutoConfig.from_pretrained(found.location, **common)
         _require_causal(config, name_or_path)
@@ -148,7 +149,8 @@ def load_base(
     except QAdapterError:
         raise
     except Exception as error:  # transformers, the hub and safetensors raise many kinds
-        raise QAdapterError(_load_failure(str(name_or_path), error, found.location)) from error
+        line = _load_failure(str(name_or_path), error, found.location, config)
+        raise QAdapterError(line) from error
     whole.require_all(model, report, name_or_path)
     model.requires_grad_(False).eval()
     return LoadedBase(model, found.name, found.location, found.reason)
@@ -291,9 +293,14 @@ def load_tokenizer(
     return tokenizer
 
 
-def _load_failure(what: str, error: Exception, location: str) -> str:
-    if (damaged := whole.damaged_file(location)) is not None:
-        return f"{what} can't be loaded: {damaged}"
+def _load_failure(
+    what: str, error: Exception, location: str, config: PretrainedConfig | None = None
+) -> str:
+    reason = whole.damaged_file(location)
+    if reason is None and config is not None:
+        reason = whole.misfit(location, _on_meta(copy.deepcopy(config)))
+    if reason is not None:
+        return f"{what} can't be loaded: {reason}"
     if isinstance(error, pickle.UnpicklingError):
         return (
             f"{what} can't be loaded: its weights are a pickle that holds more than tensors, which "

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
@@ -110,6 +111,26 @@ def damaged_file(folder: str | Path) -> str | None:
                 pass
         except (SafetensorError, OSError) as error:
             return f"{path} is damaged ({error}); copy the model again"
+    return None
+
+
+def misfit(folder: str | Path, model: nn.Module | None) -> str | None:
+    """A line about the first tensor of a local folder that has another shape than in the model
+    that its config.json describes: what transformers says names none.
+
+    Args:
+        model: the model, on the meta device.
+    """
+    state = {} if model is None else model.state_dict()
+    for path in sorted(Path(folder).expanduser().glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                shape = file.get_slice(name).get_shape()
+                if name in state and list(state[name].shape) != shape:
+                    return (
+                        f"{path} holds {shown(name)} of shape {shape}, but config.json describes "
+                        f"{list(state[name].shape)}"
+                    )
     return None
 
 
