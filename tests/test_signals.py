@@ -10,7 +10,8 @@ import pytest
 from tiny_models import cli, preference_rows, save_tiny, write_jsonl
 from transformers import TrainerCallback
 
-from qadapter.console.signals import Terminated, on_termination, raising_terminated
+from qadapter import QAdapterError
+from qadapter.console.signals import Terminated, on_termination, raising
 from qadapter.training import QAdapterTrainer
 from qadapter.training.checkpoints import check_whole, checkpoints_in
 
@@ -55,7 +56,7 @@ def test_the_entry_imports_next_to_nothing():
 def test_handlers_are_given_back():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     assert cli("info", "--help") == 0
-    with pytest.raises(Terminated), raising_terminated():
+    with pytest.raises(Terminated), raising():
         with on_termination(lambda: True):
             os.kill(os.getpid(), signal.SIGTERM)  # the first asks
         os.kill(os.getpid(), signal.SIGTERM)
@@ -65,6 +66,23 @@ def test_handlers_are_given_back():
     with pytest.raises(Terminated), on_termination(lambda: False):
         os.kill(os.getpid(), signal.SIGTERM)
     assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("kind", [RuntimeError, ImportError, OSError, QAdapterError])
+def test_what_a_library_makes_of_an_interrupt_is_one_all_the_same(
+    monkeypatch, capfd, number, kind
+):
+    def run():
+        try:
+            os.kill(os.getpid(), number)
+        except BaseException:
+            raise kind("Error calling __set_name__ on 'x'") from None
+
+    monkeypatch.setattr("qadapter.commands.info.run", run)
+    assert cli("info") == 128 + number
+    told = "interrupted" if number == signal.SIGINT else "terminated"
+    assert capfd.readouterr().err == f"error: {told}\n"
 
 
 def test_in_other_threads_commands_run_without():

@@ -14,7 +14,7 @@ import typer
 
 from qadapter import __version__
 from qadapter.console.early import INTERRUPTED, TERMINATED, LeavingAtOnce
-from qadapter.console.signals import Terminated, raising_terminated
+from qadapter.console.signals import Terminated, raising
 from qadapter.errors import QAdapterError
 from qadapter.system.markup import one_line
 from qadapter.system.textfiles import is_unicode
@@ -128,26 +128,34 @@ def run(arguments: list[str]) -> int:
     # What a library will rename one day concerns who writes code, not who runs a command.
     warnings.simplefilter("ignore", FutureWarning)
     debug = "--debug" in itertools.takewhile(lambda a: a.startswith("-"), arguments)
+    came: list[int] = []
     try:
         for argument in arguments:
             # Tokenizers and Arrow refuse such a name, some of them hours later.
             if not is_unicode(argument):
                 raise QAdapterError(f"{argument} is not UTF-8 text: rename the file or folder")
         command = typer.main.get_command(app)
-        with raising_terminated():
+        with raising() as came:
             result = command.main(args=arguments, prog_name="qadapter", standalone_mode=False)
         code = result if isinstance(result, int) else 0
-        if code == INTERRUPTED:
-            print("error: interrupted", file=sys.stderr)
-        return code
+        return _stopped(code) if code == INTERRUPTED else code
     except Terminated as stop:
-        print(one_line(": ".join(("error: terminated", *stop.args))), file=sys.stderr)
-        return TERMINATED
-    except (QAdapterError, typer.TyperException, OSError) as error:
+        return _stopped(TERMINATED, *stop.args)
+    except Exception as error:
         if debug:
             traceback.print_exc()
+        if came:
+            return _stopped(128 + came[-1])
+        if not isinstance(error, QAdapterError | typer.TyperException | OSError):
+            raise
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return USER_ERROR
+
+
+def _stopped(code: int, *how_to_go_on: str) -> int:
+    word = "interrupted" if code == INTERRUPTED else "terminated"
+    print(one_line(": ".join((f"error: {word}", *how_to_go_on))), file=sys.stderr)
+    return code
 
 
 def _one_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""SIGTERM, which schedulers and containers send before they kill."""
+"""Ctrl-C, and SIGTERM, which schedulers and containers send before they kill."""
 
 from __future__ import annotations
 
@@ -15,15 +15,23 @@ class Terminated(BaseException):
 
 
 @contextmanager
-def raising_terminated() -> Iterator[None]:
-    """SIGTERM unwinds like Ctrl-C, so that temporary folders are removed and locks given back."""
+def raising() -> Iterator[list[int]]:
+    """Ctrl-C raises KeyboardInterrupt, as ever, and SIGTERM unwinds like it, so that temporary
+    folders are removed and locks given back.
+
+    Yields:
+        The numbers of the signals that came: what is raised in the midst of an import may arrive
+        as an error of another kind.
+    """
+    came: list[int] = []
 
     def stop(number: int, frame: Any) -> None:
-        raise Terminated
+        came.append(number)
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
-    before = handle({signal.SIGTERM: stop})
+    before = handle({signal.SIGINT: stop, signal.SIGTERM: stop})
     try:
-        yield
+        yield came
     finally:
         handle(before)
 

@@ -118,7 +118,8 @@ def check_whole(folder: str | Path) -> None:
     if OPTIMIZER_NAME not in listed.files and _saved_model_only(folder):
         raise QAdapterError(
             f"{folder} was saved with save_only_model: without {OPTIMIZER_NAME} no run can go on "
-            f"from it; a new one can start from its adapter (--model_name_or_path {folder})"
+            "from it; a new one can start from its adapter (in Python: "
+            "QAdapterModel.from_pretrained(folder, is_trainable=True))"
         )
     for name in _NEEDED:
         if name not in listed.files:

@@ -76,7 +76,8 @@ def check_options(args: QAdapterConfig, folder: Path, say: Callable[[str], None]
     if changed:
         raise QAdapterError(
             f"{folder} was trained with {'; '.join(changed)}: go on with the same options, or "
-            f"start a run of its own from that adapter (--model_name_or_path {folder})"
+            "start anew from its adapter (in Python: QAdapterModel.from_pretrained(folder, "
+            "is_trainable=True))"
         )
     longer = [
         f"{name} {shown(before.get(name))} before, {shown(now[name])} now" for name in _LENGTH
