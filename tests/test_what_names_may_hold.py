@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 from html.parser import HTMLParser
 from pathlib import Path
@@ -82,7 +81,7 @@ def test_a_trained_run(place):
     assert f"KL(base‖customised), {one_line(NAME)}.txt" in report.text
     assert one_line(PROMPT) in " ".join(report.text.split())
     words = read_markdown(run / "README.md").text
-    assert words.count(one_line(NAME)) >= 2 and f"from_pretrained({json.dumps(NAME)})" in words
+    assert words.count(one_line(NAME)) >= 2 and f"from_pretrained({NAME!r})" in words
     assert (run / "loss.png").is_file()
 
 

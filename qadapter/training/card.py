@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,4 +93,5 @@ def _table(entries: dict[str, object]) -> str:
 
 def _python(text: str) -> str:
     """As a string of Python on one line."""
-    return json.dumps(text, ensure_ascii=not text.isprintable())
+    plain = text.isprintable() and not set(text) & set('"\\')
+    return f'"{text}"' if plain else repr(text)
