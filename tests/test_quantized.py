@@ -119,3 +119,20 @@ def test_merging_into_it_is_refused(folder, tmp_path, bits):
     with pytest.raises(QAdapterError, match="quantized"):
         model.export(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_its_norms_tell_it_from_another_base(folder, tmp_path, bits):
+    model = QAdapterModel.from_base(tiny_base(**SIZES), AdapterConfig(rank=2))
+    model.save_pretrained(tmp_path / "a")
+    QAdapterModel.from_pretrained(tmp_path / "a", quantized(folder, bits))
+    other = tiny_base(**SIZES)
+    with torch.no_grad():
+        other.model.layers[1].input_layernorm.weight[3] += 0.25
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(QAdapterError, match="trunk's weights differ"):
+        QAdapterModel.from_pretrained(tmp_path / "a", quantized(tmp_path / "other", bits))
+    lora(folder, bits).save_pretrained(tmp_path / "b")
+    QAdapterModel.from_pretrained(tmp_path / "b", quantized(folder, bits))
+    with pytest.raises(QAdapterError, match="trunk's weights differ"):
+        QAdapterModel.from_pretrained(tmp_path / "b", quantized(tmp_path / "other", bits))
