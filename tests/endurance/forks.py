@@ -24,8 +24,10 @@ from typing import Literal
 import qadapter
 from qadapter.cli import main
 
-CPU_SECONDS, WALL_SECONDS = 60, 240
-"""A run that takes longer hangs; all of them take about a second of a processor."""
+CPU_SECONDS, WALL_SECONDS = 40, 400
+"""A run that takes longer hangs: all of them take about a second of a processor."""
+MEMORY = 4 << 30
+"""Bytes of its own that a run may take before the system refuses it more."""
 _LEFT_OUT = ("qadapter.integrations.lm_eval",)
 _IMPORTED_LATE = (
     "matplotlib.backends.backend_agg", "PIL.PngImagePlugin", "peft", "trl",
@@ -152,7 +154,7 @@ def _child(
             os.dup2(output, number)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         sys.stdout, sys.stderr = (
-            open(number, "w", encoding="utf-8", errors="backslashreplace", buffering=1)  # noqa: SIM115
+            open(number, "w", encoding="utf-8", errors="backslashreplace", buffering=1)
             for number in (1, 2)
         )
         home = home.resolve()
@@ -164,6 +166,7 @@ def _child(
         )
         tempfile.tempdir = None
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
         sys.addaudithook(_Watch(home, told, stop))
         if stop is not None and stop.kind == "moment":
             # By the kernel, or, for a signal that a program may answer, between two instructions
@@ -195,7 +198,7 @@ class _Watch:
 
     def __call__(self, event: str, args: tuple) -> None:
         if event == "open":
-            path, mode, flags = args
+            path, _, flags = args
             if not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
                 return
         elif event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate"):

@@ -94,7 +94,7 @@ class Places:
                     continue
                 ended = forks.run(step, making)
                 if ended.code != 0:
-                    raise SystemExit(f"{name}: {' '.join(step)} ended with {ended.code}: {ended.err}")
+                    raise SystemExit(f"{name}: {step} ended with {ended.code}: {ended.err}")
             making.rename(folder)
         return folder
 
@@ -123,7 +123,9 @@ def _write_inputs(folder: Path) -> None:
     )))
 
 
-_TIMES = re.compile(r"seconds|rss|_at$|date|^environment$|^versions$|^devices$|runtime|per_second|resume")
+_TIMES = re.compile(
+    r"seconds|rss|_at$|date|^environment$|^versions$|^devices$|runtime|per_second|resume|overwrite"
+)
 
 
 def facts(home: Path, patterns: Sequence[str] = ("**/*",)) -> dict[str, str]:

@@ -30,6 +30,7 @@ sys.path[:0] = [str(TESTS), str(TESTS / "compare"), str(TESTS / "endurance")]
 
 import cuts  # noqa: E402
 import forks  # noqa: E402
+import generated  # noqa: E402
 import kills  # noqa: E402
 from trials import Kind, Runner, Verdict  # noqa: E402
 
@@ -38,6 +39,7 @@ from qadapter.console.environment import devices, versions  # noqa: E402
 KINDS = {
     "kills": Kind(kills.SHARES, kills.Undisturbed.of, kills.trial),
     "cuts": Kind(cuts.SHARES, cuts.undisturbed, cuts.trial),
+    "inputs": Kind(generated.SHARES, generated.prepare, generated.trial),
 }
 RESULTS = TESTS.parent / "benchmarks" / "results" / "endurance.json"
 
@@ -82,15 +84,15 @@ def _tell(verdict: Verdict) -> None:
 
 
 def _plan(options: argparse.Namespace, start: float) -> Iterator[str]:
-    """Names of trials: kills and cuts as many as asked for, and the rest until time is up."""
-    counts = {"kills": options.kills, "cuts": options.cuts}
+    """Names of trials: kills and cuts as many as asked for, then the rest until time is up."""
+    counts = {"kills": options.kills, "cuts": options.cuts, "inputs": options.inputs}
     for kind, count in counts.items():
-        yield from itertools.islice(KINDS[kind].names(kind, options.seed), count)
-    rest = [KINDS[kind].names(kind, options.seed) for kind in KINDS if kind not in counts]
-    for names in itertools.cycle(rest):
-        if time.monotonic() - start > 60 * options.minutes:
-            return
-        yield next(names)
+        names = KINDS[kind].names(kind, options.seed)
+        if count is None:
+            names = itertools.takewhile(
+                lambda _: time.monotonic() - start < 60 * options.minutes, names
+            )
+        yield from itertools.islice(names, count)
 
 
 def summary(
@@ -124,8 +126,9 @@ def _options() -> argparse.ArgumentParser:
     )
     options.add_argument("--kills", type=int, default=1000, metavar="N")
     options.add_argument("--cuts", type=int, default=5000, metavar="N")
-    options.add_argument("--minutes", type=float, default=60, metavar="M",
-                         help="in all: what kills and cuts leave goes to generated inputs")
+    options.add_argument("--inputs", type=int, metavar="N",
+                         help="default: as many as --minutes leave time for")
+    options.add_argument("--minutes", type=float, default=60, metavar="M", help="in all")
     options.add_argument("--seed", type=int, default=0, help="the first of each scenario's seeds")
     options.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N")
     options.add_argument("--work", type=Path, metavar="FOLDER",
