@@ -129,9 +129,14 @@ def _go_on(
 
 def _way_on(refusal: str, tried: list[tuple[str, ...]]) -> tuple[str, ...] | None:
     """What the line says can be done."""
-    named = [way for way in (RESUME, REPLACE) if way[0] in refusal]
-    if f"without {RESUME[0]}" in refusal:
-        named = [()] + [way for way in named if way != RESUME]
+    resume, replace = (way[0].removeprefix("--") for way in (RESUME, REPLACE))
+    named: list[tuple[str, ...]] = []
+    if f"without {resume}" in refusal.replace("--", ""):
+        named = [()]
+    elif resume in refusal:
+        named = [RESUME]
+    if replace in refusal:
+        named.append(REPLACE)
     return next((way for way in named if way not in tried), None)
 
 

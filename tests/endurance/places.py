@@ -16,6 +16,8 @@ import yaml
 from comparisons import old_rows, settings
 from tiny_models import preference_rows, save_tiny, write_jsonl
 
+from qadapter.system.manifest import MANIFEST_NAME
+
 PAIRS = ("--dataset_name", "pairs.jsonl")
 QUICK = ("--answer_prompts", "0", "--bootstrap_resamples", "5")
 PLAIN = (
@@ -125,6 +127,7 @@ def _write_inputs(folder: Path) -> None:
 
 _TIMES = re.compile(
     r"seconds|rss|_at$|date|^environment$|^versions$|^devices$|runtime|per_second|resume|overwrite"
+    "|^written$"
 )
 
 
@@ -133,7 +136,8 @@ def facts(home: Path, patterns: Sequence[str] = ("**/*",)) -> dict[str, str]:
     found = {}
     for path in sorted({path for pattern in patterns for path in home.glob(pattern)}):
         name = str(path.relative_to(home))
-        if not path.is_file() or name.startswith("cache/"):
+        # A manifest holds digests, of times too; what it lists is looked at here as well.
+        if not path.is_file() or name.startswith("cache/") or path.name == MANIFEST_NAME:
             continue
         if path.suffix == ".safetensors":
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -141,7 +145,10 @@ def facts(home: Path, patterns: Sequence[str] = ("**/*",)) -> dict[str, str]:
             text = path.read_text(errors="replace").replace(str(home), "HOME")
             lines = text.splitlines() if path.suffix == ".jsonl" else [text]
             try:
-                found[name] = json.dumps([_timeless(json.loads(line)) for line in lines])
+                found[name] = json.dumps([
+                    _timeless(record) for record in map(json.loads, lines)
+                    if "train_runtime" not in record  # of one process: a resumed run has none
+                ])
             except ValueError:
                 found[name] = f"not JSON: {text}"
     return found
