@@ -181,6 +181,7 @@ def _child(
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -131,7 +131,7 @@ def _way_on(refusal: str, tried: list[tuple[str, ...]]) -> tuple[str, ...] | Non
     """What the line says can be done."""
     resume, replace = (way[0].removeprefix("--") for way in (RESUME, REPLACE))
     named: list[tuple[str, ...]] = []
-    if f"without {resume}" in refusal.replace("--", ""):
+    if f"without {resume}" in refusal.replace("--", "") or "with the same options" in refusal:
         named = [()]
     elif resume in refusal:
         named = [RESUME]

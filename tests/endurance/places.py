@@ -148,7 +148,7 @@ def facts(home: Path, patterns: Sequence[str] = ("**/*",)) -> dict[str, str]:
                 found[name] = json.dumps([
                     _timeless(record) for record in map(json.loads, lines)
                     if "train_runtime" not in record  # of one process: a resumed run has none
-                ])
+                ], sort_keys=True)
             except ValueError:
                 found[name] = f"not JSON: {text}"
     return found
