@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 TORCH := torch==2.13.0
 NATIVE := $(shell find kernels/csrc -type f 2>/dev/null)
 
-.PHONY: install demo test test-avx2 test-oldest test-newest test-tritons lint sanitize bench clean
+.PHONY: install demo test test-avx2 test-oldest test-newest test-tritons lint sanitize endurance bench clean
 
 install: $(STAMP)
 
@@ -62,6 +62,10 @@ lint: install
 
 sanitize: install
 	tests/kernels/sanitize.sh $(BIN)/python
+
+# An hour of kills, cuts and generated inputs, into benchmarks/results/endurance.json.
+endurance: install
+	$(BIN)/python tests/endurance/run.py
 
 bench: install
 	$(BIN)/python -m pip install --quiet -e '.[bench]' -c constraints.txt

@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -149,6 +150,9 @@ def _child(
 ) -> None:
     code: object = 1
     try:
+        # What the parent wants done at its end is not this process's business.
+        atexit._clear()
+        weakref.finalize._registered_with_atexit = False
         os.setsid()
         for number, output in enumerate(outputs, 1):
             os.dup2(output, number)
