@@ -25,6 +25,7 @@ from tiny_models import (
 )
 
 from qadapter import AdapterConfig, QAdapterModel
+from qadapter.trunk.loading import load_tokenizer
 
 PAGE = Path(__file__).parents[1] / "SECURITY.md"
 FREE = ("What nothing here protects from", "Reporting")
@@ -332,6 +333,43 @@ def test_pickled_weights_of_a_base_are_tensors_or_refused(world, tmp_path, capsy
     with watching() as watch:
         assert ask(path) == 0
     assert world[1]() == [] and "pytorch_model.bin" not in watch.opened_in(path)
+
+
+@holds("Weights come from the base")
+@pytest.mark.parametrize("how", ["../outside/model.safetensors", "absolute"])
+def test_an_index_names_files_of_its_folder(world, tmp_path, capsys, how):
+    from safetensors import safe_open
+
+    path = stranger(world, tmp_path)
+    outside = shutil.copytree(path, tmp_path / "outside") / "model.safetensors"
+    with safe_open(outside, "pt") as weights:
+        names = list(weights.keys())
+    (path / "model.safetensors").unlink()
+    name = str(outside) if how == "absolute" else how
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, name)}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert ask(path) == 2
+    assert "which is no file of its folder" in capsys.readouterr().err
+
+
+@holds("Weights come from the base")
+@pytest.mark.parametrize("field", [
+    "vocab_file", "tokenizer_file", "merges_file", "added_tokens_file", "special_tokens_map_file",
+    "name_or_path", "chat_template",
+])
+def test_a_tokenizer_is_made_of_its_folder(world, tmp_path, field):
+    """A file elsewhere that it names is not read: what it says of itself would show in the ids."""
+    outside = shutil.copytree(world[0] / "plain", tmp_path / "outside")
+    found = json.loads((outside / "tokenizer.json").read_text())
+    vocabulary = found["model"]["vocab"]
+    found["model"]["vocab"] = dict(zip(vocabulary, reversed(vocabulary.values()), strict=True))
+    (outside / "tokenizer.json").write_text(json.dumps(found))
+    value = str(outside if field == "name_or_path" else outside / "tokenizer.json")
+    path = stranger(world, tmp_path, **{"tokenizer_config.json": {field: value}})
+    with watching() as watch:
+        ids = load_tokenizer(path)("What is blue?")["input_ids"]
+    assert ids == load_tokenizer(world[0] / "plain")("What is blue?")["input_ids"]
+    assert watch.opened_in(outside) == set()
 
 
 TEMPLATES = (

@@ -133,6 +133,7 @@ def load_base(
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
     whole.require_as_written(found.location)
     whole.require_generation_config(found.location)
+    whole.require_own_shards(found.location)
     config = None
     try:
         config = AutoConfig.from_pretrained(found.location, **common)

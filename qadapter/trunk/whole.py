@@ -95,6 +95,25 @@ def require_generation_config(folder: str | Path) -> None:
         raise QAdapterError(f"{path} holds no settings: copy the model again")
 
 
+def require_own_shards(folder: str | Path) -> None:
+    """transformers reads whatever files an index of weights names, also outside the folder.
+
+    Args:
+        folder: of a model; names of the hub are passed over.
+
+    Raises:
+        QAdapterError: an index names a file outside, or can't be read.
+    """
+    for path in sorted(Path(folder).expanduser().glob("*.index.json")):
+        found = read_json(path)
+        named = found.get("weight_map") if isinstance(found, dict) else None
+        if not isinstance(named, dict) or not all(isinstance(x, str) for x in named.values()):
+            raise QAdapterError(f"{path} is no index of weights: copy the model again")
+        for name in sorted(set(named.values())):
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise QAdapterError(f"{path} names {shown(name)}, which is no file of its folder")
+
+
 def damaged_file(folder: str | Path) -> str | None:
     """A line about the first JSON or safetensors file of a local folder that can't be read: what
     transformers says names none."""

@@ -24,6 +24,7 @@ from qadapter.evaluation.judges.interface import Progress, RewardJudge, check_le
 from qadapter.evaluation.judges.texts import judged_messages, prompt_text
 from qadapter.evaluation.scoring import evaluating
 from qadapter.trunk.loading import auto_dtype, require_no_kernels
+from qadapter.trunk.whole import require_own_shards
 
 # RuntimeError: weights of other shapes than the config says.
 _UNREADABLE = (
@@ -55,6 +56,7 @@ class SequenceClassificationJudge(RewardJudge):
     ):
         options = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        require_own_shards(model_name_or_path)
         try:
             config = AutoConfig.from_pretrained(model_name_or_path, **options)
             if not trust_remote_code:
