@@ -44,6 +44,13 @@ def first_line(error: BaseException) -> str:
     return next((text.strip() for text in str(error).splitlines() if text.strip()), "")[:300]
 
 
+def listed(names: Iterable[object], most: int = 8) -> str:
+    """``a, b and 7 more``; of a very long name the middle is left out."""
+    names = [str(name) for name in names]
+    short = [name if len(name) <= 200 else f"{name[:100]}…{name[-99:]}" for name in names[:most]]
+    return ", ".join(short) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``; did you mean 'x'?``, or nothing."""
     if len(name) > 100:

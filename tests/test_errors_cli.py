@@ -195,6 +195,9 @@ def test_texts_without_a_token_to_score_are_named_before_training(place, tmp_pat
     ("a: b: c", "bad.yaml:1 is not YAML"), ("- seed", "holds a list"),
     ("seed: " + "9" * 30, "seed: expected a whole number, got 999"),
     ("learning_rate: [" + "[a]," * 5000 + "]", "learning_rate: expected a number, got [['a'], ["),
+    # transformers would open the file of that number.
+    ("accelerator_config: true", "expected text or keys and values or none, got True"),
+    ("lr_scheduler_kwargs: 1", "expected text or keys and values or none, got 1"),
     ("? " + "x" * 5000 + "\n: 1", "unknown key 'xxx"), ("lr_scheduler_type: [a]", "expected text"),
 ])
 def test_bad_config_files(place, tmp_path, fails, text, message):

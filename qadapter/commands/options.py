@@ -53,7 +53,9 @@ class Option:
     flag: str
     arguments: type
     kind: type | None
-    """int, float, str or bool; None: anything YAML can say."""
+    """int, float, str or bool; None: what YAML can say of ``types``."""
+    types: tuple[type, ...]
+    """Of which the value is one, or one that becomes it."""
     nullable: bool
     default: Any
     help: str
@@ -70,6 +72,9 @@ class Option:
         if self.nullable and (value is None or str(value).lower() in _NONE):
             return None
         converted = _convert(value, self.kind)
+        if self.kind is None and type(converted) in (bool, int, float):
+            if type(converted) not in self.types:  # text that reads as a number may be text
+                converted = value if isinstance(value, str) else _FAILED
         if converted is _FAILED:
             raise QAdapterError(f"{source}: expected {_wanted(self)}, got {shown(value)}")
         if self.choices and converted not in self.choices:
@@ -121,13 +126,14 @@ def options(
             if name in found or name in without:
                 continue
             field = fields[name]
-            kind, nullable = _kind(hints[name])
+            kinds, nullable = _types(hints[name])
+            kind = kinds[0] if len(kinds) == 1 and kinds[0] in _PLAIN else None
             default = field.default
             if default is dataclasses.MISSING:
                 factory = field.default_factory
                 default = None if factory is dataclasses.MISSING else factory()
             found[name] = Option(
-                name, field.metadata.get("flag", name), group.arguments, kind, nullable,
+                name, field.metadata.get("flag", name), group.arguments, kind, kinds, nullable,
                 (defaults or {}).get(name, default),
                 " ".join((helps or {}).get(name, field.metadata.get("help", "")).split()),
                 tuple(map(str, field.metadata.get("choices", ()))), group.title, group.hidden,
@@ -262,10 +268,15 @@ class _Command(TyperCommand):
 # --- types ------------------------------------------------------------------------------------
 
 _FAILED = object()
+_PLAIN = (int, float, str, bool)
+_NAMES = {
+    int: "a whole number", float: "a number", bool: "true or false", str: "text",
+    dict: "keys and values", list: "a list",
+}
 
 
-def _kind(hint: Any) -> tuple[type | None, bool]:
-    """(int, float, str, bool or None for anything; whether None is a value)."""
+def _types(hint: Any) -> tuple[tuple[type, ...], bool]:
+    """(The types that a value may have, whether None is one too)."""
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     members = set(typing.get_args(hint)) if union else {hint}
     nullable = type(None) in members
@@ -274,8 +285,8 @@ def _kind(hint: Any) -> tuple[type | None, bool]:
     members -= {m for m in members if isinstance(m, type) and issubclass(m, enum.Enum)}
     if members == {int, float}:
         members = {float}
-    kind = members.pop() if len(members) == 1 else None
-    return (kind if kind in (int, float, str, bool) else None), nullable
+    found = {typing.get_origin(m) or m for m in members}
+    return tuple(t for t in (*_PLAIN, dict, list) if t in found) or (str,), nullable
 
 
 def _convert(value: Any, kind: type | None) -> Any:
@@ -305,5 +316,5 @@ def _from_yaml(text: str) -> Any:
 
 
 def _wanted(option: Option) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return names[option.kind] + (" or none" if option.nullable else "")
+    names = [_NAMES[kind] for kind in option.types] + ["none"] * option.nullable
+    return " or ".join(names)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Json
 
-from qadapter.errors import QAdapterError
+from qadapter.errors import QAdapterError, listed
 from qadapter.system.documents import parse_json
 from qadapter.system.textfiles import ZIPPED_BYTES, ZIPPED_TIMES
 
@@ -240,7 +240,7 @@ class ParquetRows:
             wanted = range(max(self.rows.start, start) - start, min(self.rows.stop, end) - start)
             if wanted:
                 tables.append(_read_parquet(file, _read_span, columns, wanted))
-        where, (table, *others) = _list(self.files), tables
+        where, (table, *others) = listed(self.files), tables
         try:
             if others:
                 table = pa.concat_tables(tables, promote_options="default")
@@ -299,8 +299,3 @@ def limited(batches: Iterable[pa.RecordBatch], file: Path) -> Iterator[pa.Record
                 "if it really holds that much, save it without compression"
             )
         yield batch
-
-
-def _list(files: Sequence[Path], most: int = 8) -> str:
-    names = ", ".join(map(str, files[:most]))
-    return names + (f" and {len(files) - most} more" if len(files) > most else "")

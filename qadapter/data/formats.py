@@ -5,7 +5,6 @@ A pair is a dict with `prompt`, `chosen`, `rejected` (all text, or all lists of 
 Formats and column names follow TRL's preference types; HH-RLHF transcripts and DSP come on top.
 """
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any, Literal
 from qadapter.data.arrow import Row
 from qadapter.data.messages import Message, normal_messages
 from qadapter.data.report import BadRow
-from qadapter.errors import QAdapterError, shown
+from qadapter.errors import QAdapterError, listed, nearest, shown
 from qadapter.system.documents import parse_json
 from qadapter.system.textfiles import is_unicode
 
@@ -88,7 +87,7 @@ def detect_format(
     elif seen.issuperset(("query", "responses")):
         return _detect_responses(rows, name, domain, rejected_domains)
     else:
-        there = ", ".join(map(str, columns)) or "(none)"
+        there = listed(columns, 20) or "(none)"
         raise QAdapterError(
             f"{name} has the columns {there}; a preference dataset needs "
             f"{NEEDED} (columns={{'chosen': 'name in the file'}} maps other names)"
@@ -122,14 +121,15 @@ def _detect_responses(
     if domain is None:
         raise QAdapterError(
             f"{name} answers each query in several domains; choose one with domain= "
-            f"({', '.join(domains)})"
+            f"({listed(domains, 20)})"
         )
     rejected = [other for other in domains if other != domain] if rejected is None else rejected
     for wanted in (domain, *rejected):
         if wanted not in domains:
-            near = difflib.get_close_matches(wanted, domains, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise QAdapterError(f"{name} has no domain {wanted!r} ({', '.join(domains)}){hint}")
+            raise QAdapterError(
+                f"{name} has no domain {shown(wanted)} ({listed(domains, 20)})"
+                + nearest(str(wanted), map(str, domains))
+            )
     if domain in rejected or not rejected:
         raise QAdapterError(f"rejected_domains must name at least one domain other than {domain!r}")
     return Format("messages", "responses", domain=domain, rejected_domains=tuple(rejected))

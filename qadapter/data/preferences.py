@@ -24,7 +24,7 @@ from qadapter.data.report import BadRow
 from qadapter.data.rows import Rows, rows_of
 from qadapter.data.sources import read_rows
 from qadapter.data.unused import check_unused
-from qadapter.errors import QAdapterError, nearest
+from qadapter.errors import QAdapterError, listed, nearest, shown
 
 # Rows turned into Arrow at a time, so that only a chunk is held as Python objects.
 _CHUNK = 10_000
@@ -140,13 +140,14 @@ def _check_mapping(columns: Mapping[str, str], seen: Sequence[str], name: str) -
     for new, old in columns.items():
         if new not in known:
             raise QAdapterError(
-                f"columns: {new!r} is no column of a preference dataset ({', '.join(known)}); "
+                f"columns: {shown(new)} is no column of a preference dataset ({', '.join(known)}); "
                 "write it as canonical name = name in the file"
             )
         if old not in seen:
-            there = ", ".join(map(str, seen))
             hint = nearest(str(old), map(str, seen))
-            raise QAdapterError(f"{name} has no column {old!r}, only {there}{hint}")
+            raise QAdapterError(
+                f"{name} has no column {shown(old)}, only {listed(seen, 20)}{hint}"
+            )
     return dict(columns)
 
 

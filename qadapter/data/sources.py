@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset, ReadInstruction, load_dataset
 from datasets import config as datasets_config
@@ -13,7 +12,7 @@ from qadapter.data.arrow import ArrowRows, ParquetRows, Row
 from qadapter.data.rows import ListRows, Rows
 from qadapter.data.saved import read_saved
 from qadapter.data.split_files import choose_files, files_of_readme
-from qadapter.errors import QAdapterError
+from qadapter.errors import QAdapterError, listed
 from qadapter.system.documents import parse_json
 from qadapter.system.textfiles import decode, read_bytes, split_lines
 
@@ -122,12 +121,12 @@ def _read_files(files: list[Path], limit: int | None) -> Rows:
         return _first(ParquetRows(files), limit)
     if any(parquet):
         raise QAdapterError(
-            f"{files[0].parent} mixes JSON and Parquet files; name one of {_list(map(str, files))}"
+            f"{files[0].parent} mixes JSON and Parquet files; name one of {listed(files)}"
         )
     rows: list[Row] = []
     for file in files:
         rows += _read_json(file, None if limit is None else limit - len(rows))
-    return ListRows(rows, _list(map(str, files)))
+    return ListRows(rows, listed(files))
 
 
 def _read_json(file: Path, limit: int | None) -> list[Row]:
@@ -165,7 +164,7 @@ def _refuse_single_object(text: str, file: Path) -> None:
         value = parse_json(text, file, surrogates=True)
     except QAdapterError:
         return
-    keys = f" with the keys {_list(value)}" if isinstance(value, dict) else ""
+    keys = f" with the keys {listed(value)}" if isinstance(value, dict) else ""
     raise QAdapterError(
         f"{file} holds one JSON {type(value).__name__}{keys}; rows must be a JSON list of objects, "
         "or one object a line"
@@ -204,8 +203,3 @@ def _check_reachable(name: str) -> None:
     cached = Path(datasets_config.HF_DATASETS_CACHE) / name.replace("/", "___")
     if not constants.HF_HUB_OFFLINE and not cached.exists():
         HfApi().dataset_info(name, timeout=_HUB_TIMEOUT_SECONDS)
-
-
-def _list(names: Any, most: int = 8) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
-from qadapter.errors import QAdapterError, nearest, shown
+from qadapter.errors import QAdapterError, listed, nearest, shown
 from qadapter.system.documents import parse_yaml
 from qadapter.system.textfiles import read_text
 
@@ -88,9 +88,9 @@ def choose_files(
     if not like and split == "train" and not any(f.kind or f.sharded for f in named.values()):
         return list(files)  # nothing is said about splits: it is one
     names = list(dict.fromkeys(found.name for found in named.values()))
-    where = _list(str(file.relative_to(folder)) for file in files)
+    where = listed(str(file.relative_to(folder)) for file in files)
     raise QAdapterError(
-        f"folder {folder} has no file named for split {split!r}; it has {_list(names)} ({where})"
+        f"folder {folder} has no file named for split {split!r}; it has {listed(names)} ({where})"
         + nearest(split, names)
     )
 
@@ -115,12 +115,12 @@ def files_of_readme(folder: Path, config: str | None, split: str) -> list[Path] 
             (config,) = found
         elif config not in found:
             raise QAdapterError(
-                f"{readme} has the configurations {_list(found)}; choose one with config "
+                f"{readme} has the configurations {listed(found)}; choose one with config "
                 "(--dataset_config)"
             )
     elif config not in found:
         raise QAdapterError(
-            f"{readme} has no configuration {config!r}; it has {_list(found)}"
+            f"{readme} has no configuration {config!r}; it has {listed(found)}"
             + nearest(config, found)
         )
     patterns = _patterns(found[config].get("data_files"))
@@ -128,7 +128,7 @@ def files_of_readme(folder: Path, config: str | None, split: str) -> list[Path] 
     if split not in patterns:
         raise QAdapterError(
             f"{readme} has no split {split!r} in configuration {config!r}; it has "
-            f"{_list(patterns)}" + nearest(split, patterns)
+            f"{listed(patterns)}" + nearest(split, patterns)
         )
     for name in (root, *patterns[split]):
         if name.startswith(("/", "~")) or ".." in name.split("/") or "\\" in name:
@@ -136,11 +136,11 @@ def files_of_readme(folder: Path, config: str | None, split: str) -> list[Path] 
     try:
         found_files = [sorted((folder / root).glob(pattern)) for pattern in patterns[split]]
     except (NotImplementedError, ValueError, OSError, RecursionError) as error:
-        raise QAdapterError(f"{readme}: {_list(patterns[split])}: {error}") from error
+        raise QAdapterError(f"{readme}: {listed(patterns[split])}: {error}") from error
     files = [file for files in found_files for file in files]
     if not files:
         raise QAdapterError(
-            f"{readme} names {_list(patterns[split])} for split {split!r}; no such file is there"
+            f"{readme} names {listed(patterns[split])} for split {split!r}; no such file is there"
         )
     return list(dict.fromkeys(files))
 
@@ -171,8 +171,3 @@ def _patterns(data_files: Any) -> dict[str, list[str]]:
         paths = entry["path"] if isinstance(entry["path"], list) else [entry["path"]]
         found.setdefault(str(entry["split"]), []).extend(map(str, paths))
     return found
-
-
-def _list(names: Any, most: int = 8) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -10,7 +10,7 @@ from qadapter.data.encoding import Prompt
 from qadapter.data.formats import extras_of
 from qadapter.data.messages import normal_messages
 from qadapter.data.report import BadRow
-from qadapter.errors import QAdapterError
+from qadapter.errors import QAdapterError, listed
 from qadapter.system.documents import parse_json
 from qadapter.system.textfiles import is_unicode, read_text, split_lines
 
@@ -52,7 +52,7 @@ def _read(path: str, key: str, or_messages: bool = False) -> list[Any]:
 def _value(path: str, number: int, line: str, key: str, or_messages: bool) -> Any:
     row = parse_json(line, path, line=number, surrogates=True)
     if not isinstance(row, dict) or key not in row:
-        seen = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        seen = listed(row) if isinstance(row, dict) else type(row).__name__
         raise QAdapterError(f"{path}:{number} has no {key!r}, only {seen or 'nothing'}")
     value = row[key]
     messages = or_messages and isinstance(value, list) and value

@@ -336,7 +336,8 @@ def _odd_table(rng: random.Random, table: pa.Table) -> pa.Table:
     if change == 4:
         return table.append_column(rng.choice((name, "", "\x00", "a.b", "prompt")),
                                    pa.array(["x"] * count))
-    return table.select([column for column in table.column_names if column != name])
+    kept = [number for number, column in enumerate(table.column_names) if column != name]
+    return table.select(kept)
 
 
 # --- configurations -------------------------------------------------------------------------------
