@@ -21,6 +21,7 @@ from qadapter.errors import QAdapterError
 from qadapter.evaluation.bootstrap import ClusterBootstrap, Estimate
 from qadapter.evaluation.scoring import Scorer, evaluating
 from qadapter.objective import Actions, find_actions, sequence_loss
+from qadapter.policy.model import QAdapterModel
 from qadapter_kernels import SoftValue
 
 NUM_BINS = 10
@@ -175,7 +176,7 @@ def evaluate_preferences(
         pairs = _score_pairs(model, dataset, batch_size, strength, progress, base_states)
     bootstrap = ClusterBootstrap(pairs.prompt_id, num_resamples=num_resamples, seed=seed)
     lengths = pairs.chosen_tokens - pairs.rejected_tokens
-    customised = not np.isnan(pairs.chosen_reward).any()
+    customised = isinstance(model, QAdapterModel)
 
     def accuracies(name: str, suffix: str) -> dict[str, Estimate | None]:
         prefix = f"preference_accuracy{suffix}"

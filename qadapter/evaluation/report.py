@@ -327,9 +327,13 @@ def plot_calibration(calibration: Calibration, path: str | Path) -> Path:
 
 
 def _curve(log_history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    # A callback of the user's may have logged what is no number.
+    def drawable(value: Any) -> bool:
+        # A callback of the user's may have logged what is no number; matplotlib's own arithmetic
+        # overflows at the largest.
+        return isinstance(value, int | float) and abs(value) < 1e100
+
     return [(entry["step"], entry[key]) for entry in log_history
-            if "step" in entry and isinstance(entry.get(key), int | float)]
+            if drawable(entry.get("step")) and drawable(entry.get(key))]
 
 
 def _new_axes(title: str, x_label: str, y_label: str) -> Axes:

@@ -3,6 +3,7 @@ import json
 import math
 
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 from tiny_models import tiny_adapter, tiny_llama, tokenized
@@ -16,6 +17,7 @@ from qadapter.evaluation import (
     write_metrics_jsonl,
     write_report,
 )
+from qadapter.evaluation.preference import Calibration, ReliabilityBin
 from qadapter.evaluation.report import (
     Row,
     Section,
@@ -101,3 +103,37 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path):
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == LOG
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "summary.json"]
+
+
+def test_what_is_no_number_is_left_out_of_pictures_and_null_in_json(tmp_path):
+    """After a training that took hours, whatever its log holds."""
+    odd = [math.nan, math.inf, -math.inf, 1e308, -1e308, 10**400, None, "x"]
+    log = [{"step": i, "loss": x, "rewards/margins": x, "eval_kl_base_policy": 1.0}
+           for i, x in enumerate(odd)]
+    log += [{"loss": 1.0}, {"step": "x", "loss": 1.0}, {"step": 9, "loss": 0.5}]
+    assert [p.name for p in plot_training_curves(log, tmp_path)] == ["loss.png", "kl.png"]
+    write_metrics_jsonl(tmp_path / "metrics.jsonl", log)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    read = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert [row.get("loss") for row in read[:4]] == [None, None, None, 1e308]
+    nothing = Estimate(math.nan, math.nan, math.nan)
+    for bins in ((), (ReliabilityBin(0.5, 1.0, 0, None, None),)):
+        assert plot_calibration(Calibration(0.0, nothing, nothing, bins), tmp_path / "c.png")
+
+
+def test_a_model_of_no_numbers_is_neither_right_nor_wrong():
+    model = tiny_adapter(trained=True)
+    torch.nn.init.constant_(model.adapter.up.weight, math.nan)
+    found = evaluate_preferences(model, tokenized(), num_resamples=5)
+    assert math.isnan(found.preference_accuracy.value)
+    flat = found.as_dict() | evaluate_retention(model, [[4, 5, 6]], num_resamples=5).as_dict()
+    json.dumps(flat, allow_nan=False)
+    assert flat["preference_accuracy"] is None and flat["preference_accuracy_base"] is not None
+    assert "| accuracy by reward | — | — |" in comparison_markdown(preference_rows(found))
+
+
+def test_a_perplexity_beyond_all_numbers_is_infinite():
+    model = tiny_adapter(trained=True)
+    torch.nn.init.constant_(model.adapter.up.weight, 1e6)
+    found = evaluate_retention(model, [[4, 5, 6], [7, 8, 9]], num_resamples=5)
+    assert found.perplexity.value == math.inf and found.as_dict()["perplexity"] is None
