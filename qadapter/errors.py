@@ -39,9 +39,9 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 
 
-def first_line(error: BaseException) -> str:
+def beginning(error: BaseException) -> str:
     """The beginning of what an error says: those of other libraries may go on with a stack."""
-    return next((text.strip() for text in str(error).splitlines() if text.strip()), "")[:300]
+    return " ".join(str(error).split())[:300]
 
 
 def listed(names: Iterable[object], most: int = 8) -> str:

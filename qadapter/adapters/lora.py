@@ -33,7 +33,7 @@ from qadapter.adapters.gating import (
 )
 from qadapter.adapters.peft_config import require_adapting, require_matching
 from qadapter.adapters.streams import BASE
-from qadapter.errors import QAdapterError, first_line
+from qadapter.errors import QAdapterError, beginning
 from qadapter.trunk.checkpointing import checkpoints_reentrantly
 from qadapter.trunk.lm_head import input_device, trunk
 from qadapter.trunk.loading import shell_of
@@ -88,7 +88,7 @@ class LoraAdapter:
                 warnings.simplefilter("ignore", FutureWarning)
                 self.peft_model = peft.get_peft_model(base, _trainable(config))
         except Exception as error:  # a class for each kind of adapter, with checks of its own
-            raise QAdapterError(f"PEFT can't adapt {name}: {first_line(error)}") from error
+            raise QAdapterError(f"PEFT can't adapt {name}: {beginning(error)}") from error
         if not checkpoints_reentrantly(base):
             # PEFT asks for them as transformers does: see QAdapterModel.
             base.disable_input_require_grads()
@@ -119,7 +119,7 @@ class LoraAdapter:
             self.peft_model.add_adapter(name, _trainable(config))
         except Exception as error:
             raise QAdapterError(
-                f"PEFT can't hold these adapters together: {first_line(error)}"
+                f"PEFT can't hold these adapters together: {beginning(error)}"
             ) from error
         set_peft_model_state_dict(self.peft_model, weights, adapter_name=name)
         self.names.append(name)

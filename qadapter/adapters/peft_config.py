@@ -18,7 +18,7 @@ from typing import Any, Literal
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from qadapter.errors import QAdapterError, first_line, nearest, shown
+from qadapter.errors import QAdapterError, beginning, nearest, shown
 from qadapter.system.documents import read_json
 
 MAX_BYTES = 2**20
@@ -70,7 +70,7 @@ def read_config(path: Path) -> PeftConfig:
                 **{name: x for name, x in fields.items() if name not in _IGNORED}
             )
     except Exception as error:  # a class for each kind of adapter, with checks of its own
-        raise QAdapterError(f"{path}: not a PEFT configuration: {first_line(error)}") from error
+        raise QAdapterError(f"{path}: not a PEFT configuration: {beginning(error)}") from error
 
 
 def require_adapting(config: PeftConfig) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qadapter.adapters.head_adapter import AdapterConfig
-from qadapter.errors import QAdapterError, first_line
+from qadapter.errors import QAdapterError, beginning
 from qadapter.system.room import available_memory, size
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def planned_weights(
         return None
     except Exception as error:
         raise QAdapterError(
-            f"PEFT can't adapt {type(base).__name__}: {first_line(error)}"
+            f"PEFT can't adapt {type(base).__name__}: {beginning(error)}"
         ) from error
 
 

@@ -183,8 +183,4 @@ def _is_adapter(name: str) -> bool:
         return (folder / storage.CONFIG_NAME).exists() or not (folder / "config.json").exists()
     if name.count("/") != 1 or folder.is_absolute():
         return False
-    try:
-        storage.read(name)
-    except QAdapterError:
-        return False
-    return True
+    return storage.AdapterFiles(name).has(storage.CONFIG_NAME)

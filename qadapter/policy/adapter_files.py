@@ -26,6 +26,13 @@ class AdapterFiles:
         self.name = str(adapter_dir)
         self._folder = Path(adapter_dir)
 
+    @classmethod
+    def of(cls, place: str | Path | AdapterFiles) -> AdapterFiles:
+        return place if isinstance(place, AdapterFiles) else cls(place)
+
+    def __str__(self) -> str:
+        return self.name
+
     def locate(self, name: str) -> Path:
         """The path of a file, downloaded where it is on the hub.
 

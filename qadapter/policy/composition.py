@@ -206,7 +206,8 @@ def load(
     """
     parts = []
     for folder in saved.adapter.folders:
-        part, weights = storage.read(folder), storage.read_weights(folder)
+        files = storage.AdapterFiles(folder)
+        part, weights = storage.read(files), storage.read_weights(files)
         if isinstance(part.adapter, (AdapterConfig, storage.Composition)):
             raise QAdapterError(f"{folder}: not an adapter in the trunk: only they are composed so")
         part.base.require(identity, folder)

@@ -164,9 +164,11 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         Raises:
             QAdapterError: a file missing or damaged; the base is not the adapter's.
         """
-        saved = storage.read(adapter_dir, objective)
+        files = storage.AdapterFiles(adapter_dir)
+        saved = storage.read(files, objective)
         composed = isinstance(saved.adapter, storage.Composition)
-        weights = {} if composed else storage.read_weights(adapter_dir)
+        weights = {} if composed else storage.read_weights(files)
+        chat_template = storage.read_chat_template(files)
         if base is None and saved.base_name is None:
             raise QAdapterError(f"{adapter_dir} names no base: pass base=")
         loaded = as_loaded(base if base is not None else saved.base_name, base_kwargs)
@@ -183,7 +185,7 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
             if is_trainable:
                 raise QAdapterError(f"{adapter_dir}: a composition is frozen: train its adapters")
             model = load(saved, loaded, identity)
-            model.chat_template = storage.read_chat_template(adapter_dir)
+            model.chat_template = chat_template
             return model
         storage.require_planned(adapter_dir, weights, loaded.model, saved.adapter)
         try:
@@ -193,7 +195,7 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         storage.require_fitting(adapter_dir, weights, model.adapter.state_dict())
         model.adapter.load_state_dict(weights)
         model.adapter.requires_grad_(is_trainable)
-        model.chat_template = storage.read_chat_template(adapter_dir)
+        model.chat_template = chat_template
         return model
 
     def save_pretrained(

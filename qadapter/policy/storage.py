@@ -55,6 +55,11 @@ MAX_BYTES = 2**20
 """Of a configuration file."""
 
 
+Place = str | Path | AdapterFiles
+"""A folder, a hub name, or one of them whose manifest was read already: several calls for one load
+then hold all files against the same."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Composition:
     """Adapters in folders of their own, and the weights of their Q-functions."""
@@ -166,6 +171,8 @@ def _replace(folder: Path, scratch: Path) -> list[str]:
     names.sort(key=lambda name: name != CONFIG_NAME)
     manifest.remove(folder)
     for name in names:
+        with open(scratch / name, "rb") as file:
+            os.fsync(file.fileno())  # the manifest is to be the last on the disk, too
         os.replace(scratch / name, folder / name)
     return names
 
@@ -182,7 +189,7 @@ def _description(adapter: dict[str, Any], objective: ObjectiveConfig, base: Base
     return json.dumps(description, indent=2) + "\n"
 
 
-def read(adapter_dir: str | Path, objective: ObjectiveConfig | None = None) -> SavedAdapter:
+def read(adapter_dir: Place, objective: ObjectiveConfig | None = None) -> SavedAdapter:
     """Read ``qadapter_config.json``; where there is none, a PEFT adapter's ``adapter_config.json``.
 
     Args:
@@ -192,7 +199,7 @@ def read(adapter_dir: str | Path, objective: ObjectiveConfig | None = None) -> S
         QAdapterError: missing, not JSON, of a version this library doesn't know; not what was
             saved, as its manifest tells; an objective that is missing or not wanted.
     """
-    files = AdapterFiles(adapter_dir)
+    files = AdapterFiles.of(adapter_dir)
     if not files.lists(CONFIG_NAME) and files.has(PEFT_CONFIG_NAME):
         if objective is None:
             raise QAdapterError(
@@ -271,7 +278,7 @@ def _read_peft(files: AdapterFiles) -> PeftConfig:
     return read_config(files.checked(PEFT_CONFIG_NAME))
 
 
-def load_weights(adapter_dir: str | Path, adapter: HeadAdapter | LoraAdapter) -> None:
+def load_weights(adapter_dir: Place, adapter: HeadAdapter | LoraAdapter) -> None:
     """Load ``adapter_model.safetensors`` into an adapter of the right form.
 
     Raises:
@@ -282,14 +289,14 @@ def load_weights(adapter_dir: str | Path, adapter: HeadAdapter | LoraAdapter) ->
     adapter.load_state_dict(weights)
 
 
-def read_weights(adapter_dir: str | Path) -> dict[str, Tensor]:
+def read_weights(adapter_dir: Place) -> dict[str, Tensor]:
     """What ``adapter_model.safetensors`` holds.
 
     Raises:
         QAdapterError: missing, damaged, or not what was saved; NaN or an infinity, also in
             float32, in which adapters compute.
     """
-    path = AdapterFiles(adapter_dir).checked(WEIGHTS_NAME)
+    path = AdapterFiles.of(adapter_dir).checked(WEIGHTS_NAME)
     try:
         weights = load_file(path)
     except (SafetensorError, OSError) as error:
@@ -301,7 +308,7 @@ def read_weights(adapter_dir: str | Path) -> dict[str, Tensor]:
 
 
 def require_fitting(
-    adapter_dir: str | Path, weights: dict[str, Tensor], expected: dict[str, Tensor]
+    adapter_dir: Place, weights: dict[str, Tensor], expected: dict[str, Tensor]
 ) -> None:
     """
     Args:
@@ -310,7 +317,7 @@ def require_fitting(
     Raises:
         QAdapterError: names, shapes or kinds of numbers are others; names the first.
     """
-    path = Path(adapter_dir) / WEIGHTS_NAME
+    path = Path(str(adapter_dir)) / WEIGHTS_NAME
     for name in sorted({*weights, *expected}):
         found, wanted = (_kind(tensors.get(name)) for tensors in (weights, expected))
         if found != wanted:
@@ -320,7 +327,7 @@ def require_fitting(
 
 
 def require_planned(
-    adapter_dir: str | Path, weights: dict[str, Tensor], base: PreTrainedModel,
+    adapter_dir: Place, weights: dict[str, Tensor], base: PreTrainedModel,
     adapter: AdapterConfig | PeftConfig,
 ) -> None:
     """Hold weights against a configuration before anything of its sizes is made; raises as
@@ -340,7 +347,7 @@ def _kind(x: Tensor | None) -> str:
     return f"{' × '.join(map(str, x.shape))} {numbers}"
 
 
-def is_whole(adapter_dir: str | Path) -> bool:
+def is_whole(adapter_dir: Place) -> bool:
     """Whether an adapter is there, and all of it is what was saved."""
     try:
         if not isinstance(read(adapter_dir).adapter, Composition):
@@ -351,13 +358,13 @@ def is_whole(adapter_dir: str | Path) -> bool:
     return True
 
 
-def read_chat_template(adapter_dir: str | Path) -> str | None:
+def read_chat_template(adapter_dir: Place) -> str | None:
     """The chat template that an adapter was trained with, where one was saved with it.
 
     Raises:
         QAdapterError: not what was saved, or no text.
     """
-    files = AdapterFiles(adapter_dir)
+    files = AdapterFiles.of(adapter_dir)
     return read_text(files.checked(CHAT_TEMPLATE_FILE)) if files.lists(CHAT_TEMPLATE_FILE) else None
 
 

@@ -51,7 +51,8 @@ def read_bytes(path: str | Path, *, most: int | None = None) -> bytes:
         size = _size(file)
         if not str(path).endswith(".gz"):
             with open(file, "rb") as stream:
-                data = stream.read() if most is None else stream.read(most + 1)
+                # read(n) takes n bytes of memory first, however small the file is.
+                data = stream.read(None if most is None or size <= most else most + 1)
         else:
             grown = max(ZIPPED_BYTES, ZIPPED_TIMES * size)
             least = grown if most is None else min(most, grown)

@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from qadapter.errors import QAdapterError, first_line
+from qadapter.errors import QAdapterError, beginning
 from qadapter.system import manifest
 from qadapter.system.hashing import file_sha256
 from qadapter.system.locking import exclusive
@@ -131,7 +131,12 @@ def load_base(
     """
     found = resolve_base(name_or_path, say)
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
-    whole.require_as_written(found.location)
+    try:
+        whole.require_as_written(found.location)
+    except QAdapterError as error:
+        if Path(found.location) == _wheel_folder():
+            raise QAdapterError(f"{error}; or delete the folder: it is made again") from error
+        raise
     whole.require_generation_config(found.location)
     whole.require_own_shards(found.location)
     config = None
@@ -307,7 +312,7 @@ def _load_failure(
             f"{what} can't be loaded: its weights are a pickle that holds more than tensors, which "
             "could run anything: it is not read"
         )
-    return f"{what} can't be loaded: {type(error).__name__}: {first_line(error)}"
+    return f"{what} can't be loaded: {type(error).__name__}: {beginning(error)}"
 
 
 # --- the demo's base ------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from qadapter.errors import QAdapterError, shown
 from qadapter.system import manifest
 from qadapter.system.documents import read_json
+from qadapter.system.textfiles import read_text
 from qadapter.trunk.base_dtype import dtype_name
 
 _OBJECTS = ("config.json", GENERATION_CONFIG_NAME, "tokenizer.json", "tokenizer_config.json")
@@ -115,7 +116,7 @@ def require_own_shards(folder: str | Path) -> None:
 
 
 def damaged_file(folder: str | Path) -> str | None:
-    """A line about the first JSON or safetensors file of a local folder that can't be read: what
+    """A line about the first file of a model in a local folder that can't be read: what
     transformers says names none."""
     for path in sorted(Path(folder).expanduser().glob("*.json")):
         try:
@@ -124,6 +125,11 @@ def damaged_file(folder: str | Path) -> str | None:
             return f"{error}; copy the model again"
         if path.name in _OBJECTS and not isinstance(found, dict):
             return f"{path} holds {shown(found)}, no settings; copy the model again"
+    for path in sorted(Path(folder).expanduser().glob("*.jinja")):
+        try:
+            read_text(path)
+        except QAdapterError as error:
+            return f"{error}; copy the model again"
     for path in sorted(Path(folder).expanduser().glob("*.safetensors")):
         try:
             with safe_open(path, "pt"):

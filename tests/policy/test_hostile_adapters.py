@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 import tracemalloc
 from pathlib import Path
 
@@ -30,17 +31,30 @@ NAMES = {"head": storage.CONFIG_NAME, "lora": storage.PEFT_CONFIG_NAME}
 
 @pytest.fixture(params=ADAPTERS)
 def saved(tmp_path, request) -> Path:
-    return save(tmp_path / "adapter", ADAPTERS[request.param])
+    return save(tmp_path / "adapter", request.param)
 
 
 @pytest.fixture
 def lora(tmp_path) -> Path:
-    return save(tmp_path / "adapter", ADAPTERS["lora"])
+    return save(tmp_path / "adapter", "lora")
 
 
-def save(folder: Path, adapter) -> Path:
-    QAdapterModel.from_base(tiny_base(), adapter).save_pretrained(folder)
-    return folder
+SAVED: dict[str, Path] = {}
+"""The adapters on disk, made once."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _written(tmp_path_factory):
+    for name, adapter in ADAPTERS.items():
+        SAVED[name] = tmp_path_factory.mktemp("saved") / name
+        QAdapterModel.from_base(tiny_base(), adapter).save_pretrained(SAVED[name])
+    models = [QAdapterModel.from_base(tiny_base(), ADAPTERS["lora"]) for _ in range(2)]
+    SAVED["composed"] = tmp_path_factory.mktemp("composed") / "adapter"
+    compose(models, (0.5, 0.5)).save_pretrained(SAVED["composed"])
+
+
+def save(folder: Path, name: str) -> Path:
+    return Path(shutil.copytree(SAVED[name], folder))
 
 
 def vouch(folder: Path) -> None:
@@ -106,7 +120,7 @@ def test_other_dtypes_of_real_numbers_are_read(saved, dtype):
 @pytest.mark.parametrize("number", [10**9, 10**18, 10**30, 3, 0, -1, 2.5, True])
 @pytest.mark.parametrize("kind", ["head", "lora", "pattern", "plain"])
 def test_sizes_are_held_against_the_file_before_anything_is_made(tmp_path, kind, number):
-    folder = save(tmp_path / "adapter", ADAPTERS["head" if kind == "head" else "lora"])
+    folder = save(tmp_path / "adapter", "head" if kind == "head" else "lora")
     ours = folder / storage.CONFIG_NAME
     adapter = json.loads(ours.read_text())["adapter"]
     if kind == "head":
@@ -184,8 +198,8 @@ def test_patterns_that_end_are_what_they_were(tmp_path):
         r=2, target_modules=r"(?:.*\.)?layers\.(?:0|1)\.self_attn\.(q|v)_proj",
         rank_pattern={r"layers\.\d+\.self_attn\.q_proj": 3},
     )
-    folder = save(tmp_path, config)
-    model = QAdapterModel.from_pretrained(folder, tiny_base())
+    QAdapterModel.from_base(tiny_base(), config).save_pretrained(tmp_path)
+    model = QAdapterModel.from_pretrained(tmp_path, tiny_base())
     weights = model.adapter.state_dict()
     assert {x.shape[0] for name, x in weights.items() if "lora_A" in name} == {2, 3}
 
@@ -279,9 +293,7 @@ def test_what_is_no_configuration_at_all(saved, text):
 
 @pytest.fixture
 def composed(tmp_path) -> Path:
-    models = [QAdapterModel.from_base(tiny_base(), ADAPTERS["lora"]) for _ in range(2)]
-    compose(models, (0.5, 0.5)).save_pretrained(tmp_path / "composed")
-    return tmp_path / "composed"
+    return Path(shutil.copytree(SAVED["composed"], tmp_path / "composed"))
 
 
 def parts(folder: Path, **fields) -> None:
@@ -295,7 +307,7 @@ def parts(folder: Path, **fields) -> None:
     "./adapter-0", "~/x", "a\\b", "adapter-0\n", "\0", "link", 7, None, ["adapter-0"], "~",
 ])
 def test_parts_of_a_composition_lie_inside(composed, tmp_path, name):
-    save(tmp_path / "outside", ADAPTERS["lora"])
+    save(tmp_path / "outside", "lora")
     (composed / "link").symlink_to(tmp_path / "outside")
     if name == "/absolute":
         name = str(tmp_path / "outside")
@@ -326,7 +338,7 @@ def test_parts_of_other_kinds(composed):
         edit(part / storage.CONFIG_NAME, adapter=adapter)
         save_part = part / "adapter-0"
         if adapter["kind"] == "composition" and not save_part.exists():
-            save(save_part, ADAPTERS["lora"])
+            save(save_part, "lora")
         vouch(part)
         vouch(composed)
         refusal(composed)

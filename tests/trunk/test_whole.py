@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from data.tiny import chatml
 from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, tiny_base
 from transformers import BertConfig, BertModel
@@ -149,6 +150,14 @@ def test_a_damaged_tokenizer_is_named(base):
     (base / "tokenizer.json").write_text('{"version": "1.0", "trunc')
     (base / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     with pytest.raises(QAdapterError, match=r"tokenizer\.json"):
+        load_tokenizer(base)
+    chatml().save_pretrained(base)
+    (base / "chat_template.jinja").write_bytes(b"{{ messages }}\xe1(")
+    with pytest.raises(QAdapterError, match=r"chat_template\.jinja:1 is not UTF-8"):
+        load_tokenizer(base)
+    (base / "chat_template.jinja").unlink()
+    (base / "tokenizer.json").unlink()
+    with pytest.raises(QAdapterError, match=r"tokenizer of .* from one of: "):
         load_tokenizer(base)
 
 
