@@ -2,7 +2,8 @@
 
 import bisect
 import itertools
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -223,7 +224,7 @@ class ConversationEncoder:
         A token across the start of a turn is the turn's, one across its end is not.
         """
         spans = side.spans()
-        ids, position = _positions(self.tokenizer, side.text)
+        ids, position = _positions(self.tokenizer, side.text, self.chat.special)
         mask = [False] * len(ids)
         for span in spans:
             start, stop = position(span.start), position(span.stop)
@@ -236,8 +237,14 @@ class ConversationEncoder:
         return ids, mask
 
 
-def _positions(tokenizer: PreTrainedTokenizerBase, text: str):
-    """The text's tokens, and a function from a character to how many tokens end before it."""
+def _positions(
+    tokenizer: PreTrainedTokenizerBase, text: str, special: re.Pattern[str]
+) -> tuple[list[int], Callable[[int], int]]:
+    """The text's tokens, and a function from a character to how many tokens end before it.
+
+    Args:
+        special: matches the tokenizer's special tokens.
+    """
     if tokenizer.is_fast:
         found = tokenizer(
             text, add_special_tokens=False, verbose=False, return_offsets_mapping=True
@@ -245,7 +252,22 @@ def _positions(tokenizer: PreTrainedTokenizerBase, text: str):
         ends = [end for _, end in found["offset_mapping"]]
         return found["input_ids"], lambda character: bisect.bisect_right(ends, character)
     ids = token_ids(tokenizer, text)
-    return ids, lambda character: common_prefix(ids, token_ids(tokenizer, text[:character]))
+    # Special tokens cut a text into sections, of which only a character's own is looked into.
+    starts = sorted({0, *(match.start() for match in special.finditer(text))})
+    sections = [
+        token_ids(tokenizer, text[start:stop])
+        for start, stop in itertools.pairwise([*starts, len(text)])
+    ]
+    if list(itertools.chain.from_iterable(sections)) != ids:
+        starts, sections = [0], [ids]
+    before = [0, *itertools.accumulate(map(len, sections))]
+
+    def position(character: int) -> int:
+        section = bisect.bisect_right(starts, character) - 1
+        part = token_ids(tokenizer, text[starts[section] : character])
+        return before[section] + common_prefix(sections[section], part)
+
+    return ids, position
 
 
 class _Side:

@@ -10,6 +10,7 @@ from tiny import CHATML, LLAMA3, PLAIN, llama3, turns
 
 from qadapter.data import tokenize_preferences
 from qadapter.data.chat import ChatTemplate
+from qadapter.data.tokens import token_ids
 from qadapter.data.turns import _Rendering, common_prefix
 from qadapter.errors import QAdapterError
 
@@ -153,18 +154,26 @@ def test_what_cannot_be_told_apart_is_dropped_with_that_reason():
         prepare(row, templates.REPLY_WITHIN, on_bad_row="raise")
 
 
-def test_slow_tokenizers_have_no_offsets():
-    tokenizer = llama3(templates.THOUGHTS_OF_THE_LAST)
-    row = {"prompt": ASKED, "chosen": turns("Blue.", "Sure?", "Very.", first="assistant"),
-           "rejected": turns("Red.", first="assistant")}
-    fast = tokenize_preferences([row], tokenizer).dataset[0]
+@pytest.mark.parametrize("template", [templates.THOUGHTS_OF_THE_LAST, LLAMA3, PLAIN])
+@pytest.mark.parametrize("count", [3, 41])
+def test_slow_tokenizers_have_no_offsets(template, count, monkeypatch):
+    answer = turns(*(f"Blue {i}, I think." for i in range(count)), first="assistant")
+    row = {"prompt": ASKED, "chosen": answer, "rejected": turns("Red.", first="assistant")}
+    fast = tokenize_preferences([row], llama3(template), max_length=None).dataset[0]
 
-    class Slow(type(tokenizer)):
+    class Slow(type(llama3())):
         is_fast = False
 
-    slow = llama3(templates.THOUGHTS_OF_THE_LAST)
+    slow = llama3(template)
     slow.__class__ = Slow
-    assert tokenize_preferences([row], slow).dataset[0] == fast
+    read = []
+    monkeypatch.setattr(
+        "qadapter.data.encoding.token_ids",
+        lambda tokenizer, text: read.append(len(text)) or token_ids(tokenizer, text),
+    )
+    assert tokenize_preferences([row], slow, max_length=None).dataset[0] == fast
+    if template != PLAIN:  # without special tokens there are no sections
+        assert sum(read) < 8 * len(slow.apply_chat_template([*ASKED, *answer], tokenize=False))
 
 
 @pytest.mark.parametrize("kind", [str, list])
