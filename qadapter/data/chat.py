@@ -22,12 +22,14 @@ _PROBE = "qadapter-probe-answer"
 # Private-use characters: in no text, left alone by trimming and changes of case, and escaped where
 # a template prints Python objects instead of what is in them.
 _OPEN, _CLOSE = "\ue000", "\ue001"
+_MARKS = re.compile(f"{_OPEN}[0-9]+{_CLOSE}")
 _WAY_OUT = (
     "--chat_template plain gives it the roles as words, --chat_template FILE a template of your "
     "own (in Python: chat_template_path)"
 )
-_MOST_PLANS = 1000
-_MOST_ROLES = 4
+_MOST_PLANNED = 100_000
+"""Messages in all shapes of conversations that are remembered."""
+_MOST_ROLES = 6
 """Of which any may need lists of parts while others don't: more aren't tried one by one."""
 
 
@@ -118,6 +120,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.name = name or f"the chat template of {tokenizer.name_or_path!r}"
         self._plans: dict[Any, _Plan] = {}
+        self._planned = 0
         names = inspect.signature(tokenizer.apply_chat_template).parameters
         # How to render, what is rendered, and the special tokens, which mark turns.
         self._reserved = set(names) - {"documents", "kwargs"} | set(tokenizer.special_tokens_map)
@@ -240,8 +243,10 @@ class ChatTemplate:
             json.dumps(keywords, sort_keys=True, default=str) if keywords else "",
         )
         if key not in self._plans:
-            if len(self._plans) >= _MOST_PLANS:
+            self._planned += len(messages)
+            if self._planned > _MOST_PLANNED:
                 self._plans.clear()
+                self._planned = len(messages)
             self._plans[key] = self._make_plan(messages, options)
         return self._plans[key]
 
@@ -253,7 +258,8 @@ class ChatTemplate:
                 text = self._apply(marked, form, options)
             except BadRow:
                 continue
-            lost = {lost for mark, lost in marks.items() if mark not in text}
+            there = set(_MARKS.findall(text))
+            lost = {lost for mark, lost in marks.items() if mark not in there}
             if best is None or len(lost) < len(best[2]):
                 best = form, text, lost
             if not lost:

@@ -306,10 +306,13 @@ class _Side:
                     "answer_left_out",
                     f"{lost.what} of a turn of {self.side} (role {role})",
                 )
-        own = (m["content"] for m in self.messages[self.first :] if m["role"] == "assistant"
-               and m.get("content"))
-        if not all(content.strip() in self.text for content in own):
-            notes.add("turn_rewritten")
+        at = 0
+        for message in self.messages[self.first :]:
+            if message["role"] == "assistant" and (content := message.get("content")):
+                found = self.text.find(content.strip(), at)
+                if found < 0 and content.strip() not in self.text:
+                    notes.add("turn_rewritten")
+                at = max(at, found)  # turns stand in their order
         return notes
 
     def spans(self) -> list[Span]:

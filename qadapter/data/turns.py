@@ -9,7 +9,9 @@ known from the conversation up to it, where the model is asked for the turn or h
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -141,18 +143,22 @@ class _Rendering:
             ])
         except BadRow:
             return None
-        pieces, at = [], 0
-        for mark in marks.values():
-            start = changed.find(mark, at)
-            if start < 0:
-                return None
-            pieces.append(changed[at:start])
-            at = changed.rfind(mark, start) + len(mark)
+        there = [
+            (int(index), [match.span() for match in matches])
+            for index, matches in itertools.groupby(
+                re.finditer(f"{opening}([0-9]+){closing}", changed), key=lambda match: match[1]
+            )
+        ]
+        if [index for index, _ in there] != list(group):
+            return None
+        bounds = [0, *(at for _, spans in there for at in (spans[0][0], spans[-1][1]))]
+        pieces = [changed[i:j] for i, j in zip(bounds[::2], bounds[1::2], strict=False)]
+        pieces.append(changed[bounds[-1] :])
         found: dict[int, Span] = {}
         end = common_prefix(self.text, pieces[0])
         if len(pieces[0]) - end > _MARGIN:
             return None
-        for index, piece in zip(group, [*pieces[1:], changed[at:]], strict=True):
+        for index, piece in zip(group, pieces[1:], strict=True):
             if index == group[-1]:
                 same = min(common_suffix(self.text, piece), len(self.text) - end)
                 place = (len(self.text) - same, len(self.text)) if (

@@ -201,10 +201,9 @@ class _Loader(yaml.SafeLoader):
 
     def construct_yaml_str(self, node: yaml.Node) -> str:
         text = self.construct_scalar(node)
-        if not is_unicode(text):
-            raise ConstructorError(
-                None, None, "half of a surrogate pair is no character", node.start_mark
-            )
+        if not is_unicode(text) or "\0" in text:
+            what = "a zero byte" if "\0" in text else "half of a surrogate pair"
+            raise ConstructorError(None, None, f"{what} is no character", node.start_mark)
         return text
 
     def construct_unknown(self, node: yaml.Node) -> None:

@@ -265,3 +265,22 @@ def test_a_text_that_repeats_what_follows_it_is_still_one_turn(where):
     found = scored(prepare({"prompt": ASKED, "chosen": answer}, LLAMA3, max_length=None))
     own = [turn["content"] for turn in answer if turn["role"] == "assistant"]
     assert [text.removesuffix("<|eot|>") for text in found] == own
+
+
+def test_shapes_that_are_remembered_do_not_add_up(monkeypatch):
+    monkeypatch.setattr("qadapter.data.chat._MOST_PLANNED", 50)
+    chat = ChatTemplate(llama3())
+    for length in range(2, 30):
+        chat.render(turns(*["Hot."] * length), {})
+        assert sum(len(key[0]) for key in chat._plans) <= 50
+
+
+def test_many_roles_do_not_multiply_what_is_tried(monkeypatch):
+    tried = []
+    apply = ChatTemplate._apply
+    monkeypatch.setattr(
+        ChatTemplate, "_apply", lambda *a, **k: tried.append(1) or apply(*a, **k)
+    )
+    asked = [{"role": f"role {i}", "content": "Hot?"} for i in range(40)]
+    chat = ChatTemplate(llama3("{% for m in messages %}{{ m.role }}{% endfor %}"))
+    assert len(chat.lost(asked, {})) == 40 and len(tried) < 10

@@ -79,6 +79,7 @@ def bomb(first, again):
     ("a: !!int x", "'x' is no int"), ("a: !!bool 7", "'7' is no bool"),
     ("a: !!int ''", "'' is no int"), ("a: !!float ''", "'' is no float"),
     ("!!seq x", "expected a sequence"), ("<<: 5", "expected a mapping"),
+    ('a: "x\\0y"', "a zero byte is no character"),
     ('a: "\\uD83D"', "half of a surrogate pair"), ('\na: "\\UFFFFFFFF"', "a.yaml:2 is not YAML"),
     ("1: a\n0x1: b", "a.yaml:2 is not YAML: the key 1 stands there twice"),
     ("a: 1\n'a': 2", "the key 'a' stands there twice"), ("? [a]\n: b", "unhashable key"),
