@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -146,6 +149,21 @@ def test_commands_open_what_they_need_and_run_nothing(world, tmp_path, monkeypat
                 if not file.endswith((".json", ".jinja", ".safetensors"))]
     assert started(watch) == [] and watch.connections == []
     assert before == (digests(folder / name), digests(folder / "base"), digests(folder / "plain"))
+
+
+@pytest.mark.parametrize(("said", "off"), [(None, True), ("0", False)])
+def test_nothing_is_counted_on_the_hub(said, off):
+    """In a process of its own: libraries look when they are imported."""
+    environment = {k: x for k, x in os.environ.items() if not k.endswith("TELEMETRY")}
+    if said is not None:
+        environment["HF_HUB_DISABLE_TELEMETRY"] = said
+    code = (
+        "from qadapter.commands import root; root.run(['--version'])\n"
+        "from huggingface_hub import constants; print(constants.HF_HUB_DISABLE_TELEMETRY)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True,
+                          text=True, check=True)
+    assert done.stdout.splitlines()[-1] == str(off)
 
 
 @holds("Exports hold no code")

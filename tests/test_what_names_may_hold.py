@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from hostile.reading import Seen
 from markdown_it import MarkdownIt
 from tiny_models import cli, preference_rows, save_tiny, tiny_adapter, write_jsonl
 
@@ -26,28 +26,13 @@ OWN = {"h1", "h2", "p", "ul", "li", "table", "thead", "tbody", "tr", "th", "td",
        "blockquote", "br", "pre", "code"}
 
 
-class Seen(HTMLParser):
-    def __init__(self, text: str):
-        super().__init__(convert_charrefs=True)
-        self.tags: list[tuple[str, dict]] = []
-        self.text = ""
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_data(self, data):
-        self.text += data
-
-
 def read_markdown(file: Path) -> Seen:
     """As a browser sees it; nothing but the report's own marks, links and pictures."""
     text = file.read_text()
     if text.startswith("---\n"):
         text = text.split("\n---\n", 1)[1]
     seen = Seen(MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(text))
-    for tag, attributes in seen.tags:
+    for tag, attributes in seen.elements:
         if tag == "a":
             assert attributes == {"href": "https://arxiv.org/abs/2407.03856"}
         elif tag == "img":
@@ -99,7 +84,7 @@ def test_what_is_measured_of_it(place, tmp_path, capsys):
     assert cli("rewards", folder / "run" / NAME, "--dataset_name", arguments[1], "--output_file",
                tmp_path / f"{NAME}.html", "--max_pairs", 4) == 0
     page = Seen((tmp_path / f"{NAME}.html").read_text())
-    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "img", "a"})
+    assert set(page.tags).isdisjoint({"script", "img", "a"})
     assert page.text.count(one_line(NAME)) >= 3
     shown = capsys.readouterr()
     assert not set(shown.out + shown.err) & set("\x1b\x07")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import logging
+import os
 import sys
 import traceback
 import warnings
@@ -125,6 +126,8 @@ def run(arguments: list[str]) -> int:
     """Run a command; the process's exit code."""
     # PEFT imports bitsandbytes wherever it is installed, and that warns of a kernel on a hub.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # TRL tells the hub of its trainers; who works on local files tells nobody, unless they say so.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # What a library will rename one day concerns who writes code, not who runs a command.
     warnings.simplefilter("ignore", FutureWarning)
     debug = "--debug" in itertools.takewhile(lambda a: a.startswith("-"), arguments)

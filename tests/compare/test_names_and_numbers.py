@@ -4,11 +4,11 @@ were written by hand, so that nothing is trained."""
 from __future__ import annotations
 
 import json
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from comparisons import settings, write_config
+from hostile.reading import Seen
 from hostile.texts import TEXTS
 from PIL import Image
 from tiny_models import cli
@@ -85,42 +85,16 @@ def write_results(config, folder: Path, **numbers) -> Path:
     return folder
 
 
-class Seen(HTMLParser):
-    """Tags, attributes and text, with all tags closed in order."""
-
-    def __init__(self, page: str):
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.tags: set[str] = set()
-        self.attributes: set[tuple[str, str]] = set()
-        self.text = ""
-        self.feed(page)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.add(tag)
-        self.attributes |= set(attributes)
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-
 def named(names: list[str]) -> dict:
     """A configuration in which all that is named has these names: no two alike as folders."""
     names = list({folder_name(name): name for name in names if name.strip(".")}.values())
     return {
         "title": "".join(TEXTS[:9]), "sweeps": {
-            name: {"of": names[0], "option": "beta", "values": [0.3, 1.0]} for name in names[:3]
+            name: {"of": names[0], "option": "beta", "values": [0.3, 1.0]} for name in names[:2]
         },
         "methods": {name: {"method": "dpo", "beta": 0.3} for name in names},
         "evaluation": {**settings()["evaluation"], "retention": [
-            {"name": name, "file": "texts.txt"} for name in names[:5]
+            {"name": name, "file": "texts.txt"} for name in names[:3]
         ]}, "reference": names[1],
     }
 
@@ -133,7 +107,8 @@ def test_a_report_shows_every_name(tmp_path, capsys, first):
     assert cli("compare", path, "--output_dir", tmp_path / "out", "--report_only") == 0
     shown = capsys.readouterr().out
     page = Seen((tmp_path / "out/report-validation.html").read_text())
-    assert page.tags.isdisjoint({"script", "img", "iframe", "link", "base", "a", "form", "input"})
+    running = {"script", "img", "iframe", "link", "base", "a", "form", "input"}
+    assert running.isdisjoint(page.tags)
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in page.attributes
     assert visible(written["title"]) in page.text

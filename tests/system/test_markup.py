@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import json
 import warnings
-from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
+from hostile.reading import Seen
 from hostile.texts import TEXTS
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,25 +32,6 @@ from qadapter.system.markup import (
 
 SIGNS = st.text(st.sampled_from("ab1 \n\t\\`*_[](){}<>#+-.!|~$&;:=/'\"^\r"), max_size=24)
 READER = MarkdownIt("commonmark").enable(["table", "strikethrough"])
-
-
-class Seen(HTMLParser):
-    """The tags, their attributes and the text that a browser would see."""
-
-    def __init__(self, text: str):
-        super().__init__(convert_charrefs=True)
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.text = ""
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.attributes += attributes
-
-    def handle_data(self, data):
-        self.text += data
 
 
 def words(text: str) -> str:
