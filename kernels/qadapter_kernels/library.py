@@ -174,7 +174,7 @@ def _(residual_product, weight, actions, grad_q, grad_v, factor, dtype):
 
 def _linear_setup(ctx, inputs, output):
     hidden, _, weight, actions, _, _, _, _, adapter_coef, _, logit_scale, *_ = inputs
-    ctx.save_for_backward(output[4], weight, actions)
+    ctx.save_for_backward(output[4], weight, actions, output[0])
     ctx.factor, ctx.dtype = adapter_coef * logit_scale, hidden.dtype
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
@@ -184,10 +184,11 @@ def _linear_backward(ctx, grad_q, grad_v, *_):
     none = (None,) * 14
     if grad_q is None and grad_v is None:
         return None, *none
-    residual_product, weight, actions = ctx.saved_tensors
-    grads = _grads(actions, accumulation_dtype(ctx.dtype), grad_q, grad_v)
+    residual_product, weight, actions, q_action = ctx.saved_tensors
+    grad_q, grad_v = _grads(actions, accumulation_dtype(ctx.dtype), grad_q, grad_v)
+    grad_q = torch.where(q_action == -torch.inf, 0.0, grad_q)  # excluded: no gradient, as above
     grad_hidden = linear_soft_value_backward(
-        residual_product, weight, actions, *grads, ctx.factor, ctx.dtype
+        residual_product, weight, actions, grad_q, grad_v, ctx.factor, ctx.dtype
     )
     return grad_hidden, *none
 

@@ -104,7 +104,7 @@ def log_softmax(x_NV: Tensor) -> Tensor:
     """Row-wise log-softmax; a row of -inf stays one. Peak first: an offset costs no digits."""
     peak_N, log_total_N = peak_and_log_total(x_NV)
     log_total_N = torch.where(log_total_N == -torch.inf, 0.0, log_total_N)
-    return (x_NV - peak_N[:, None]) - log_total_N[:, None]
+    return (x_NV - peak_N[:, None]).sub_(log_total_N[:, None])
 
 
 def weighted_sum(weight_a: float, a: Tensor, weight_b: float, b: Tensor) -> Tensor:

@@ -19,252 +19,36 @@ out and every one that it is made of:
 from __future__ import annotations
 
 import argparse
-import contextlib
-import random
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
-import interpreter  # first: it decides how triton is imported
-import pytest
+import interpreter  # noqa: F401  first: it decides how triton is imported
 import torch
 from cases import COEFFICIENTS, DTYPES
-from cuda_emulator import emulated, find_nvcc
+from fuzz_inputs import ALL, Draw, served
+from fuzz_oracle import (
+    INF,
+    NAN,
+    Failure,
+    agree,
+    at,
+    is_exact,
+    log_softmax,
+    logsumexp,
+    mixed,
+    not_finite,
+    size_of,
+    spread_of,
+    statistics,
+    value_of,
+)
 from rows import guarded, guards_hold
 from torch import Tensor
 
-from qadapter_kernels import Coefficients, bradley_terry, dispatch, soft_value
+from qadapter_kernels import bradley_terry, dispatch, linear_soft_value, soft_value
 from qadapter_kernels.reference import LogitHead, ScoreRows
 from qadapter_kernels.torch_backend import residual_view
-
-INF, NAN = torch.inf, torch.nan
-ISAS = ("portable", "avx2", "avx512")
-
-
-class Failure(AssertionError):
-    """A trial that went wrong; names the operator, its seed, the backend and what differs."""
-
-
-# --- where it runs ----------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def on_cpu(isa: str) -> Iterator[None]:
-    cpu = dispatch.load("cpu")
-    cpu.select_instruction_set(isa)
-    try:
-        yield
-    finally:
-        cpu.select_instruction_set("best")
-
-
-@contextlib.contextmanager
-def on_triton() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        interpreter.prepare(patch)
-        yield
-
-
-def served(rng: random.Random, names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """(label, backend) of all that serve CPU tensors here, each while it can be called."""
-    if "torch" in names:
-        yield "torch", "torch"
-    if "cpu" in names and dispatch.load("cpu").unavailable_reason("cpu") is None:
-        for isa in ISAS:
-            try:
-                with on_cpu(isa):
-                    yield f"cpu, {isa}", "cpu"
-            except ValueError as error:  # this processor lacks it
-                if "no kernels for instruction set" not in str(error):
-                    raise
-    if "cuda" in names and find_nvcc() is not None:
-        threads, order = rng.choice((32, 64, 96)), rng.randrange(9)
-        clusters = rng.random() < 0.5
-        with emulated(threads, order, clusters):
-            yield f"cuda, {threads} threads, order {order}, clusters {clusters}", "cuda"
-    if "triton" in names and interpreter.INTERPRETED:
-        with on_triton():
-            yield "triton", "triton"
-
-
-ALL = ("torch", "cpu", "cuda", "triton")
-
-
-# --- inputs -----------------------------------------------------------------------------------
-
-
-class Draw:
-    """Everything random of one trial."""
-
-    def __init__(self, seed: int):
-        self.rng = random.Random(seed)
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def choice(self, *options):
-        return self.rng.choice(options)
-
-    def chance(self, probability: float) -> bool:
-        return self.rng.random() < probability
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self.generator)
-
-    def shape(self) -> tuple[int, int]:
-        vocab = self.choice(1, 2, 7, 8, 16, 33, 130, 511, 512, 520, 1037, 1100, 2064)
-        return self.rng.randint(1, 6), vocab
-
-    def logits(self, rows: int, vocab: int, dtype: torch.dtype, plus_infinity: bool) -> Tensor:
-        """[rows, vocab] of any offset, alignment and stride, in a buffer of NaN, with rows that
-        hold what no good model puts out."""
-        x = self.choice(0.1, 4.0, 30.0) * self.normal(rows, vocab)
-        offset = self.choice(0.0, 0.0, 1e3, 1e4, -1e4)
-        x += offset * torch.ones(rows, 1) if self.chance(0.7) else offset * self.normal(rows, 1)
-        patterns = ["plain"] * 8 + ["some", "most", "nothing", "one NaN", "NaN", "NaN and −inf",
-                                    "ties"]
-        for row in x:
-            pattern = self.choice(*patterns, *(["inf"] if plus_infinity else []))
-            some = torch.rand(vocab, generator=self.generator)
-            if pattern in ("some", "NaN and −inf"):
-                row[some < 0.4] = -INF
-            if pattern == "most":
-                row[some < 0.98] = -INF
-            if pattern == "nothing":
-                row[:] = -INF
-            if pattern == "NaN":
-                row[:] = NAN
-            if pattern in ("one NaN", "NaN and −inf"):
-                row[self.rng.randrange(vocab)] = NAN
-            if pattern == "inf":
-                row[self.rng.randrange(vocab)] = INF
-            if pattern == "ties":
-                row[:] = row[:1]
-        stride = vocab + self.choice(0, 0, 1, 8, 13)
-        return guarded(x.to(dtype), stride, self.choice(0, 0, 1, 3, 8))
-
-    def actions(self, rows: int, vocab: int) -> Tensor:
-        actions = torch.randint(vocab, (rows,), generator=self.generator)
-        for i in range(rows):
-            actions[i] = self.choice(int(actions[i]), int(actions[i]), 0, vocab - 1, -1)
-        return actions
-
-    def upstream(self, rows: int) -> Tensor:
-        x = self.normal(rows)
-        x[torch.rand(rows, generator=self.generator) < 0.2] = 0.0
-        return self.normal(1).expand(rows) if self.chance(0.2) else x
-
-    def coefficients(self) -> Coefficients:
-        def size() -> float:
-            return 10.0 ** self.rng.uniform(-8, 4) if self.chance(0.8) else self.choice(1e-20, 1e-3)
-
-        alpha_0, alpha_tilde = self.choice(0.0, 1.0, size()), self.choice(1.0, 0.5, size())
-        return self.choice(
-            *COEFFICIENTS.values(),
-            Coefficients(alpha_0, alpha_tilde, alpha_tilde, -alpha_0),
-            Coefficients(alpha_0, alpha_tilde, 1.0, 0.0),
-            Coefficients(self.rng.random(), 0.7, -0.9, 0.4),
-            Coefficients(0.0, 1.0, 0.0, 1.0),
-        )
-
-
-# --- what is expected -------------------------------------------------------------------------
-
-
-def mixed(weight_a: float, a: Tensor, weight_b: float, b: Tensor) -> Tensor:
-    streams = [(w, x) for w, x in ((weight_a, a), (weight_b, b)) if w != 0]
-    total = torch.zeros_like(a)
-    for w, x in streams:
-        total = total + w * x
-    for _, x in streams:
-        total = torch.where(x == -INF, -INF, total)
-    for _, x in streams:
-        total = torch.where(x.isnan(), NAN, total)
-    return total
-
-
-def logsumexp(x: Tensor) -> Tensor:
-    return torch.where(x.isnan().any(-1), NAN, x.logsumexp(-1))
-
-
-def log_softmax(x: Tensor) -> Tensor:
-    """NaN throughout where a row holds one; −inf throughout where it has no support."""
-    lse = logsumexp(x)[:, None]
-    return torch.where(lse.isnan(), NAN, torch.where(x == -INF, -INF, x - lse))
-
-
-def expectation(logweight: Tensor, values: Tensor) -> Tensor:
-    """Σ e^logweight·values; 0 for nothing to weigh with, NaN for a NaN among the weights."""
-    terms = torch.where(logweight == -INF, 0.0, logweight.exp() * values)
-    terms = torch.where((values == INF) & (logweight > -INF), INF, terms)
-    return torch.where(logweight.isnan().any(-1), NAN, terms.sum(-1))
-
-
-def statistics(u: Tensor, b: Tensor) -> dict[str, Tensor]:
-    logp, logpi = log_softmax(u), log_softmax(b)
-    return {
-        "entropy": expectation(logp, -logp),
-        "kl_policy_base": expectation(logp, logp - logpi),
-        "kl_base_policy": expectation(logpi, logpi - logp),
-    }
-
-
-def value_of(lse_u: Tensor, lse_b: Tensor, coef: Coefficients) -> Tensor:
-    value = coef.alpha_tilde * lse_u
-    if coef.alpha_0 != 0:
-        value = value - coef.alpha_0 * lse_b
-        value = torch.where((lse_u == -INF) & ~lse_b.isnan(), -INF, value)
-    return value
-
-
-def at(x: Tensor, actions: Tensor) -> Tensor:
-    return x.gather(1, actions.clamp_min(0)[:, None])[:, 0]
-
-
-def size_of(x: Tensor) -> Tensor:
-    """Largest finite |x| of each row."""
-    return x.abs().nan_to_num(0.0, 0.0, 0.0).amax(-1)
-
-
-def spread_of(x: Tensor) -> Tensor:
-    """Distance between the largest and the smallest finite number of each row."""
-    high = torch.where(x.isfinite(), x, -INF).amax(-1)
-    low = torch.where(x.isfinite(), x, INF).amin(-1)
-    return torch.where(high >= low, high - low, 0.0)
-
-
-def is_exact(*weights: float) -> bool:
-    """Products with these lose no digit: 0 or powers of 2."""
-    return all(w == 0 or torch.frexp(torch.tensor(w, dtype=torch.float64).abs())[0] == 0.5
-               for w in weights)
-
-
-def agree(name: str, found: Tensor, wanted: Tensor, allowed: Tensor | float) -> None:
-    """Elementwise: NaN where NaN is wanted, the same infinity, and within ``allowed`` elsewhere."""
-    if found.shape != wanted.shape:
-        raise Failure(f"{name}: shape {tuple(found.shape)}, not {tuple(wanted.shape)}")
-    limit = torch.finfo(found.dtype)
-    x, y = found.double(), wanted.double()
-    allowed = torch.as_tensor(allowed, dtype=torch.float64).expand_as(y)
-    # Of what the result's own type can hold: half a rounding, what underflows, what overflows.
-    allowed = allowed + limit.eps * y.abs() + limit.smallest_normal
-    right = torch.where(y.isnan(), x.isnan(), (x == y) | ((x - y).abs() <= allowed))
-    right |= (y.abs() + allowed > limit.max) & (x.abs() >= limit.max) & ~y.isnan()
-    if right.all():
-        return
-    i = tuple((~right).nonzero()[0].tolist())
-    raise Failure(
-        f"{name} is wrong at {int((~right).sum())} of {right.numel()} places; at {list(i)} "
-        f"{float(x[i])!r}, not {float(y[i])!r} within {float(allowed[i]):.3g}"
-    )
-
-
-def not_finite(name: str, found: Tensor) -> None:
-    if found.isfinite().any():
-        raise Failure(f"{name} is finite in a row that holds +inf")
-
-
-# --- the operators ----------------------------------------------------------------------------
 
 
 def trial_soft_value(draw: Draw) -> None:
@@ -375,6 +159,14 @@ def trial_soft_value(draw: Draw) -> None:
         check(label, 2.0**-23, *run(backend, dtype))
         if not (guards_hold(a) and guards_hold(b)):
             raise Failure(f"{label}: wrote beside the logits")
+        if coef.base_weight == 0 and given is not None and not in_place:
+            leaf = a.detach().requires_grad_()
+            outputs = soft_value(
+                leaf, None, actions, row_mask=mask, backend=backend, base_logsumexp=given,
+                base_action_logit=at(b.float(), actions), **coef._asdict(),
+            )
+            (found_grad,) = torch.autograd.grad(outputs[:2], leaf, [g, v])
+            check(f"{label}, base cached", 2.0**-23, outputs, None, found_grad)
 
 
 def trial_rows(draw: Draw) -> None:
@@ -467,6 +259,111 @@ def trial_combine(draw: Draw) -> None:
     for label, backend in served(draw.rng, ALL):
         found = dispatch.load(backend).combine_logits(a, b, coef, strength)
         agree(f"{label}: log-probabilities", found, wanted, (16 * 2.0**-23 * size)[:, None])
+
+
+def trial_linear(draw: Draw) -> None:
+    """The hidden level: products in the weight's dtype, chunks, excluded columns, broken states."""
+    (rows, vocab), hidden = draw.shape(), draw.choice(1, 8, 48)
+    dtype, coef = draw.choice(*DTYPES), draw.coefficients()
+    if not coef.adapter_coef:
+        coef = COEFFICIENTS["policy"]
+    h_b = draw.normal(rows, hidden)
+    h_a = h_b + 0.3 * draw.normal(rows, hidden)
+    weight = 4 / hidden**0.5 * draw.normal(vocab, hidden)
+    for x in (h_a, h_b):
+        if draw.chance(0.3):
+            x[draw.rng.randrange(rows), draw.rng.randrange(hidden)] = NAN
+    broken_head = draw.chance(0.1)  # then every row is NaN, as G' of all of them is
+    if broken_head:
+        weight[draw.rng.randrange(vocab)] = NAN
+    h_a, h_b, weight = h_a.to(dtype), h_b.to(dtype), weight.to(dtype)
+    bias = draw.normal(vocab).to(dtype) if draw.chance(0.5) and not broken_head else None
+    if bias is not None and draw.chance(0.6):
+        bias[torch.rand(vocab, generator=draw.generator) < 0.3] = -INF
+    actions, g, v = draw.actions(rows, vocab), draw.upstream(rows), draw.upstream(rows)
+    mask = None
+    if draw.chance(0.5) and not broken_head:
+        mask = torch.rand(rows, generator=draw.generator) < 0.7
+    logit_scale, want_statistics = draw.choice(1.0, 0.25), draw.chance(0.4)
+
+    leaf = h_a.double().requires_grad_()
+    a, b = (logit_scale * torch.nn.functional.linear(
+        h, weight.double(), None if bias is None else bias.double()) for h in (leaf, h_b.double()))
+    weight_a, weight_b = coef.adapter_coef / coef.alpha_tilde, coef.base_weight / coef.alpha_tilde
+    with torch.no_grad():
+        u, lse_b = mixed(weight_a, a, weight_b, b), logsumexp(b)
+        q = at(mixed(coef.adapter_coef, a, coef.base_coef, b), actions)
+        logprob = at(log_softmax(b), actions)
+        kept = torch.ones(rows, dtype=torch.bool) if mask is None else mask
+        acting = kept & (actions >= 0)
+        p = log_softmax(u).exp()
+        slope = v.double()[:, None] * torch.where(u == -INF, 0.0, p)
+        taken = torch.where(acting & (q != -INF), g.double(), 0.0)
+        slope = slope.scatter_add(1, actions.clamp_min(0)[:, None], taken[:, None])
+        grad = coef.adapter_coef * logit_scale * (slope @ weight.double())
+        grad = torch.where(u.isnan().any(-1, True), NAN, grad)
+        wanted = {
+            "q": torch.where(acting, q, 0.0),
+            "value": torch.where(kept, value_of(logsumexp(u), lse_b, coef), 0.0),
+            "base_logprob": torch.where(acting, logprob, 0.0),
+            "base_logsumexp": torch.where(kept, lse_b, 0.0),
+            **{name: torch.where(kept, x, 0.0) for name, x in statistics(u, b).items()},
+        }
+        grad = torch.where(kept[:, None], grad, 0.0)
+        # A product may be off by a rounding of each of its terms.
+        lost = [(max(torch.finfo(dtype).eps, 2.0**-20) * logit_scale)
+                * (h.double().abs().nan_to_num() @ weight.double().abs().nan_to_num().t()).amax(-1)
+                + 2.0**-20 * (1 + (0.0 if bias is None else size_of(bias.double()[None])))
+                for h in (h_a, h_b)]
+        lost_u = abs(weight_a) * lost[0] + abs(weight_b) * lost[1] + 2.0**-20 * size_of(u)
+        lost_v = coef.alpha_tilde * (lost_u + 2.0**-20 * size_of(u)) + coef.alpha_0 * lost[1]
+        lost_v += 2.0**-20 * (coef.alpha_0 * size_of(b) + coef.alpha_tilde * 10)
+        spread = spread_of(u) + spread_of(b) + 10
+        compared = 4 * (lost_u + lost[1]) * (1 + spread) + 2.0**-18 * spread
+        steep = (g.double().abs() + v.double().abs()) * abs(coef.adapter_coef) * logit_scale
+        lost_grad = steep * size_of(weight.double().flatten()[None]) * (
+            4 * lost_u + 8 * max(torch.finfo(dtype).eps, 2.0**-20))
+    losses = {"q": abs(coef.adapter_coef) * lost[0] + abs(coef.base_coef) * lost[1] + lost_v,
+              "value": 2 * lost_v, "base_logprob": 3 * lost[1] + 2.0**-18 * size_of(b),
+              "base_logsumexp": lost[1] + 2.0**-20 * size_of(b)}
+    for label, backend in served(draw.rng, ALL):
+        x = h_a.clone().requires_grad_()
+        out = linear_soft_value(
+            x, h_b, weight, actions, **coef._asdict(), bias=bias, logit_scale=logit_scale,
+            row_mask=mask, return_statistics=want_statistics, backend=backend,
+            workspace_mb=draw.choice(512, 0.02),
+        )
+        soft, found_statistics = out if want_statistics else (out, ())
+        (found_grad,) = torch.autograd.grad(soft[:2], x, [g, v])
+        for name, found in zip(wanted, [*soft, *found_statistics], strict=False):
+            far = (wanted[name] == INF) & (spread > 60)  # a weight that underflows excludes too
+            agree(f"{label}: {name}", torch.where(far, wanted[name].float(), found), wanted[name],
+                  losses.get(name, compared))
+        agree(f"{label}: gradient", found_grad, grad, lost_grad[:, None])
+
+
+def trial_sample(draw: Draw) -> None:
+    """A drawn token is one that the filters leave; none of a row that holds NaN."""
+    (rows, vocab), dtype = draw.shape(), draw.choice(*DTYPES)
+    logits = draw.logits(rows, vocab, dtype, False)
+    top_k, min_p = draw.choice(0, 1, 5, vocab), draw.choice(0.0, 0.1)
+    temperature, top_p = draw.choice(0.5, 1.0, 3.0), draw.choice(1.0, 0.9, 0.01)
+    x = logits.double()
+    dead = x.isnan().any(-1) | (x == -INF).all(-1)
+    kth = x.nan_to_num(-INF, INF, -INF).topk(min(top_k or vocab, vocab), -1)[0][:, -1]
+    p = log_softmax(x / temperature).exp()
+    for label, backend in served(draw.rng, ("triton",)):
+        options = temperature, top_k, top_p, min_p, 3, draw.seed
+        tokens = dispatch.load(backend).sample(logits, *options)
+        if not torch.equal(tokens == -1, dead):
+            raise Failure(f"{label}: drew {tokens.tolist()}, nothing can be where {dead.tolist()}")
+        taken, at_most = at(x, tokens), at(p, tokens)
+        allowed = dead | ((taken >= kth) & (at_most > 0) & (at_most >= 0.99 * min_p * p.amax(-1)))
+        # What stands above a survivor of top-p has less than p.
+        above = torch.where(x > taken[:, None], p, 0.0).sum(-1)
+        allowed &= dead | (above <= top_p + 1e-3)
+        if not allowed.all():
+            raise Failure(f"{label}: drew {tokens.tolist()}, of which filtered out {(~allowed)}")
 
 
 def trial_scores(draw: Draw) -> None:

@@ -6,16 +6,15 @@
 namespace qadapter {
 namespace {
 
+// An infinite sum stays one beside a factor that vanished.
+double scaled(double sum, double factor) { return std::isinf(sum) ? sum : sum * factor; }
+
 // factor * (x + shift * sum), where a vanished factor wins over an infinite x.
 double rescaled(double factor, double x, double shift, double sum) {
   return factor == 0.0 ? 0.0 : factor * (x + shift * sum);
 }
 
 }  // namespace
-
-double rescaled_sum(double sum, double shift) {
-  return sum == 0.0 || std::isinf(sum) ? sum : sum * std::exp(shift);
-}
 
 double move_peak(double* peak, double sum, float candidate) {
   if (!std::isfinite(candidate)) return 0.0;
@@ -31,12 +30,12 @@ void rescale(Summary* s, double policy_shift, double base_shift) {
     const double factor = std::exp(policy_shift), sum = s->policy_sum;
     s->policy_energy = rescaled(factor, s->policy_energy, policy_shift, sum);
     s->policy_cross = rescaled(factor, s->policy_cross, policy_shift - base_shift, sum);
-    s->policy_sum = rescaled_sum(sum, policy_shift);
+    s->policy_sum = scaled(sum, factor);
   }
   if (s->base_sum != 0.0) {
     const double factor = std::exp(base_shift), sum = s->base_sum;
     s->base_cross = rescaled(factor, s->base_cross, base_shift - policy_shift, sum);
-    s->base_sum = rescaled_sum(sum, base_shift);
+    s->base_sum = scaled(sum, factor);
   }
 }
 
@@ -56,6 +55,10 @@ void merge(Summary* into, Summary other) {
   into->policy_cross += other.policy_cross;
   into->base_sum += other.base_sum;
   into->base_cross += other.base_cross;
+}
+
+double rescaled_sum(double sum, double shift) {
+  return sum == 0.0 ? 0.0 : scaled(sum, std::exp(shift));
 }
 
 void merge(ScoreSummary* into, const ScoreSummary& other) {
