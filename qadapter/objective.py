@@ -25,6 +25,7 @@ from qadapter_kernels import (
     soft_value,
 )
 from qadapter_kernels.checks import coefficients, finite
+from qadapter_kernels.reference import minus_infinity
 
 _CHOICES = {
     "parametrization": ("policy", "q"),
@@ -281,10 +282,12 @@ def sequence_loss(
 
 
 def policy_logprob(soft: SoftValue, config: ObjectiveConfig) -> Tensor:
-    """log π̃(a|s) = (q + α₀·log π − V)/α̃ of each action, [N]. No gradient."""
-    return (
-        soft.q_action.detach() + config.alpha_0 * soft.base_logprob - soft.value.detach()
-    ) / config.alpha_tilde
+    """log π̃(a|s) = (q + α₀·log π − V)/α̃ of each action, [N]; −inf where the token is excluded, or
+    every token of the state. No gradient."""
+    logit, value = soft.q_action.detach(), soft.value.detach()
+    if config.alpha_0 != 0:  # 0·−inf is NaN
+        logit = logit + config.alpha_0 * soft.base_logprob
+    return minus_infinity(logit == -torch.inf, logit - value, value) / config.alpha_tilde
 
 
 def _assemble(

@@ -434,6 +434,21 @@ def test_16_bit_streams_give_a_float32_loss(level):
     assert h.grad.dtype == torch.bfloat16 and h.grad.any()
 
 
+@pytest.mark.parametrize("alpha_0", [0.0, 0.5])
+def test_log_probabilities_of_excluded_actions_and_of_states_without_any(alpha_0):
+    """Never 0·−inf nor −inf − (−inf); a NaN of the policy stays one."""
+    config = ObjectiveConfig(alpha_0=alpha_0, parametrization="q")
+    a, b = torch.randn(2, 4, 5), torch.randn(2, 4, 5)
+    ids, mask = torch.zeros(2, 4, dtype=torch.int64), torch.ones(2, 4, dtype=torch.bool)
+    b[0, 1, 0] = -torch.inf  # excluded by the base, which has no say in π̃ at α₀ = 0
+    a[1, 1] = -torch.inf
+    out = q_adapter_loss(a, b, ids, mask, config)
+    assert out.policy_logps[0].isfinite() == (alpha_0 == 0) and not out.policy_logps.isnan().any()
+    assert out.policy_logps[1] == -torch.inf and out.base_logps[0] == -torch.inf
+    a[1, 2, 3] = torch.nan
+    assert q_adapter_loss(a, b, ids, mask, config).policy_logps.isnan().tolist() == [False, True]
+
+
 # --- arguments ----------------------------------------------------------------------------------
 
 
