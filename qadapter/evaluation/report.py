@@ -179,9 +179,7 @@ def comparison_table(
     table.add_column("base", justify="right")
     table.add_column("customised", justify="right")
     for row in rows:
-        table.add_row(
-            *(Text(visible(cell)) for cell in _cells(row))
-        )
+        table.add_row(*(Text(visible(cell)) for cell in _cells(row)))
     return table
 
 
