@@ -110,7 +110,7 @@ def write(
     folder = Path(folder)
     weights = {name: x.detach().to("cpu").contiguous() for name, x in weights.items()}
     with _new_files(folder, "the adapter") as scratch:
-        text = _description(describe(adapter), objective, base)
+        text = _description(describe(adapter), objective, base, chat_template)
         (scratch / CONFIG_NAME).write_text(text, encoding="utf-8")
         if not isinstance(adapter, AdapterConfig):
             inactive = copy.copy(adapter)
@@ -136,7 +136,7 @@ def write_composition(
     names = [f"adapter-{number}" for number in range(len(parts))]
     adapter = {"kind": "composition", "adapters": names, "weights": list(weights)}
     with _new_files(folder, "the composition") as scratch:
-        text = _description(adapter, objective, base)
+        text = _description(adapter, objective, base, chat_template)
         (scratch / CONFIG_NAME).write_text(text, encoding="utf-8")
         _write_template(scratch, chat_template)
         files = _replace(folder, scratch)
@@ -177,13 +177,17 @@ def _replace(folder: Path, scratch: Path) -> list[str]:
     return names
 
 
-def _description(adapter: dict[str, Any], objective: ObjectiveConfig, base: BaseIdentity) -> str:
+def _description(
+    adapter: dict[str, Any], objective: ObjectiveConfig, base: BaseIdentity,
+    chat_template: str | None,
+) -> str:
     names = ("qadapter", "torch", "transformers")
     description = {
         "format_version": FORMAT_VERSION,
         "adapter": adapter,
         "objective": dataclasses.asdict(objective),
         "base": dataclasses.asdict(base),
+        "chat_template": chat_template is not None,
         "versions": {name: importlib.metadata.version(name) for name in names},
     }
     return json.dumps(description, indent=2) + "\n"
@@ -221,6 +225,9 @@ def read(adapter_dir: Place, objective: ObjectiveConfig | None = None) -> SavedA
                 f"{adapter_dir}: {manifest.MANIFEST_NAME} is missing: saving it was never "
                 "finished, or a part of it was not copied"
             )
+        if description.get("chat_template") and not files.lists(CHAT_TEMPLATE_FILE):
+            raise QAdapterError(f"{adapter_dir}: {manifest.MANIFEST_NAME} lists no "
+                                f"{CHAT_TEMPLATE_FILE}, which was saved with the adapter")
         base, adapter = BaseIdentity.saved(description["base"]), description["adapter"]
         saved = SavedAdapter(
             adapter=_read_adapter(files, adapter),

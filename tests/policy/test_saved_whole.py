@@ -203,6 +203,13 @@ def test_a_chat_template_of_an_adapter_before_is_not_taken(tmp_path):
     assert storage.read_chat_template(tmp_path) is None
 
 
+def test_a_chat_template_that_the_manifest_lost_is_missed(saved):
+    path = saved / "manifest.json"
+    path.write_text(path.read_text().replace("chat_template", "cha4_template"))
+    with pytest.raises(QAdapterError, match=r"manifest\.json lists no chat_template\.jinja"):
+        load(saved)
+
+
 def test_a_repository_of_the_hub_is_held_against_its_manifest(tmp_path, monkeypatch, saved):
     def download(repo, name):
         assert repo == "someone/adapter"
