@@ -20,8 +20,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer_callback import ExportableState
 
-from qadapter.errors import QAdapterError
+from qadapter.errors import QAdapterError, shown
 from qadapter.policy import storage
 from qadapter.policy.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from qadapter.system import manifest
@@ -40,6 +41,14 @@ _NEEDED = (
     CONFIG_NAME, WEIGHTS_NAME, ARGUMENTS_NAME, RECORD_NAME, CHECKPOINT_STATE, OPTIMIZER_NAME,
     SCHEDULER_NAME,
 )
+
+_STATE = {
+    "global_step": int, "num_input_tokens_seen": int, "log_history": list,
+    "stateful_callbacks": dict, "train_batch_size": int | None, "epoch": int | float | None,
+    "best_metric": int | float | None, "best_global_step": int | None,
+    "best_model_checkpoint": str | None, "total_flos": int | float,
+}
+"""What a resumed run computes with."""
 
 
 # --- finding them -------------------------------------------------------------------------------
@@ -126,13 +135,25 @@ def check_whole(folder: str | Path) -> None:
             raise QAdapterError(f"{folder / name} is not listed in {MANIFEST_NAME}")
     if not any(name.startswith("rng_state") for name in listed.files):
         raise QAdapterError(f"{folder}: the state of random numbers (rng_state) is missing")
-    path = folder / CHECKPOINT_STATE
+    _check_state(folder / CHECKPOINT_STATE)
+
+
+def _check_state(path: Path) -> None:
+    """transformers takes whatever it finds there."""
+    state = read_json(path)
     try:
-        state = TrainerState.load_from_json(str(path))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        TrainerState(**state)
+    except TypeError as error:
         raise QAdapterError(f"{path} is damaged: {error}") from error
-    if not isinstance(state.global_step, int) or not isinstance(state.log_history, list):
-        raise QAdapterError(f"{path} is damaged: it tells no step")
+    for name, kind in _STATE.items():
+        value = state.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise QAdapterError(f"{path} is damaged: {name} is {shown(value)}")
+    named = _NAME.fullmatch(path.parent.name)
+    if named and state["global_step"] != int(path.parent.name[11:]):
+        raise QAdapterError(f"{path} is damaged: it is of step {shown(state['global_step'])}")
+    if state["global_step"] < 0 or not all(isinstance(x, dict) for x in state["log_history"]):
+        raise QAdapterError(f"{path} is damaged: its steps or its log are none")
 
 
 def _saved_model_only(folder: Path) -> bool:
@@ -188,6 +209,8 @@ class AdapterCheckpoints(Trainer):
     _limit: int | None = None
     """save_total_limit, while training."""
 
+    _checkpoint: str | None = None
+    """What this run goes on from."""
     _pairs_digest: str | None = None
     """Of the training pairs."""
     _retention_states: RetentionStates | None = None
@@ -227,7 +250,6 @@ class AdapterCheckpoints(Trainer):
         self._check_finite()
         run_dir = Path(self._get_output_dir(trial))
         folder = run_dir / f"checkpoint-{self.state.global_step}"
-        was_there = folder.exists()
         try:
             if self.args.should_save:
                 _begin(folder)
@@ -239,14 +261,15 @@ class AdapterCheckpoints(Trainer):
                     self._pairs_digest, self._retention_states, self.args.world_size
                 ).write(folder)
                 manifest.write(folder, _files(folder))
-                self._rotate(run_dir, folder)
-        except (OSError, RuntimeError, QAdapterError) as error:  # torch raises RuntimeError
-            if self.args.should_save and not was_there:
-                shutil.rmtree(folder, ignore_errors=True)
+        except Exception as error:  # of torch, tokenizers, …: each tells of a full disk its own way
+            if self.args.should_save and folder.is_dir():
+                remove_checkpoint(folder)
             raise QAdapterError(
                 f"{folder}: the checkpoint can't be saved: {error} ({_room(run_dir)} free there); "
                 f"{how_to_go_on(run_dir)}"
             ) from error
+        if self.args.should_save:
+            self._rotate(run_dir, folder)
 
     def _rotate(self, run_dir: Path, newest: Path) -> None:
         """Remove what ``save_total_limit`` does not keep: first what isn't whole, then what was
@@ -300,6 +323,7 @@ class AdapterCheckpoints(Trainer):
         resuming.check_options(self.args, folder, self._tell)
         resuming.check_pairs(folder, self._pairs_digest)
         resuming.check_processes(folder, self.args.world_size, self._tell)
+        self._checkpoint = found
         return found
 
     def _load_from_checkpoint(
@@ -325,8 +349,19 @@ class AdapterCheckpoints(Trainer):
         if checkpoint is not None:
             optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
             resuming.check_optimizer(Path(checkpoint, OPTIMIZER_NAME), optimizer)
-            resuming.check_schedule(Path(checkpoint, SCHEDULER_NAME), self.lr_scheduler)
-        super()._load_optimizer_and_scheduler(checkpoint)
+            resuming.check_schedule(
+                Path(checkpoint, SCHEDULER_NAME), self.lr_scheduler, self.state.global_step
+            )
+        with _naming(checkpoint, "optimizer and schedule"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_callback_state(self) -> None:
+        with _naming(self._checkpoint, "the callbacks' states"):
+            super()._load_callback_state()
+        for callback in (*self.callback_handler.callbacks, self.control):
+            if isinstance(callback, ExportableState):  # those that the checkpoint doesn't know
+                known = self.state.stateful_callbacks
+                known.setdefault(type(callback).__name__, callback.state())
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _naming(checkpoint, "the state of random numbers"):
@@ -346,12 +381,11 @@ def _room(folder: Path) -> str:
 
 
 def _begin(folder: Path) -> None:
-    """An earlier checkpoint of the same step, of which nothing must pass for a part of the new."""
-    if folder.is_dir():
-        manifest.remove(folder)
-        named = (folder / name for name in (CHECKPOINT_STATE, ARGUMENTS_NAME, RECORD_NAME))
-        for path in (*folder.glob("*.pt"), *folder.glob("*.pth"), *named):
-            path.unlink(missing_ok=True)
+    """Nothing of an earlier checkpoint of the same step must pass for a part of the new one."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.is_dir():
+        remove_checkpoint(folder)
 
 
 def _files(folder: Path) -> list[str]:

@@ -228,8 +228,11 @@ def _check_optimizer(saved: Any, optimizer: Optimizer) -> None:
                 raise _Differs(f"group {number} has no {key}")
             if key in _FIXED and _plain(theirs[key]) != _plain(value):
                 raise _Differs(f"group {number}: {key} is {shown(theirs[key])}, not {shown(value)}")
-            if isinstance(value, numbers.Number):
-                _check_number(theirs[key], f"group {number}: {key}")
+            if value is None or isinstance(value, bool):
+                if not isinstance(theirs[key], bool | None):
+                    raise _Differs(f"group {number}: {key} is {shown(theirs[key])}")
+            elif isinstance(value, numbers.Number):
+                _check_number(theirs[key], f"group {number}: {key}", -math.inf if value < 0 else 0)
     if len(order) != len(set(map(repr, order))) or not set(states) <= set(order):
         raise _Differs("its parameters are numbered twice or not at all")
     expected = _after_a_step(optimizer)
@@ -274,11 +277,15 @@ def _after_a_step(optimizer: Optimizer) -> list[Mapping[str, Any]] | None:
         return None
 
 
-def check_schedule(path: Path, schedule: LRScheduler) -> None:
+def check_schedule(path: Path, schedule: LRScheduler, steps: int) -> None:
     """The same for a saved schedule.
 
+    Args:
+        steps: how many were taken.
+
     Raises:
-        QAdapterError: no schedule's state, or another's; numbers that aren't finite.
+        QAdapterError: no schedule's state, or another's; numbers that aren't finite; a step beyond
+            those that were taken.
     """
     saved, live = _load(path), schedule.state_dict()
     try:
@@ -290,6 +297,9 @@ def check_schedule(path: Path, schedule: LRScheduler) -> None:
                 raise _Differs(f"{key} is {shown(theirs)}")
             for value in theirs if several else [theirs]:
                 _check_number(value, key)
+        place = saved.get("last_epoch")
+        if type(place) is not int or not 0 <= place <= steps:
+            raise _Differs(f"last_epoch is {shown(place)} after {steps} steps")
         if saved.get("base_lrs") != live.get("base_lrs"):
             raise _Differs(f"base_lrs is {shown(saved['base_lrs'])}, not {live['base_lrs']}")
     except _Differs as error:
@@ -300,10 +310,10 @@ class _Differs(Exception):
     """Says in what."""
 
 
-def _check_number(value: Any, what: str) -> None:
+def _check_number(value: Any, what: str, least: float = -math.inf) -> None:
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
-    if not isinstance(value, numbers.Real) or not math.isfinite(value):
+    if not isinstance(value, numbers.Real) or not math.isfinite(value) or value < least:
         raise _Differs(f"{what} is {shown(value)}")
 
 

@@ -9,12 +9,14 @@ from transformers.trainer_utils import TrainOutput
 
 from qadapter.errors import QAdapterError
 from qadapter.system.locking import sole_run
+from qadapter.system.scratch import remove_abandoned
 from qadapter.training import checks, resuming
 from qadapter.training.base_reading import BaseReading
 from qadapter.training.checkpoints import (
     AdapterCheckpoints,
     AllStepsTaken,
     ResumedState,
+    checkpoints_in,
     how_to_go_on,
 )
 from qadapter.training.stopping import LeftAnEvaluation, Stopping, StopWhenAsked
@@ -61,6 +63,8 @@ class Runs(BaseReading, Stopping, AdapterCheckpoints):
         if not self.args.should_save:
             return self._run(resume_from_checkpoint or None, kwargs)
         with sole_run(self.args.output_dir):
+            for folder in (self.args.output_dir, *checkpoints_in(self.args.output_dir)):
+                remove_abandoned(folder)
             return self._run(resume_from_checkpoint or None, kwargs)
 
     def _run(self, wanted: str | bool | None, kwargs: dict[str, Any]) -> TrainOutput:

@@ -1,5 +1,6 @@
 """A run goes on from a whole checkpoint, on the options and data it had, or says what is wrong."""
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -8,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from training_tiny import build_model, build_pairs
-from transformers import TrainerCallback
+from training_tiny import build_model, build_pairs, build_tokenizer
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from qadapter import QAdapterModel
 from qadapter.errors import QAdapterError
 from qadapter.system import manifest
-from qadapter.training import QAdapterConfig, checkpoints
+from qadapter.training import QAdapterConfig, QAdapterTrainer, checkpoints
 from qadapter.training.checkpoints import check_whole, checkpoints_in, find_checkpoint
 from qadapter.training.resuming import check_optimizer, check_schedule
 
@@ -32,8 +33,6 @@ def names(folder):
 @pytest.fixture(scope="module")
 def done(tmp_path_factory, tokenizer):
     """A run of six steps (an epoch) and its checkpoints; the weights it ended with."""
-    from qadapter.training import QAdapterTrainer
-
     folder = tmp_path_factory.mktemp("done") / "run"
     trainer = QAdapterTrainer(
         build_model(), config(folder), train_dataset=build_pairs(22), processing_class=tokenizer,
@@ -75,6 +74,7 @@ def test_a_manifest_lists_all_that_is_read_and_not_the_card(done):
 @pytest.mark.parametrize("name", [
     "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "training_args.json",
     "adapter_model.safetensors", "qadapter_config.json", "resuming.json", "manifest.json",
+    "tokenizer.json",
 ])
 def test_without_or_with_anothers_file_the_one_before_is_taken(
     make_trainer, pairs, run, done, name
@@ -105,6 +105,17 @@ def test_without_or_with_anothers_file_the_one_before_is_taken(
     assert names(run) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     for folder in checkpoints_in(run):
         check_whole(folder)
+
+
+def test_what_a_kill_left_in_a_whole_checkpoint_goes(make_trainer, pairs, run, done):
+    for folder in (run, run / "checkpoint-2", run / "checkpoint-4"):
+        left = folder / ".qadapter-saving-abcd1234"
+        left.mkdir()
+        for name in (".owner.lock", "manifest.json"):
+            (left / name).write_text("{}")
+    trainer = make_trainer(train=pairs, output_dir=str(run), **SETTINGS)
+    trainer.train(resume_from_checkpoint=True)
+    assert torch.equal(weights(trainer), done[1]) and not list(run.rglob(".*"))
 
 
 def test_saved_without_the_optimizer(make_trainer, pairs, tmp_path):
@@ -318,8 +329,6 @@ def test_other_pairs_are_named(make_trainer, run, done):
 
 
 def test_other_retention_texts_are_named(make_trainer, pairs, tmp_path, tokenizer):
-    from qadapter.training import QAdapterTrainer
-
     def trainer(texts):
         return QAdapterTrainer(
             build_model(), config(tmp_path / "held", retention_coef=0.1, retention_states=4),
@@ -398,6 +407,8 @@ def spoil(state, path, value):
     (("param_groups", 0, "params"), [0, 1, 2], "has not 1 parameters"),
     (("param_groups", 1, "params"), [0], "numbered twice"),
     (("param_groups", 0, "lr"), float("nan"), "lr is nan"),
+    (("param_groups", 0, "lr"), -1.0, "lr is -1.0"),
+    (("param_groups", 0, "amsgrad"), 10**30, "amsgrad is 1000"),
     (("param_groups", 0, "betas"), None, "no betas"),
     (("param_groups", 0, "weight_decay"), 0.7, "weight_decay is 0.7, not 0.1"),
     (("param_groups",), None, "no state and param_groups"),
@@ -433,7 +444,8 @@ def test_objects_that_training_does_not_save(tmp_path, made, capfd):
 
 
 @pytest.mark.parametrize("key, value", [
-    ("last_epoch", None), ("last_epoch", "4"), ("last_epoch", float("nan")),
+    ("last_epoch", None), ("last_epoch", "4"), ("last_epoch", float("nan")), ("last_epoch", 5),
+    ("last_epoch", -1), ("last_epoch", 1.5),
     ("base_lrs", [0.3, 0.2]), ("base_lrs", [0.1]), ("base_lrs", 0.1),
     ("_last_lr", [float("inf"), 0.1]),
 ])
@@ -441,13 +453,43 @@ def test_what_is_no_state_of_the_schedule(tmp_path, key, value):
     schedule = torch.optim.lr_scheduler.LambdaLR(next(optimizers()), lambda step: 1.0)
     path = tmp_path / "scheduler.pt"
     torch.save(schedule.state_dict(), path)
-    check_schedule(path, schedule)
+    check_schedule(path, schedule, 4)
     torch.save(schedule.state_dict() | {key: value}, path)
     with pytest.raises(QAdapterError, match=rf"scheduler\.pt is not this run's schedule.*{key}"):
-        check_schedule(path, schedule)
+        check_schedule(path, schedule, 4)
     torch.save([1], path)
     with pytest.raises(QAdapterError, match="not this run's schedule"):
-        check_schedule(path, schedule)
+        check_schedule(path, schedule, 4)
+
+
+@pytest.mark.parametrize("path, value", [
+    (("global_step",), -4), (("global_step",), 4.0), (("global_step",), None),
+    (("num_input_tokens_seen",), ""), (("train_batch_size",), [[]]), (("log_history",), [1]),
+    (("best_model_checkpoint",), 1.5), (("stateful_callbacks",), []), (("mine",), 1), ((), []),
+    (("global_step",), 10**30),
+])
+def test_a_state_that_transformers_would_trip_over(make_trainer, pairs, run, path, value):
+    file = run / "checkpoint-4/trainer_state.json"
+    state = json.loads(file.read_text())
+    if path:
+        spoil(state, path, value)
+    file.write_text(json.dumps(state if path else value))
+    listed = manifest.read(run / "checkpoint-4/manifest.json").files
+    manifest.write(run / "checkpoint-4", listed)
+    trainer = make_trainer(train=pairs, output_dir=str(run), **SETTINGS)
+    with pytest.raises(QAdapterError, match="checkpoint-4"):
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-4"))
+
+
+def test_a_callback_that_the_checkpoint_does_not_know(make_trainer, pairs, run, done):
+    callback = EarlyStoppingCallback(early_stopping_patience=9)
+    trainer = make_trainer(
+        train=pairs, evaluation=pairs, output_dir=str(run), callbacks=[callback],
+        eval_strategy="steps", eval_steps=2, metric_for_best_model="loss",
+        load_best_model_at_end=True, **SETTINGS,
+    )
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 6 and "checkpoint-6" in names(run)
 
 
 def test_a_strangers_optimizer_under_a_manifest_of_its_own(make_trainer, pairs, run):
@@ -483,3 +525,25 @@ def test_a_last_step_that_blows_up_is_not_saved(make_trainer, pairs, tmp_path, s
     saved = ["checkpoint-2", "checkpoint-4"] if strategy == "steps" else []
     assert names(tmp_path / "run") == saved
     assert not (tmp_path / "run/adapter_model.safetensors").exists()
+
+
+def test_what_is_kept_does_not_grow_with_the_steps(pairs, tmp_path):
+    """Neither with logging off, where nothing is averaged and forgotten."""
+    class Count(TrainerCallback):
+        def __init__(self):
+            self.counts = {}
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.counts[state.global_step] = sum(
+                isinstance(thing, torch.Tensor) for thing in gc.get_objects()
+            )
+
+    count = Count()
+    trainer = QAdapterTrainer(
+        build_model(), config(tmp_path, save_strategy="no", logging_strategy="no", max_steps=40,
+                              retention_coef=0.1, retention_states=4),
+        train_dataset=pairs, processing_class=build_tokenizer(), callbacks=[count],
+        retention_dataset=["w1 w2 w3 w4", "w5 w6 w7"],
+    )
+    trainer.train()
+    assert count.counts[40] <= count.counts[10] + 3
