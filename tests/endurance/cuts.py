@@ -38,16 +38,13 @@ class Target:
     """A place where files of the same names hold something else."""
     unknowable: tuple[str, ...] = ()
     """Patterns of files that nothing says anything about: they may change results."""
-    damages: tuple[str, ...] | None = None
-    """Names of damages; default: all."""
     by_folder: bool = False
     """Whether an error may name the folder alone: libraries read these files, and their errors are
     what there is."""
 
 
-# A base's identity is samples of its tensors: what is smaller than their distance isn't seen.
-_COARSE = ("cut", "empty", "gone", "folder", "other", "value", "tensor")
-_BASE = ("base/tokenizer*", "base/*.jinja", "base/generation_config.json", "base/config.json")
+# An adapter says of its base which weights it has, and what of the configuration changes numbers.
+_BASE = ("base/tokenizer*", "base/*.jinja", "base/generation_config.json")
 _RUN = ("run/*.safetensors", "run/summary.json")
 TARGETS: dict[str, Target] = {
     "adapter": Target("plain", ("run/*",), EVAL, ("ev/eval.json",), "plain, another"),
@@ -63,9 +60,9 @@ TARGETS: dict[str, Target] = {
     "compared": Target("compared", ("compared/**/*",), COMPARE, ("compared/summary-*.json",)),
     "compare": Target("compared, unmeasured", ("compared/**/*",), COMPARE,
                       ("compared/**/validation.json", "compared/summary-*.json")),
-    "base": Target("plain", ("base/*",), EVAL, ("ev/eval.json",), None, _BASE, _COARSE, True),
+    "base": Target("plain", ("base/*",), EVAL, ("ev/eval.json",), None, _BASE, True),
     "export": Target("merged", ("exported/*",), ("eval", "exported", *EVAL[2:]), ("ev/eval.json",),
-                     None, ("exported/*",), None, True),
+                     None, ("exported/README.md",), True),
 }
 SHARES = {"adapter": 4, "lora": 4, "resume": 3, "resume from": 3, "own samples": 1, "features": 2,
           "judged": 1, "compared": 1, "compare": 1, "base": 2, "export": 1}
@@ -91,9 +88,8 @@ def trial(
     damaged, told, renewed = [], [], False
     for path in rng.sample(there, rng.choice((1, 1, 1, 2)) if len(there) > 1 else 1):
         name = str(path.relative_to(home))
-        known = {n: f for n, f in DAMAGES.items() if n in (wanted.damages or DAMAGES)}
-        kind = rng.choice(sorted(known))
-        if not known[kind](path, rng, other / name if other else None, there):
+        kind = rng.choice(sorted(DAMAGES))
+        if not DAMAGES[kind](path, rng, other / name if other else None, there):
             kind = "cut"
             _cut(path, rng, None, there)
         damaged.append(path)

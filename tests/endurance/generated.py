@@ -1,4 +1,5 @@
-"""Data files, configurations and flags that nobody should have written, through whole commands.
+"""Data files, configurations and flags that nobody should have written, through whole commands; and
+random numbers through the kernels, held against float64.
 
 Asserted: no hang, no traceback, no more memory than a run on a good file takes and a GiB; an error
 is one line; and nothing that was there before is changed or gone.
@@ -13,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import forks
+import fuzz
 import typer
 from hostile.inputs import Hostile, configuration, data_file
 from places import EVAL, JUDGE, PLAIN, Places
@@ -54,6 +56,7 @@ def _options(module: str) -> list[str]:
 
 SCENARIOS = {"data": data_file, "configurations": configuration, "flags": flags}
 SHARES = {"data": 2, "configurations": 2, "flags": 1}
+KERNEL_SHARES = dict.fromkeys(fuzz.TRIALS, 1)
 
 
 def prepare(scenario: str, places: Places, home: Path) -> int:
@@ -86,6 +89,21 @@ def trial(
     after = _contents(home)
     lost = [name for name in before if after.get(name) != before[name]]
     return how, f"changed or gone: {', '.join(lost)}" if lost else None
+
+
+def prepare_kernels(operator: str, places: Places, home: Path) -> None:
+    """Nothing: the operators bring their own numbers."""
+
+
+def kernel_trial(
+    operator: str, seed: int, places: Places, prepared: None, home: Path
+) -> tuple[str, str | None]:
+    """(the operator, what is wrong or None)."""
+    try:
+        fuzz.trial(operator, seed)
+    except fuzz.Failure as failure:
+        return operator, str(failure)
+    return operator, None
 
 
 def _filled(argument: str, file: str) -> str:

@@ -125,9 +125,9 @@ def _write_inputs(folder: Path) -> None:
     )))
 
 
-_TIMES = re.compile(
+_OF_ONE_RUN = re.compile(
     r"seconds|rss|_at$|date|^environment$|^versions$|^devices$|runtime|per_second|resume|overwrite"
-    "|^written$"
+    "|^written$|^sha256$"
 )
 
 
@@ -156,7 +156,7 @@ def facts(home: Path, patterns: Sequence[str] = ("**/*",)) -> dict[str, str]:
 
 def _timeless(value: object) -> object:
     if isinstance(value, dict):
-        return {k: _timeless(v) for k, v in value.items() if not _TIMES.search(k)}
+        return {k: _timeless(v) for k, v in value.items() if not _OF_ONE_RUN.search(k)}
     return [_timeless(v) for v in value] if isinstance(value, list) else value
 
 

@@ -1,7 +1,7 @@
 """``make endurance``: kill, cut and feed qadapter for an hour, on a tiny model.
 
     python tests/endurance/run.py                            all of it, into a JSON file
-    python tests/endurance/run.py --kills 100 --cuts 0 --minutes 0     some of it
+    python tests/endurance/run.py --kills 100 --cuts 0 --kernels 0 --inputs 0    some of it
     python tests/endurance/run.py --trial kills:head:17      one again, alone; says what it did
 
 A trial is told by its name alone: what is killed, cut or generated comes from it.
@@ -24,9 +24,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {
+    "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+    "TRITON_INTERPRET": "1",
+}
 TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS / "compare"), str(TESTS / "endurance")]
+sys.path[:0] = [str(TESTS / name) for name in (".", "compare", "kernels", "endurance")]
 
 import cuts  # noqa: E402
 import forks  # noqa: E402
@@ -40,6 +43,9 @@ KINDS = {
     "kills": Kind(kills.SHARES, kills.Undisturbed.of, kills.trial),
     "cuts": Kind(cuts.SHARES, cuts.undisturbed, cuts.trial),
     "inputs": Kind(generated.SHARES, generated.prepare, generated.trial),
+    "kernels": Kind(
+        generated.KERNEL_SHARES, generated.prepare_kernels, generated.kernel_trial
+    ),
 }
 RESULTS = TESTS.parent / "benchmarks" / "results" / "endurance.json"
 
@@ -84,8 +90,9 @@ def _tell(verdict: Verdict) -> None:
 
 
 def _plan(options: argparse.Namespace, start: float) -> Iterator[str]:
-    """Names of trials: kills and cuts as many as asked for, then the rest until time is up."""
-    counts = {"kills": options.kills, "cuts": options.cuts, "inputs": options.inputs}
+    """Names of trials: as many of each as asked for; inputs until time is up."""
+    counts = {"kills": options.kills, "cuts": options.cuts, "kernels": options.kernels,
+              "inputs": options.inputs}
     for kind, count in counts.items():
         names = KINDS[kind].names(kind, options.seed)
         if count is None:
@@ -128,6 +135,7 @@ def _options() -> argparse.ArgumentParser:
     options.add_argument("--cuts", type=int, default=5000, metavar="N")
     options.add_argument("--inputs", type=int, metavar="N",
                          help="default: as many as --minutes leave time for")
+    options.add_argument("--kernels", type=int, default=2000, metavar="N")
     options.add_argument("--minutes", type=float, default=60, metavar="M", help="in all")
     options.add_argument("--seed", type=int, default=0, help="the first of each scenario's seeds")
     options.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N")

@@ -27,6 +27,7 @@ SMALL = [
     *names("cuts", "adapter, lora", range(3)), *names("cuts", "resume, resume from", range(2)),
     *names("cuts", "own samples, features, judged, base, export", range(1)),
     *names("inputs", "data, configurations, flags", range(6)),
+    *names("kernels", "soft_value, rows", range(1)),
 ]
 
 
@@ -47,12 +48,12 @@ def test_a_run_of_many_writes_what_it_found(tmp_path):
     output = tmp_path / "found.json"
     done = subprocess.run(
         [sys.executable, RUN, "--work", tmp_path, "--output", output, "--kills", "0", "--cuts",
-         "0", "--inputs", "3", "--seed", "100", "--workers", "2"], capture_output=True, text=True,
+         "0", "--inputs", "3", "--kernels", "1", "--seed", "100", "--workers", "2"], capture_output=True, text=True,
     )
     found = json.loads(output.read_text())
     assert done.returncode == 0, done.stdout
     assert {name: t["trials"] for name, t in found["trials"].items()} == {
-        "inputs:configurations": 1, "inputs:data": 1, "inputs:flags": 1,
+        "inputs:configurations": 1, "inputs:data": 1, "inputs:flags": 1, "kernels:soft_value": 1,
     }
     assert found["wrong"] == [] and found["seed"] == 100 and "torch" in found["versions"]
 
