@@ -71,6 +71,8 @@ SHARES = {"adapter": 4, "lora": 4, "resume": 3, "resume from": 3, "own samples":
 def undisturbed(target: str, places: Places, home: Path) -> dict[str, str]:
     """What the command gives with whole files."""
     wanted = TARGETS[target]
+    if wanted.other:
+        places.get(wanted.other)  # here: not by two trials at once
     ended = forks.run(wanted.argv, places.copy(wanted.place, home))
     if ended.code != 0:
         raise SystemExit(f"{target}, undamaged, ended with {ended.code}: {ended.err}")

@@ -47,8 +47,9 @@ def test_in_small(tmp_path):
 def test_a_run_of_many_writes_what_it_found(tmp_path):
     output = tmp_path / "found.json"
     done = subprocess.run(
-        [sys.executable, RUN, "--work", tmp_path, "--output", output, "--kills", "0", "--cuts",
-         "0", "--inputs", "3", "--kernels", "1", "--seed", "100", "--workers", "2"], capture_output=True, text=True,
+        [sys.executable, RUN, "--work", tmp_path, "--output", output, "--kills", "0", "--cuts", "0",
+         "--inputs", "3", "--kernels", "1", "--seed", "100", "--workers", "2"],
+        capture_output=True, text=True,
     )
     found = json.loads(output.read_text())
     assert done.returncode == 0, done.stdout

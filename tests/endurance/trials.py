@@ -77,7 +77,7 @@ class Runner:
             how, wrong = self.kinds[kind].trial(
                 scenario, int(seed), self.places, self._prepared[f"{kind}:{scenario}"], home
             )
-        except Exception:
+        except (Exception, SystemExit):
             how, wrong = "the trial itself broke", traceback.format_exc()
         finally:
             shutil.rmtree(home, ignore_errors=True)
