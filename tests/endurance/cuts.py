@@ -56,7 +56,7 @@ TARGETS: dict[str, Target] = {
     "own samples": Target("plain", ("cache/qadapter/own_samples/*.json",),
                           (*PLAIN, "--overwrite_output_dir"), _RUN),
     "features": Target("cached", ("cache/qadapter/features/*/*",), LORA, _RUN),
-    "judged": Target("judged", ("judged/*",), JUDGE, ("judged/*.json*",)),
+    "judged": Target("judged", ("judged/*",), JUDGE, ("judged/*.json*",), by_folder=True),
     "compared": Target("compared", ("compared/**/*",), COMPARE, ("compared/summary-*.json",)),
     "compare": Target("compared, unmeasured", ("compared/**/*",), COMPARE,
                       ("compared/**/validation.json", "compared/summary-*.json")),
@@ -64,8 +64,8 @@ TARGETS: dict[str, Target] = {
     "export": Target("merged", ("exported/*",), ("eval", "exported", *EVAL[2:]), ("ev/eval.json",),
                      None, ("exported/README.md",), True),
 }
-SHARES = {"adapter": 4, "lora": 4, "resume": 3, "resume from": 3, "own samples": 1, "features": 2,
-          "judged": 1, "compared": 1, "compare": 1, "base": 2, "export": 1}
+SHARES = {"adapter": 10, "lora": 10, "resume": 5, "resume from": 5, "own samples": 1, "features": 3,
+          "judged": 2, "compared": 1, "compare": 1, "base": 5, "export": 5}
 
 
 def undisturbed(target: str, places: Places, home: Path) -> dict[str, str]:

@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import platform
+import resource
 import shutil
 import statistics
 import sys
@@ -79,7 +80,7 @@ def _run_all(runner: Runner, options: argparse.Namespace) -> list[Verdict]:
             print(f"{len(verdicts)} trials in {(time.monotonic() - start) / 60:.1f} minutes",
                   flush=True)
     found = summary(verdicts, options, time.monotonic() - start)
-    print(json.dumps(found["trials"], indent=1))
+    print(json.dumps({k: found[k] for k in ("trials", "minutes", "processor_minutes")}, indent=1))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     return verdicts
@@ -106,12 +107,14 @@ def summary(
     verdicts: list[Verdict], options: argparse.Namespace, seconds: float
 ) -> dict[str, object]:
     """What is committed: how many trials of what, all that was wrong, and where it ran."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     scenarios: dict[str, list[Verdict]] = collections.defaultdict(list)
     for verdict in verdicts:
         scenarios[verdict.name.rsplit(":", 1)[0]].append(verdict)
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "seed": options.seed, "minutes": round(seconds / 60, 1), "workers": options.workers,
+        "seed": options.seed, "minutes": round(seconds / 60, 1),
+        "processor_minutes": round((used.ru_utime + used.ru_stime) / 60, 1), "workers": options.workers,
         "machine": platform.machine(), "cores": os.cpu_count(), "devices": devices(),
         "versions": versions(),
         "trials": {
