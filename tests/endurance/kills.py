@@ -18,6 +18,8 @@ import forks
 from forks import Ended, Stop
 from places import COMPARE, EVAL, HEAD, JUDGE, LORA, MEASURED, Places, facts, names
 
+from qadapter.system.manifest import MANIFEST_NAME
+
 RESUME, REPLACE = ("--resume_from_checkpoint", "true"), ("--overwrite_output_dir",)
 POLITE = {signal.SIGTERM: 143, signal.SIGINT: 130}
 """Signals that a run may answer, and the exit code it then has."""
@@ -38,8 +40,8 @@ SCENARIOS: dict[str, tuple[str, tuple[str, ...]]] = {
     "peft": ("plain lora", (*EXPORT, "--form", "peft")),
 }
 """Name → (the folder it begins with, the command)."""
-SHARES = {"head": 10, "lora": 10, "replaced": 5, "rewritten": 5, "measured": 4, "demo": 2,
-          "compare": 2, "judge": 3, "eval": 2, "merged": 1, "lm_head_lora": 1, "peft": 1}
+SHARES = {"head": 20, "lora": 20, "replaced": 10, "rewritten": 10, "measured": 6, "judge": 6,
+          "eval": 4, "demo": 3, "compare": 3, "merged": 1, "lm_head_lora": 1, "peft": 1}
 """Of a round's trials; those of exports wait for a fresh process that checks them."""
 
 
@@ -147,7 +149,11 @@ def _with(flags: tuple[str, ...]) -> str:
 def _differences(home: Path, undisturbed: Undisturbed) -> str | None:
     found, expected = facts(home), undisturbed.facts
     differing = [n for n in expected if n in found and found[n] != expected[n]]
-    there = names(home)
+    # Whoever is asked to end leaves a checkpoint where none was planned: a result, if it is whole.
+    whole = [path.parent for path in home.glob(f"run/checkpoint-*/{MANIFEST_NAME}")]
+    planned = {name.split("/")[1] for name in expected if name.startswith("run/checkpoint-")}
+    asked = [f"run/{path.name}" for path in whole if path.name not in planned]
+    there = {name for name in names(home) if not name.startswith(tuple(asked))}
     parts = [
         f"{what}: {', '.join(sorted(items)[:6])}"
         for what, items in (
