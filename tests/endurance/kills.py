@@ -152,8 +152,8 @@ def _differences(home: Path, undisturbed: Undisturbed) -> str | None:
     # Whoever is asked to end leaves a checkpoint where none was planned: a result, if it is whole.
     whole = [path.parent for path in home.glob(f"run/checkpoint-*/{MANIFEST_NAME}")]
     planned = {name.split("/")[1] for name in expected if name.startswith("run/checkpoint-")}
-    asked = [f"run/{path.name}" for path in whole if path.name not in planned]
-    there = {name for name in names(home) if not name.startswith(tuple(asked))}
+    asked = {path.name for path in whole} - planned
+    there = {name for name in names(home) if not asked & set(name.split("/")[1:2])}
     parts = [
         f"{what}: {', '.join(sorted(items)[:6])}"
         for what, items in (

@@ -115,8 +115,8 @@ def summary(
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seed": options.seed, "minutes": round(seconds / 60, 1),
         "processor_minutes": round((used.ru_utime + used.ru_stime) / 60, 1),
-        "workers": options.workers, "machine": platform.machine(), "cores": os.cpu_count(), "devices": devices(),
-        "versions": versions(),
+        "workers": options.workers, "machine": platform.machine(), "cores": os.cpu_count(),
+        "devices": devices(), "versions": versions(),
         "trials": {
             scenario: {
                 "trials": len(found), "wrong": sum(v.wrong is not None for v in found),
