@@ -98,3 +98,52 @@ def test_half_a_surrogate_pair_is_named(tmp_path):
 
 def test_errors_can_be_printed_whatever_they_name():
     assert str(QAdapterError("no column \ud83d here")) == "no column \\ud83d here"
+
+
+def refused(read, path):
+    with pytest.raises(QAdapterError) as caught:
+        read(str(path))
+    message = str(caught.value)
+    assert str(path) in message and "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(("read", "name"), [
+    (load_preferences, "a.jsonl.gz"), (load_preferences, "a.json.gz"),
+    (read_texts, "a.txt.gz"), (read_prompts, "a.jsonl.gz"),
+])
+def test_a_zip_that_fills_the_memory_is_refused(tmp_path, monkeypatch, read, name):
+    monkeypatch.setattr("qadapter.system.textfiles.ZIPPED_BYTES", 2**16)
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(b" " * 2**22) * 3)  # members follow each other
+    assert "it grows to more than 100 times its size" in refused(read, path)
+    whole = "".join(
+        json.dumps(ROW | {"chosen": f" {i}", "text": "x", "n": [i] * 20}) + "\n" for i in range(900)
+    )
+    path = tmp_path / ("b" + "".join(path.suffixes))
+    path.write_bytes(gzip.compress(whole.encode()))
+    assert 2**16 < len(whole) < 100 * path.stat().st_size
+    assert len(read(str(path))) == 900
+
+
+@pytest.mark.parametrize("damage", [
+    lambda data: data[:-4], lambda data: data[:12], lambda data: data[:3], lambda data: b"",
+    lambda data: b"PK" + data[2:], lambda data: data[:20] + b"\xff" * 8 + data[28:],
+    lambda data: data[:-8] + bytes(8), lambda data: data + b"more", lambda data: data[:2] + b"\x09",
+])
+def test_a_damaged_zip_is_named(tmp_path, damage):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(damage(gzip.compress(json.dumps(ROW).encode() * 20)))
+    for read in (load_preferences, read_prompts, read_texts):
+        refused(read, path)
+
+
+def test_what_is_no_file_is_named(tmp_path):
+    (tmp_path / "a.txt").symlink_to("/dev/zero")
+    (tmp_path / "a.jsonl").symlink_to("/dev/zero")
+    (tmp_path / "b.jsonl").symlink_to("b.jsonl")
+    (tmp_path / "c.jsonl").mkdir()
+    assert "it is a device, not a file" in refused(read_texts, tmp_path / "a.txt")
+    assert "it is a device, not a file" in refused(load_preferences, tmp_path / "a.jsonl")
+    assert "symbolic links" in refused(read_prompts, tmp_path / "b.jsonl")
+    assert "directory" in refused(read_prompts, tmp_path / "c.jsonl")
