@@ -33,7 +33,8 @@ from qadapter.evaluation.judges import (
     preference_texts,
 )
 from qadapter.evaluation.judges.contest import AnswerStore, Draws, Verdict, hold_contests
-from qadapter.evaluation.judges.endpoint import PROMPT_FILE, EndpointJudge, JudgePrompt
+from qadapter.evaluation.judges.endpoint import EndpointJudge
+from qadapter.evaluation.judges.endpoint_prompt import PROMPT_FILE, JudgePrompt
 from qadapter.evaluation.judges.reward_model import SequenceClassificationJudge
 from qadapter.evaluation.report import Value
 from qadapter.policy.model import QAdapterModel

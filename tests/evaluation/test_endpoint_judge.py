@@ -12,7 +12,8 @@ import yaml
 
 from qadapter import QAdapterError
 from qadapter.evaluation.judges import win_rate
-from qadapter.evaluation.judges.endpoint import ATTEMPTS, PROMPT_FILE, EndpointJudge, JudgePrompt
+from qadapter.evaluation.judges.endpoint import ATTEMPTS, EndpointJudge
+from qadapter.evaluation.judges.endpoint_prompt import PROMPT_FILE, JudgePrompt
 
 PROMPTS = ["Which color?", [{"role": "user", "content": "Is it hot?"}], "Why {answer_b}?"]
 GOOD, BAD = ["good a", "good b", "good {answer_b}"], ["bad a", "bad b", "bad c"]

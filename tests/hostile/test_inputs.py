@@ -11,7 +11,7 @@ from qadapter.compare.reading import read_config
 from qadapter.data import load_preferences, read_prompts, read_texts, tokenize_preferences
 from qadapter.data.encoding import PromptEncoder
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.judges.endpoint import JudgePrompt
+from qadapter.evaluation.judges.endpoint_prompt import JudgePrompt
 
 
 @pytest.fixture(scope="module")

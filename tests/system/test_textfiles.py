@@ -8,7 +8,7 @@ import pytest
 
 from qadapter.data import load_preferences, read_prompts, read_texts
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.judges.endpoint import PROMPT_FILE, JudgePrompt
+from qadapter.evaluation.judges.endpoint_prompt import PROMPT_FILE, JudgePrompt
 from qadapter.system.documents import read_yaml
 from qadapter.system.textfiles import read_text, split_lines
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import inspect
 import json
 import os
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -23,112 +22,19 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from qadapter.data import Prompt
-from qadapter.errors import QAdapterError, nearest, shown
+from qadapter.errors import QAdapterError, shown
+from qadapter.evaluation.judges.endpoint_prompt import JudgePrompt, shortened
 from qadapter.evaluation.judges.interface import Judge, Progress, check_lengths
 from qadapter.evaluation.judges.texts import prompt_text
-from qadapter.system.documents import parse_json, read_yaml
-from qadapter.system.patterns import Pattern
+from qadapter.system.documents import parse_json
 from qadapter.system.sealed import opened, sealed
 
-PROMPT_FILE = Path(__file__).with_name("endpoint_prompt.yaml")
 ATTEMPTS = 3
 """Times a comparison is asked while its reply can't be read."""
 MAX_REPLY_BYTES = 2**24
-"""Of a whole reply, in bytes; a server that sends more is not asked again."""
+"""Of a whole reply, in bytes: no verdict is that long."""
 _MOST_TOKENS = 2**40
-_PLACES = ("prompt", "answer_a", "answer_b")
 _COUNTS = ("replies", "prompt_tokens", "completion_tokens", "without_usage")
-
-
-@dataclass(frozen=True)
-class JudgePrompt:
-    """The content of a prompt file."""
-
-    user: str
-    verdict: str
-    first: str
-    second: str
-    tie: str
-    system: str = ""
-    request: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, path: str | Path = PROMPT_FILE) -> JudgePrompt:
-        """
-        Raises:
-            QAdapterError: unreadable, or not what a prompt file must hold.
-        """
-        try:
-            values = read_yaml(path)
-            _check_keys(values, cls)
-            found = cls(**values)
-            for name, value in vars(found).items():
-                wanted = dict if name == "request" else str
-                if not isinstance(value, wanted):  # 1 without quotes is a number, "1" is text
-                    kind = "keys and values" if wanted is dict else "text (in quotes)"
-                    raise TypeError(f"{name} must be {kind}, got {shown(value)}")
-            _check_request(found.request)
-            groups = Pattern(found.verdict).groups
-        except (QAdapterError, ValueError, TypeError) as error:
-            raise QAdapterError(
-                f"judge prompt {path} can't be used: {_shortened(str(error), 400)}"
-            ) from error
-        if missing := [name for name in _PLACES if f"{{{name}}}" not in found.user]:
-            raise QAdapterError(f"judge prompt {path}: user has no {{{missing[0]}}}")
-        if groups != 1:
-            raise QAdapterError(f"judge prompt {path}: verdict must have one group, has {groups}")
-        return found
-
-    def messages(self, prompt: str, first: str, second: str) -> list[dict[str, str]]:
-        values = dict(zip(_PLACES, (prompt, first, second), strict=True))
-        # In one pass: an answer that holds "{answer_b}" stays as it is.
-        user = re.sub(
-            r"\{(" + "|".join(_PLACES) + r")\}", lambda match: values[match[1]], self.user
-        )
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        return [*system, {"role": "user", "content": user}]
-
-    def read_verdict(self, reply: str) -> float | None:
-        """1 if the first answer is better, 0 if the second is, 0.5 for a tie; None: unreadable.
-
-        Raises:
-            QAdapterError: ``verdict`` comes to no end on it.
-        """
-        matches = Pattern(self.verdict).findall(reply)
-        said = {self.first: 1.0, self.second: 0.0, self.tie: 0.5}
-        return said.get(matches[-1]) if matches else None
-
-
-def _check_keys(values: Any, cls: type) -> None:
-    """Raises TypeError unless the file's content makes a prompt."""
-    if not isinstance(values, dict):
-        raise TypeError("it must hold keys and values")
-    known = {found.name: found for found in fields(cls)}
-    if unknown := [key for key in values if key not in known]:
-        raise TypeError(f"unknown key {shown(unknown[0])}{nearest(str(unknown[0]), known)}")
-    for name, found in known.items():
-        if name not in values and found.default is found.default_factory is MISSING:
-            raise TypeError(f"{name} is missing")
-
-
-def _check_request(request: dict[str, Any]) -> None:
-    """Raises TypeError or ValueError for what the client would refuse, but after all answers are
-    drawn."""
-    try:
-        from openai.resources.chat.completions import Completions
-    except ImportError:
-        return  # without the client nothing is asked; EndpointJudge says so
-    known = inspect.signature(Completions.create).parameters.keys()
-    known = known - {"self", "model", "messages", "stream"}
-    for name, value in request.items():
-        if name not in known:
-            raise TypeError(
-                f"request takes no {shown(name)}{nearest(str(name), sorted(known))} (a server's "
-                "own arguments go into extra_body)"
-            )
-        if str(name).startswith("extra_") and not isinstance(value, dict):
-            raise TypeError(f"request: {name} must be keys and values, got {shown(value)}")
-    json.dumps(request, allow_nan=False)  # YAML has infinity
 
 
 @dataclass
@@ -276,7 +182,7 @@ class EndpointJudge(Judge):
             reply = next(self.judgements[key]["reply"] for key in asked)
             raise QAdapterError(
                 f"no reply of the judge at {self.client.base_url} could be read as a verdict; one "
-                f"was {_shortened(reply)!r} (the same command asks again)"
+                f"was {shortened(reply)!r} (the same command asks again)"
             )
         return np.array([
             0.5 if pair is None else self._verdict(*pair) for pair in questions
@@ -319,7 +225,7 @@ class EndpointJudge(Judge):
     def _explained(self, error: Exception) -> QAdapterError:
         import openai
 
-        message = f"the judge at {self.client.base_url} failed: {_shortened(str(error), 400)}"
+        message = f"the judge at {self.client.base_url} failed: {shortened(str(error), 400)}"
         if isinstance(error, openai.AuthenticationError):
             message += "; its key is read from OPENAI_API_KEY"
         if self.judgements_file is not None and self.judgements_file.exists():
@@ -356,7 +262,7 @@ class EndpointJudge(Judge):
             judgement["replies"] += 1
             judgement["verdict"] = self.prompt.read_verdict(text or "")
             # Not a chat completion: what came says what is wrong with the server.
-            judgement["reply"] = _shortened(raw.text, 1000) if text is None else text
+            judgement["reply"] = shortened(raw.text, 1000) if text is None else text
             if tokens is None:
                 judgement["without_usage"] += 1
             else:
@@ -411,12 +317,6 @@ def check_url(url: str, name: str) -> None:
         raise QAdapterError(
             f"{name} must be the address of an endpoint, as http://localhost:8000/v1, got {url!r}"
         )
-
-
-def _shortened(text: str, length: int = 200) -> str:
-    """On one line."""
-    text = " ".join(text.split())
-    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def _read_reply(reply: Any) -> tuple[str | None, tuple[int, int] | None]:
