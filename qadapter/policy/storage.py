@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import errno
 import importlib.metadata
 import json
 import os
@@ -169,6 +170,9 @@ def _replace(folder: Path, scratch: Path) -> list[str]:
     """
     names = sorted(path.name for path in scratch.glob("[!.]*"))
     names.sort(key=lambda name: name != CONFIG_NAME)
+    for name in names:
+        if (folder / name).is_dir():  # seen before anything is replaced
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(folder / name))
     manifest.remove(folder)
     for name in names:
         with open(scratch / name, "rb") as file:

@@ -158,6 +158,15 @@ def stop_after(number: int, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Path, "unlink", counted(Path.unlink))
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "chat_template.jinja"])
+def test_a_folder_in_a_file_s_place_costs_nothing(tmp_path, name):
+    (tmp_path / name).mkdir()
+    kept = {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(QAdapterError, match=rf"can't be saved: .*Is a directory: .*{name}"):
+        random_adapter("head").save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == kept
+
+
 def weights_of(model) -> list[float]:
     parts = [part.weights for part in model.parts] if hasattr(model, "parts") else [
         model.adapter.state_dict()
