@@ -28,11 +28,14 @@ def _distinct(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     )
 
 
-def _grads(actions: Tensor, dtype: torch.dtype, *grads: Tensor | None) -> tuple[Tensor, ...]:
-    """Upstream gradients [N], contiguous; one that is missing is 0."""
+def _grads(
+    outputs: tuple[Tensor, Tensor], *grads: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Upstream gradients [N] of q and V, contiguous; one that is missing is 0, and so is that of
+    −inf: of an excluded action, of a state without support, whatever the adapter does."""
     return tuple(
-        torch.zeros_like(actions, dtype=dtype) if g is None else g.to(dtype).contiguous()
-        for g in grads
+        torch.zeros_like(x) if g is None else torch.where(x == -torch.inf, 0.0, g.to(x.dtype))
+        for x, g in zip(outputs, grads, strict=True)
     )
 
 
@@ -100,7 +103,7 @@ def soft_value_backward_(
 
 def _soft_value_setup(ctx, inputs, output):
     adapter_logits, base_logits, actions, _, *coef, _, inplace, backend = inputs
-    ctx.save_for_backward(adapter_logits.detach(), base_logits, actions, output[4])
+    ctx.save_for_backward(adapter_logits.detach(), base_logits, actions, output[4], *output[:2])
     ctx.coef, ctx.inplace, ctx.backend = coef, inplace, backend
     ctx.spent = False
     ctx.mark_non_differentiable(*output[2:])
@@ -116,14 +119,14 @@ def _soft_value_backward(ctx, grad_q, grad_v, *_):
             "soft_value(inplace_backward=True) wrote its gradient over adapter_logits: "
             "a second backward pass needs inplace_backward=False"
         )
-    logits, _, actions, policy_normalizer = ctx.saved_tensors
-    grads = _grads(actions, policy_normalizer.dtype, grad_q, grad_v)
-    arguments = (*ctx.saved_tensors, *grads, *ctx.coef, ctx.backend)
+    *saved, q_action, value = ctx.saved_tensors
+    grads = _grads((q_action, value), grad_q, grad_v)
+    arguments = (*saved, *grads, *ctx.coef, ctx.backend)
     if not ctx.inplace:
         return soft_value_backward(*arguments), *none
     ctx.spent = True
     soft_value_backward_(*arguments)
-    return logits, *none
+    return saved[0], *none
 
 
 soft_value.register_autograd(_soft_value_backward, setup_context=_soft_value_setup)
@@ -174,7 +177,7 @@ def _(residual_product, weight, actions, grad_q, grad_v, factor, dtype):
 
 def _linear_setup(ctx, inputs, output):
     hidden, _, weight, actions, _, _, _, _, adapter_coef, _, logit_scale, *_ = inputs
-    ctx.save_for_backward(output[4], weight, actions, output[0])
+    ctx.save_for_backward(output[4], weight, actions, *output[:2])
     ctx.factor, ctx.dtype = adapter_coef * logit_scale, hidden.dtype
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
@@ -184,11 +187,10 @@ def _linear_backward(ctx, grad_q, grad_v, *_):
     none = (None,) * 14
     if grad_q is None and grad_v is None:
         return None, *none
-    residual_product, weight, actions, q_action = ctx.saved_tensors
-    grad_q, grad_v = _grads(actions, accumulation_dtype(ctx.dtype), grad_q, grad_v)
-    grad_q = torch.where(q_action == -torch.inf, 0.0, grad_q)  # excluded: no gradient, as above
+    residual_product, weight, actions, q_action, value = ctx.saved_tensors
+    grads = _grads((q_action, value), grad_q, grad_v)
     grad_hidden = linear_soft_value_backward(
-        residual_product, weight, actions, grad_q, grad_v, ctx.factor, ctx.dtype
+        residual_product, weight, actions, *grads, ctx.factor, ctx.dtype
     )
     return grad_hidden, *none
 

@@ -79,7 +79,7 @@ def trial_soft_value(draw: Draw) -> None:
     acting = kept & (actions >= 0)
     p = log_softmax(u).exp()
     onehot = torch.zeros_like(p).scatter_(1, actions.clamp_min(0)[:, None], 1.0)
-    onehot *= acting[:, None]
+    onehot *= (acting & (wanted["q"] != -INF))[:, None]
     grad = coef.adapter_coef * (g.double()[:, None] * onehot + v.double()[:, None] * p)
     dead = (u == -INF) | ~kept[:, None]
     grad = torch.where(dead, 0.0, grad) if coef.adapter_coef else torch.zeros_like(grad)

@@ -155,6 +155,24 @@ def test_p_prime_of_the_hidden_level_sums_to_0_and_keeps_nan_and_inf(backend):
     assert not z[3:].any() and lse[3] == -INF and lse[4] == 0 and not found[:, 3:].any()
 
 
+def test_an_action_that_the_base_excludes_has_no_gradient(backend):
+    """q = a − b is −inf there, although π̃, which the base has no say in, may take it; with the
+    base's two numbers alone too."""
+    case = logits_case(rows=4, vocab=40, coef=COEFFICIENTS["policy"])
+    b = case.base_logits.scatter(1, case.actions.clamp_min(0)[:, None], -INF)
+    (q, *_), grad = outputs(case._replace(base_logits=b), backend)
+    assert (q[case.actions >= 0] == -INF).all()
+    expected = case.grad_v[:, None] * case.adapter_logits.softmax(-1)
+    torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-6)
+    leaf = case.adapter_logits.detach().requires_grad_()
+    soft = soft_value(
+        leaf, None, case.actions, base_logsumexp=b.logsumexp(-1), backend=backend,
+        base_action_logit=torch.full((4,), -INF), **case.coef._asdict(),
+    )
+    (grad,) = torch.autograd.grad([soft.q_action, soft.value], leaf, [case.grad_q, case.grad_v])
+    torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_an_excluded_action_has_no_gradient_at_the_hidden_level_either(backend):
     """Its q is −inf: the upstream gradient of it leads nowhere, and V's has no part of it."""
     hidden, weight, bias = torch.randn(3, 8), torch.randn(20, 8), torch.randn(20)
