@@ -326,6 +326,28 @@ def test_a_folder_that_another_run_is_writing_is_left_alone(place, tmp_path, fai
     assert not folder.exists() or not list(folder.iterdir())
 
 
+@pytest.mark.parametrize("command", ["train", "eval", "export", "demo"])
+def test_a_folder_that_links_to_itself(place, tmp_path, fails, command):
+    (tmp_path / "loop").symlink_to("loop")
+    data = ("--dataset_name", place / "pairs.jsonl")
+    arguments = {
+        "train": train(place), "eval": ["eval", place / "model", *data],
+        "export": ["export", place / "run"], "demo": ["demo"],
+    }[command]
+    line = fails(*arguments, "--output_dir", tmp_path / "loop")
+    assert f"output_dir {tmp_path / 'loop'} is a file, or a link to none" in line
+
+
+def test_what_is_left_of_a_killed_export_goes_though_the_next_is_refused(place, tmp_path, fails):
+    left = tmp_path / ".qadapter-exporting-abcd1234"
+    for folder in (left, tmp_path / "out"):
+        folder.mkdir()
+    for file in (left / ".owner.lock", left / "base", tmp_path / ".out.lock", tmp_path / "out/x"):
+        file.write_text("{}")
+    assert "is not empty" in fails("export", place / "run", "--output_dir", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_two_trainings_of_one_folder_from_python(place, tmp_path, fails):
     """The trainer itself holds the folder, not the command alone."""
     trainer = QAdapterTrainer(
@@ -446,7 +468,10 @@ def test_no_space_for_the_tokenizer_which_rust_tells_as_text(place, tmp_path, fa
 
     monkeypatch.setattr(QAdapterTrainer, "save_model", fail)
     line = fails(*train(place, "--output_dir", tmp_path))
-    assert f"{tmp_path}: no space left" in line and "start again later" in line
+    assert f"{tmp_path / 'checkpoint-2'}: the checkpoint can't be saved: No space left" in line
+    assert "start again later" in line
+    line = fails(*train(place, "--output_dir", tmp_path / "no", "--save_strategy", "no"))
+    assert f"{tmp_path / 'no'}: no space left" in line and "start again later" in line
 
 
 @pytest.mark.parametrize("named", [True, False])

@@ -42,7 +42,8 @@ from qadapter.evaluation.report import write_json
 from qadapter.policy import storage
 from qadapter.policy.model import QAdapterModel
 from qadapter.system.documents import parse_json
-from qadapter.system.locking import RUN_LOCK_NAME, sole_run
+from qadapter.system.locking import RUN_LOCK_NAME, lock_of, remove_stale, sole_run
+from qadapter.system.scratch import remove_abandoned
 from qadapter.system.sealed import sealed
 from qadapter.system.textfiles import read_text
 from qadapter.trunk.base_dtype import dtype_of
@@ -85,6 +86,9 @@ def run_comparison(
         rows = [row for row in rows if row.name in only]
     written = {**config.as_dict(), "files_sha256": fingerprint_files(config)}
     _require_ours(written, folder)
+    for place in (folder, *folder.glob("*/"), *folder.glob("*/*/")):
+        remove_abandoned(place)
+        remove_stale(lock_of(place))
     todo = [
         (row, seed) for row in rows for seed in row.seeds
         if not (run_folder(folder, row.name, seed) / f"{split}.json").is_file()

@@ -69,8 +69,8 @@ def check_output_dir(
         QAdapterError: a file, not writable, it holds another run, or an input would be lost.
     """
     folder = Path(folder).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise QAdapterError(f"output_dir {folder} is a file")
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise QAdapterError(f"output_dir {folder} is a file, or a link to none")
     held = [path for pattern in files for path in sorted(folder.glob(pattern))]
     for option, name in (inputs or {}).items():
         if name is not None and _would_be_lost(Path(name).expanduser(), folder, held):

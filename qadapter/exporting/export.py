@@ -32,7 +32,7 @@ from qadapter.exporting.head import LinearPolicy
 from qadapter.exporting.trunk import merged_trunk, reference_logits, write_adapter
 from qadapter.exporting.verification import Check, Reference, check_export, check_states
 from qadapter.system import manifest
-from qadapter.system.locking import sole_run
+from qadapter.system.locking import lock_of, remove_stale, sole_run
 from qadapter.system.scratch import remove_abandoned, scratch_folder
 from qadapter.trunk.loading import shell_of
 
@@ -85,6 +85,7 @@ def export(
         raise QAdapterError("texts are for approximate=True")
     target = Path(output_dir).expanduser().absolute()
     remove_abandoned(target.parent)  # a model's size, each
+    remove_stale(lock_of(target, beside=True))
     _check_free(target)
     tokenizer, template_chosen = _tokenizer(model, tokenizer)
     _check_policy(model, form)
@@ -366,7 +367,7 @@ def _token_ids(
 
 
 def _check_free(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise QAdapterError(f"output_dir {folder} is a file")
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise QAdapterError(f"output_dir {folder} is a file, or a link to none")
     if folder.is_dir() and any(folder.iterdir()):
         raise QAdapterError(f"output_dir {folder} is not empty: choose another")

@@ -191,6 +191,19 @@ def _forget_in_child() -> None:
 os.register_at_fork(after_in_child=_forget_in_child)
 
 
+def remove_stale(path: Path) -> None:
+    """Remove a lock file that nobody holds."""
+    with contextlib.suppress(OSError):
+        if path.is_file() and take(path):
+            let_go(path)
+
+
+def lock_of(folder: str | Path, *, beside: bool = False) -> Path:
+    """The lock file of a run that writes to a folder; arguments as in ``sole_run``."""
+    real = Path(os.path.realpath(folder))  # resolve() raises on a link to itself
+    return real.with_name(f".{real.name}.lock") if beside else real / RUN_LOCK_NAME
+
+
 @contextlib.contextmanager
 def sole_run(folder: str | Path, *, beside: bool = False) -> Iterator[None]:
     """Inside, no other run writes to a folder. The run itself may enter again.
@@ -203,8 +216,7 @@ def sole_run(folder: str | Path, *, beside: bool = False) -> Iterator[None]:
         QAdapterError: another run is in it; names its process.
         OSError: the folder can't be written.
     """
-    real = Path(os.path.realpath(folder))  # resolve() raises on a link to itself
-    path = real.with_name(f".{real.name}.lock") if beside else real / RUN_LOCK_NAME
+    path = lock_of(folder, beside=beside)
     if path in _held:
         yield
         return

@@ -20,7 +20,7 @@ from qadapter.policy.sampling import fused_sample
 from qadapter.system.documents import read_json
 from qadapter.system.locking import exclusive
 from qadapter.system.progress import Progress
-from qadapter.system.scratch import scratch_folder
+from qadapter.system.scratch import remove_abandoned, scratch_folder
 from qadapter.system.sealed import opened, sealed
 from qadapter.trunk.identity import digest_of
 from qadapter.trunk.lm_head import input_device
@@ -56,6 +56,7 @@ def load_or_sample(
                                                      min(COUNT, len(prompts))))]
     cache = _Cache(Path(cache_dir or default_cache_dir() / "own_samples"), model, prompts)
     folder, pad = cache.path.parent, padding_id(model, tokenizer)
+    remove_abandoned(folder)
     answers = cache.read()
     try:
         if answers is None:
@@ -70,7 +71,7 @@ def load_or_sample(
         if cache_dir is not None:
             raise QAdapterError(
                 f"feature_cache_dir {cache_dir}: the base's own samples can't be kept there "
-                f"({error})"
+                f"({error}); free some space or choose another, and run it again"
             ) from error
         if say is not None:
             say(f"{folder} can't be written ({error.strerror or error}): the base's own samples "

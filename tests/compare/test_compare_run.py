@@ -286,6 +286,12 @@ def test_a_run_that_another_process_is_at_is_left_to_it(tmp_path):
     with another_run(folder / "out"):  # at another run of it
         run_comparison(config, folder / "out")
     assert (where / "validation.json").exists()
+    left = where / ".qadapter-writing-abcd1234"  # by one that was killed at its very end
+    left.mkdir()
+    for file in (left / ".owner.lock", left / "validation.json", where / "_run.lock"):
+        file.write_text("{}")
+    run_comparison(config, folder / "out")
+    assert not left.exists() and not (where / "_run.lock").exists()
 
 
 def test_without_trl_nothing_is_run_that_needs_it(tmp_path, monkeypatch):
