@@ -64,8 +64,8 @@ TARGETS: dict[str, Target] = {
     "export": Target("merged", ("exported/*",), ("eval", "exported", *EVAL[2:]), ("ev/eval.json",),
                      None, ("exported/README.md",), True),
 }
-SHARES = {"adapter": 10, "lora": 10, "resume": 5, "resume from": 5, "own samples": 1, "features": 3,
-          "judged": 2, "compared": 1, "compare": 1, "base": 5, "export": 5}
+SHARES = {"adapter": 20, "lora": 20, "resume": 6, "resume from": 6, "own samples": 2, "features": 4,
+          "judged": 4, "compared": 1, "compare": 1, "base": 12, "export": 12}
 
 
 def undisturbed(target: str, places: Places, home: Path) -> dict[str, str]:

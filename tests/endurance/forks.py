@@ -31,9 +31,11 @@ MEMORY = 4 << 30
 """Bytes of its own that a run may take before the system refuses it more."""
 _LEFT_OUT = ("qadapter.integrations.lm_eval",)
 _IMPORTED_LATE = (
-    "matplotlib.backends.backend_agg", "PIL.PngImagePlugin", "peft", "trl",
-    "transformers.models.llama.modeling_llama", "torch._dynamo", "safetensors.torch",
-    "transformers.trainer",
+    "matplotlib.backends.backend_agg", "matplotlib.figure",
+    "peft.utils.transformers_weight_conversion",
+    "PIL.JpegImagePlugin", "PIL.PngImagePlugin", "pydantic.type_adapter", "safetensors.torch",
+    "torch._dynamo", "torch.profiler", "torch.utils.serialization", "transformers.trainer",
+    "transformers.models.llama.modeling_llama", "trl",
 )
 """What commands import when they get there."""
 

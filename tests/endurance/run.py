@@ -138,7 +138,7 @@ def _options() -> argparse.ArgumentParser:
     options.add_argument("--cuts", type=int, default=5000, metavar="N")
     options.add_argument("--inputs", type=int, metavar="N",
                          help="default: as many as --minutes leave time for")
-    options.add_argument("--kernels", type=int, default=2000, metavar="N")
+    options.add_argument("--kernels", type=int, default=1000, metavar="N")
     options.add_argument("--minutes", type=float, default=60, metavar="M", help="in all")
     options.add_argument("--seed", type=int, default=0, help="the first of each scenario's seeds")
     options.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N")
