@@ -31,12 +31,14 @@ def _distinct(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def _grads(
     outputs: tuple[Tensor, Tensor], *grads: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """Upstream gradients [N] of q and V, contiguous; one that is missing is 0, and so is that of
-    −inf: of an excluded action, of a state without support, whatever the adapter does."""
-    return tuple(
-        torch.zeros_like(x) if g is None else torch.where(x == -torch.inf, 0.0, g.to(x.dtype))
+    """Upstream gradients [N] of q and V, contiguous; one that is missing is 0, and so is that of an
+    excluded action: its q is −inf whatever the adapter does."""
+    q_action = outputs[0]
+    grad_q, grad_v = (
+        torch.zeros_like(x) if g is None else g.to(x.dtype).contiguous()
         for x, g in zip(outputs, grads, strict=True)
     )
+    return torch.where(q_action == -torch.inf, 0.0, grad_q), grad_v
 
 
 # --- logits level ---------------------------------------------------------------------------
@@ -177,7 +179,7 @@ def _(residual_product, weight, actions, grad_q, grad_v, factor, dtype):
 
 def _linear_setup(ctx, inputs, output):
     hidden, _, weight, actions, _, _, _, _, adapter_coef, _, logit_scale, *_ = inputs
-    ctx.save_for_backward(output[4], weight, actions, *output[:2])
+    ctx.save_for_backward(output[4], weight, actions, *output[:2], output[3])
     ctx.factor, ctx.dtype = adapter_coef * logit_scale, hidden.dtype
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
@@ -187,8 +189,10 @@ def _linear_backward(ctx, grad_q, grad_v, *_):
     none = (None,) * 14
     if grad_q is None and grad_v is None:
         return None, *none
-    residual_product, weight, actions, q_action, value = ctx.saved_tensors
-    grads = _grads((q_action, value), grad_q, grad_v)
+    residual_product, weight, actions, q_action, value, base_lse = ctx.saved_tensors
+    grad_q, grad_v = _grads((q_action, value), grad_q, grad_v)
+    # A state without support; beside an infinite lse(b), V is −inf all the same.
+    grads = grad_q, torch.where((value == -torch.inf) & (base_lse != torch.inf), 0.0, grad_v)
     grad_hidden = linear_soft_value_backward(
         residual_product, weight, actions, *grads, ctx.factor, ctx.dtype
     )
