@@ -91,16 +91,17 @@ def _tell(verdict: Verdict) -> None:
 
 
 def _plan(options: argparse.Namespace, start: float) -> Iterator[str]:
-    """Names of trials: as many of each as asked for; inputs until time is up."""
+    """Names of trials until time is up: as many of each as asked for, mixed, so that a run that
+    time ends has tried all kinds alike."""
     counts = {"kills": options.kills, "cuts": options.cuts, "kernels": options.kernels,
-              "inputs": options.inputs}
-    for kind, count in counts.items():
-        names = KINDS[kind].names(kind, options.seed)
-        if count is None:
-            names = itertools.takewhile(
-                lambda _: time.monotonic() - start < 60 * options.minutes, names
-            )
-        yield from itertools.islice(names, count)
+              "inputs": options.inputs or 0}
+    names = {kind: KINDS[kind].names(kind, options.seed) for kind in counts}
+    mixed = sorted(((i + 0.5) / n, kind) for kind, n in counts.items() for i in range(n))
+    rest = itertools.repeat("inputs") if options.inputs is None else ()
+    for kind in itertools.chain((kind for _, kind in mixed), rest):
+        if time.monotonic() - start > 60 * options.minutes:
+            return
+        yield next(names[kind])
 
 
 def summary(
@@ -139,7 +140,8 @@ def _options() -> argparse.ArgumentParser:
     options.add_argument("--inputs", type=int, metavar="N",
                          help="default: as many as --minutes leave time for")
     options.add_argument("--kernels", type=int, default=1000, metavar="N")
-    options.add_argument("--minutes", type=float, default=60, metavar="M", help="in all")
+    options.add_argument("--minutes", type=float, default=60, metavar="M",
+                         help="no trial begins later")
     options.add_argument("--seed", type=int, default=0, help="the first of each scenario's seeds")
     options.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N")
     options.add_argument("--work", type=Path, metavar="FOLDER",
