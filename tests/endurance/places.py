@@ -127,7 +127,7 @@ def _write_inputs(folder: Path) -> None:
 
 _OF_ONE_RUN = re.compile(
     r"seconds|rss|_at$|date|^environment$|^versions$|^devices$|runtime|per_second|resume|overwrite"
-    "|^written$|^sha256$"
+    "|^written$|^sha256$|^should_"  # what was asked of the process that wrote it
 )
 
 
