@@ -126,6 +126,7 @@ READ = {
 }
 
 
+@pytest.mark.slow
 @holds("A load opens manifest.json", "Where all that is named", "Nothing is written into folders",
        "No program is started")
 @pytest.mark.parametrize("name", ["head", "lora"])
@@ -166,6 +167,7 @@ def test_nothing_is_counted_on_the_hub(said, off):
     assert done.stdout.splitlines()[-1] == str(off)
 
 
+@pytest.mark.slow
 @holds("Exports hold no code")
 def test_an_export_holds_none_of_it(world, tmp_path):
     folder, mark = world

@@ -20,6 +20,8 @@ from qadapter.compare.run import run_folder
 from qadapter.evaluation.report import write_json
 from qadapter.system.markup import one_line, visible
 
+pytestmark = pytest.mark.slow
+
 JUDGE = "hidden-state judge"
 USABLE = [text for text in TEXTS if one_line(text) == text and len(text) < 100]
 

@@ -87,7 +87,7 @@ def trial(
     places.copy(wanted.place, home)
     other = places.get(wanted.other) if wanted.other else None
     there = sorted({p for pattern in wanted.files for p in home.glob(pattern) if p.is_file()})
-    damaged, told, renewed = [], [], False
+    damaged, told, kinds, renewed = [], [], set(), False
     for path in rng.sample(there, rng.choice((1, 1, 1, 2)) if len(there) > 1 else 1):
         name = str(path.relative_to(home))
         kind = rng.choice(sorted(DAMAGES))
@@ -95,6 +95,7 @@ def trial(
             kind = "cut"
             _cut(path, rng, None, there)
         damaged.append(path)
+        kinds.add(kind)
         told.append(f"{name}: {kind}")
         if kind in ("value", "tensor") and rng.random() < 0.5:
             renewed |= _renew_manifest(path)
@@ -109,6 +110,8 @@ def trial(
     unknowable = {p for pattern in wanted.unknowable for p in home.glob(pattern)}
     if renewed or unknowable & set(damaged):
         return how, None
+    if kinds == {"other"} and manifest.MANIFEST_NAME in {path.name for path in damaged}:
+        return how, None  # a file of another folder with that folder's manifest: it is that folder
     found = facts(home, wanted.results)
     differing = [n for n in whole if found.get(n) != whole[n]]
     return how, f"silent: other results in {', '.join(differing)}" if differing else None

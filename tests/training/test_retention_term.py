@@ -155,7 +155,7 @@ def test_without_texts_the_base_is_asked_once_for_its_own(tmp_path, monkeypatch)
     [file] = cache.glob("samples-*.json")
     assert first[0] < 1e-6 < first[-1]
     prompts = list(dict.fromkeys(build_pairs(16)["prompt"]))
-    assert len(json.loads(file.read_text())) == len(prompts)
+    assert len(json.loads(file.read_text())["answers"]) == len(prompts)
 
     def refuse(*args, **kwargs):
         raise AssertionError("sampled again")

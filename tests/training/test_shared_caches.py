@@ -53,6 +53,7 @@ def load(cache, model=None, **changes):
     )
 
 
+@pytest.mark.slow
 def test_processes_that_start_together(tmp_path):
     runs = [
         subprocess.Popen(
