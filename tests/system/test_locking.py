@@ -107,11 +107,10 @@ RUN = """
 import os, sys, time
 from qadapter.system.locking import sole_run
 with sole_run(sys.argv[1]):
-    worker = os.fork()
-    if worker == 0:  # a worker that outlives the run
+    if os.fork() == 0:  # a worker that outlives the run
+        print(os.getpid(), flush=True)
         time.sleep(60)
         os._exit(0)
-    print(worker, flush=True)
     sys.stdin.read()
 """
 
