@@ -286,6 +286,12 @@ class AdapterCheckpoints(Trainer):
         for path in others[: max(0, len(others) + len(kept) - self._limit)]:
             remove_checkpoint(path)
 
+    def _end_rotation(self, last: Path) -> None:
+        """A run that was killed after its last checkpoint may have been in the midst of it."""
+        run_dir = Path(self.args.output_dir)
+        if self.args.should_save and os.path.samefile(last.parent, run_dir):
+            self._rotate(run_dir, last)
+
     def _keep_the_best_alone(self) -> None:
         """At the end, with ``save_total_limit`` 1 and a best checkpoint: as transformers does."""
         best = self.state.best_model_checkpoint

@@ -91,6 +91,7 @@ class Runs(BaseReading, Stopping, AdapterCheckpoints):
             return super().train(checkpoint, **kwargs)
         except AllStepsTaken:
             self.is_in_train = False
+            self._end_rotation(Path(checkpoint))
             if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
                 self._load_best_model()
         except LeftAnEvaluation:

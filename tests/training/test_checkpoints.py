@@ -221,6 +221,14 @@ def test_rotation_keeps_what_is_not_its_own(make_trainer, pairs, tmp_path):
         assert json.loads(arguments.read_text())["save_total_limit"] == 2
 
 
+def test_a_rotation_that_a_kill_ended_is_ended_by_the_next_run(make_trainer, pairs, tmp_path):
+    folder = tmp_path / "run"
+    make_trainer(train=pairs, save_total_limit=3, **SETTINGS).train()
+    (folder / "checkpoint-2/manifest.json").unlink()  # it was about to go
+    make_trainer(train=pairs, save_total_limit=2, **SETTINGS).train(resume_from_checkpoint=True)
+    assert names(folder) == ["checkpoint-4", "checkpoint-6"]
+
+
 def test_rotation_waits_for_the_new_one_and_a_kill_leaves_no_half(
     make_trainer, pairs, tmp_path, monkeypatch
 ):
