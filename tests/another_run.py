@@ -1,9 +1,11 @@
-"""An output folder that another run is writing to."""
+"""Other processes: one that holds something until it is killed, one that a lock names."""
 
 import contextlib
 import dataclasses
 import fcntl
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 from qadapter.system.locking import RUN_LOCK_NAME, Owner
@@ -22,3 +24,18 @@ def another_run(folder, *, beside=False):
         file.flush()
         yield
     path.unlink()
+
+
+@contextlib.contextmanager
+def holding(script, place):
+    """A process that runs a script with a path as its argument, and the line that it has printed
+    when it holds what it is to hold; killed in the end."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(place)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process, process.stdout.readline().strip()
+    finally:
+        process.kill()
+        process.communicate()

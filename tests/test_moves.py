@@ -111,7 +111,7 @@ def test_to_another_dtype(kind):
     assert_same(found, wanted, atol=2e-4, rtol=2e-3)
     # All of it is in float64: a copy in float32 anywhere would leave some 1e-7.
     ids = torch.tensor([ROWS[0]])
-    base = model.base if not model.adapts_trunk else model.adapter.bare_base()
+    base = model.bare_base()
     difference = model(ids, strength=0.0).logits - base(ids).logits
     assert difference.abs().max() < 1e-12
     for dtype in (torch.bfloat16, torch.float16):

@@ -19,10 +19,8 @@ from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from qadapter.errors import QAdapterError, beginning, nearest, shown
-from qadapter.system.documents import read_json
+from qadapter.system.documents import MAX_CONFIG_BYTES, read_json
 
-MAX_BYTES = 2**20
-"""Of a configuration file."""
 MAX_PATTERN_SECONDS = 10
 """Of processor time that the patterns of a configuration may take on a base's module names."""
 _IGNORED = ("runtime_config",)
@@ -43,7 +41,7 @@ def read_config(path: Path) -> PeftConfig:
         QAdapterError: it is none; a value of a wrong type, an infinite number; something switched
             on that the installed PEFT doesn't know. The message names the file and the field.
     """
-    fields = read_json(path, most=MAX_BYTES)
+    fields = read_json(path, most=MAX_CONFIG_BYTES)
     kind = fields.get("peft_type") if isinstance(fields, dict) else None
     known = {str(k.value): config for k, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if not isinstance(kind, str) or kind not in known:

@@ -71,17 +71,12 @@ def run(
     if data.max_length is not None and data.max_length < 2:
         raise QAdapterError(f"max_length must be at least 2, got {data.max_length}")
     texts = read_measures(measures)
-    with contextlib.ExitStack() as stack:
-        folder = None
-        if data.output_dir is not None:
-            folder = stack.enter_context(output_folder(
-                data.output_dir, EVALUATION_FILES, data.overwrite_output_dir,
-                "choose another, or replace it with --overwrite_output_dir",
-                inputs={
-                    "dataset_name": data.dataset_name, "retention_file": measures.retention_file,
-                },
-                known_by=EVALUATION_NAME,
-            ))
+    with contextlib.nullcontext() if data.output_dir is None else output_folder(
+        data.output_dir, EVALUATION_FILES, data.overwrite_output_dir,
+        "choose another, or replace it with --overwrite_output_dir",
+        inputs={"dataset_name": data.dataset_name, "retention_file": measures.retention_file},
+        known_by=EVALUATION_NAME,
+    ) as folder:
         _run(model_args, data, measures, knowledge_args, texts, folder, console)
 
 

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from qadapter.evaluation.bootstrap import Estimate
 from qadapter.system.markup import markdown_table, markdown_text, visible
-from qadapter.system.scratch import scratch_folder
+from qadapter.system.scratch import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -206,10 +206,8 @@ def write_text(path: str | Path, text: str) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with scratch_folder(path.parent, "writing") as scratch:
-        written = scratch / path.name
+    with replacing(path) as written:
         written.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(written, path)
 
 
 def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
@@ -350,8 +348,6 @@ def _new_axes(title: str, x_label: str, y_label: str) -> Axes:
 
 def _save(axes: Axes, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with scratch_folder(path.parent, "writing") as scratch:
-        written = scratch / path.name
+    with replacing(path) as written:
         axes.figure.savefig(written)
-        os.replace(written, path)
     return path

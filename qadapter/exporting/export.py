@@ -339,10 +339,7 @@ def _write_and_check(
 
 def _write_base(model: QAdapterModel, folder: Path) -> str:
     """A base that is in memory only, as a folder that stock libraries load."""
-    base = model.base
-    if model.adapts_trunk:
-        base = model.adapter.bare_base()
-    base.save_pretrained(folder)
+    model.bare_base().save_pretrained(folder)
     return str(folder)
 
 

@@ -217,6 +217,10 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
             repo_id = hub_kwargs.pop("repo_id", Path(save_directory).name)
             storage.upload(save_directory, repo_id, **hub_kwargs)
 
+    def bare_base(self) -> PreTrainedModel:
+        """The base without the adapter's layers; its tensors are shared."""
+        return self.adapter.bare_base() if self.adapts_trunk else self.base
+
     def _write(self, folder: str | Path, state_dict: dict[str, Tensor] | None) -> None:
         if self.adapts_trunk:
             weights = self.adapter.state_dict(state_dict)

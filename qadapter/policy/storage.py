@@ -37,7 +37,7 @@ from qadapter.policy.adapter_files import (
     AdapterFiles,
 )
 from qadapter.system import manifest
-from qadapter.system.documents import read_json
+from qadapter.system.documents import MAX_CONFIG_BYTES, read_json
 from qadapter.system.scratch import scratch_folder
 from qadapter.system.textfiles import read_text
 from qadapter.trunk.identity import BaseIdentity
@@ -52,9 +52,6 @@ FORMAT_VERSION = 3
 _READABLE = (1, 2, FORMAT_VERSION)
 """1 knew a base by its head and a hash of its whole configuration; 1 and 2 had no manifest."""
 _WITH_MANIFEST = 3
-MAX_BYTES = 2**20
-"""Of a configuration file."""
-
 
 Place = str | Path | AdapterFiles
 """A folder, a hub name, or one of them whose manifest was read already: several calls for one load
@@ -217,7 +214,7 @@ def read(adapter_dir: Place, objective: ObjectiveConfig | None = None) -> SavedA
         adapter = _read_peft(files)
         return SavedAdapter(adapter, objective, None, adapter.base_model_name_or_path, {})
     path = files.checked(CONFIG_NAME)
-    description = read_json(path, most=MAX_BYTES)
+    description = read_json(path, most=MAX_CONFIG_BYTES)
     try:
         version = description["format_version"]
         if version not in _READABLE:

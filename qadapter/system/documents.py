@@ -24,6 +24,8 @@ MAX_DIGITS = 40
 """Of a whole number: one of 128 bits has 39."""
 MAX_JSON_BYTES = 256 * 2**20
 """Of a JSON file that is read whole."""
+MAX_CONFIG_BYTES = 2**20
+"""Of a JSON file that describes an adapter."""
 MAX_YAML_BYTES = 2**18
 """Of a YAML file, which a person writes."""
 MAX_YAML_EXPANDED = 2**20

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from qadapter.errors import QAdapterError, shown
 from qadapter.system.documents import read_json
 from qadapter.system.hashing import file_sha256
-from qadapter.system.scratch import scratch_folder
+from qadapter.system.scratch import replacing
 
 MANIFEST_NAME = "manifest.json"
 
@@ -83,13 +83,12 @@ def write(folder: str | Path, names: Iterable[str]) -> None:
     """
     folder = Path(folder)
     files = {name: dataclasses.asdict(Entry.of(folder / name)) for name in sorted(names)}
-    with scratch_folder(folder, "saving") as scratch:
-        listed = scratch / MANIFEST_NAME
-        with open(listed, "w", encoding="utf-8") as file:
-            file.write(json.dumps({"files": files}, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(listed, folder / MANIFEST_NAME)
+    with replacing(folder / MANIFEST_NAME, "saving") as listed, open(
+        listed, "w", encoding="utf-8"
+    ) as file:
+        file.write(json.dumps({"files": files}, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def remove(folder: str | Path) -> None:

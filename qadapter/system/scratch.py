@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -33,6 +34,23 @@ def scratch_folder(parent: str | Path, purpose: str) -> Iterator[Path]:
         yield folder
     finally:
         _remove(folder)
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path, purpose: str = "writing") -> Iterator[Path]:
+    """A place to write a new file, which then takes that of ``path``: a file there is replaced
+    whole, or stays as it was.
+
+    Args:
+        purpose: as in ``scratch_folder``.
+
+    Raises:
+        OSError: its folder is missing or can't be written.
+    """
+    path = Path(path)
+    with scratch_folder(path.parent, purpose) as scratch:
+        yield scratch / path.name
+        os.replace(scratch / path.name, path)
 
 
 def remove_abandoned(parent: str | Path) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from qadapter.system.hashing import file_sha256
 from qadapter.system.locking import exclusive
 from qadapter.system.progress import Progress
 from qadapter.system.room import require_writable
-from qadapter.system.scratch import remove_abandoned, scratch_folder
+from qadapter.system.scratch import remove_abandoned, replacing
 from qadapter.training.feature_set import FeatureSet, Kept, Shard
 from qadapter.training.features import (
     Tokens,
@@ -134,11 +133,10 @@ def _cannot_cache(path: Path, error: Exception) -> QAdapterError:
 def cache_identity(model: QAdapterModel, pad_token_id: int) -> dict[str, Any]:
     """Everything of a model that its features depend on, as JSON."""
     base, alignment = model.base, model.objective.mask_alignment
-    bare = model.adapter.bare_base() if model.adapts_trunk else base
     return {
         "format_version": FORMAT_VERSION,
         **dataclasses.asdict(model.base_identity),
-        "weights": digest_of(bare),
+        "weights": digest_of(model.bare_base()),
         "kept": Kept.of(model)._asdict(),
         "dtype": str(base.dtype),
         "mask_alignment": alignment,
@@ -187,17 +185,14 @@ class _Store:
         path = self._path(number, total)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with scratch_folder(self.folder, "writing") as scratch:
-                temporary = scratch / path.name
-                save_file(shard.parts(), temporary)
+            with replacing(path) as written:
+                save_file(shard.parts(), written)
                 self.index["shards"][path.name] = {
-                    "bytes": temporary.stat().st_size, "pairs": len(shard.rows),
-                    "sha256": file_sha256(temporary),
+                    "bytes": written.stat().st_size, "pairs": len(shard.rows),
+                    "sha256": file_sha256(written),
                 }
-                os.replace(temporary, path)
-                index = scratch / INDEX_NAME
-                index.write_text(json.dumps(self.index, indent=1) + "\n", encoding="utf-8")
-                os.replace(index, self.folder / INDEX_NAME)
+            with replacing(self.folder / INDEX_NAME) as written:
+                written.write_text(json.dumps(self.index, indent=1) + "\n", encoding="utf-8")
         except (OSError, SafetensorError) as error:
             raise _cannot_cache(path, error) from error
 

@@ -20,7 +20,7 @@ from qadapter.policy.sampling import fused_sample
 from qadapter.system.documents import read_json
 from qadapter.system.locking import exclusive
 from qadapter.system.progress import Progress
-from qadapter.system.scratch import remove_abandoned, scratch_folder
+from qadapter.system.scratch import remove_abandoned, replacing
 from qadapter.system.sealed import opened, sealed
 from qadapter.trunk.identity import digest_of
 from qadapter.trunk.lm_head import input_device
@@ -85,9 +85,9 @@ class _Cache:
 
     def __init__(self, folder: Path, model: QAdapterModel, prompts: Sequence[list[int]]) -> None:
         self.count, self.vocabulary = len(prompts), model.head.weight.shape[0]
-        base = model.adapter.bare_base() if model.adapts_trunk else model.base
         key = json.dumps([
-            dataclasses.asdict(model.base_identity), digest_of(base), str(model.base.dtype),
+            dataclasses.asdict(model.base_identity), digest_of(model.bare_base()),
+            str(model.base.dtype),
             sorted(_ends(model)), prompts, MAX_NEW_TOKENS, BATCH_SIZE, SEED,
         ])
         self.key = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
@@ -112,11 +112,9 @@ class _Cache:
         )
 
     def write(self, answers: list[list[int]]) -> None:
-        with scratch_folder(self.path.parent, "writing") as scratch:
-            written = scratch / self.path.name
-            text = json.dumps(sealed({"key": self.key, "answers": answers}))
+        text = json.dumps(sealed({"key": self.key, "answers": answers}))
+        with replacing(self.path) as written:
             written.write_text(text, encoding="utf-8")
-            written.replace(self.path)
 
 
 def _ends(model: QAdapterModel) -> set[int]:

@@ -191,8 +191,10 @@ def _content(model: nn.Module, packed: bool) -> dict[str, str]:
     if not packed:
         dtypes = "".join(f"{name}{x.dtype}" for name, x in sorted(weights.items()))
         dtypes = hashlib.sha256(dtypes.encode()).hexdigest()
-        found[f"rounded {_layout(weights)[:16]}"] = summed(weights.items(), torch.bfloat16)
-        found[f"stored {dtypes[:16]}"] = summed(weights.items())
+        rounded = stored = summed(weights.items())
+        if any(x.is_floating_point() and x.dtype != torch.bfloat16 for x in weights.values()):
+            rounded = summed(weights.items(), torch.bfloat16)
+        found |= {f"rounded {_layout(weights)[:16]}": rounded, f"stored {dtypes[:16]}": stored}
     return found
 
 

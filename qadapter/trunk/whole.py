@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from qadapter.errors import QAdapterError, shown
+from qadapter.errors import QAdapterError, listed, shown
 from qadapter.system import manifest
 from qadapter.system.documents import read_json
 from qadapter.system.textfiles import read_text
@@ -34,12 +33,12 @@ def require_all(model: PreTrainedModel, report: dict[str, Any], name: str | Path
     """
     if missing := sorted(report["missing_keys"]):
         raise QAdapterError(
-            f"{name} is not whole: no file of it holds {_some(missing)}, which would be random "
+            f"{name} is not whole: no file of it holds {listed(missing, 3)}, which would be random "
             "numbers: copy the model again, or take one of this architecture"
         )
     if wrong := sorted(map(str, report["mismatched_keys"])):
         raise QAdapterError(
-            f"{name} doesn't fit its config.json: {_some(wrong)} has another shape there, and "
+            f"{name} doesn't fit its config.json: {listed(wrong, 3)} has another shape there, and "
             "would be random numbers"
         )
     require_finite(model, name)
@@ -59,8 +58,8 @@ def require_finite(model: PreTrainedModel, name: str | Path) -> None:
             wrong.append(f"{parameter_name} ({dtype_name(x.dtype)})")
     if wrong:
         raise QAdapterError(
-            f"{name}: {_some(wrong)} holds NaN or infinite numbers: the checkpoint is damaged, or "
-            "its numbers don't fit this dtype"
+            f"{name}: {listed(wrong, 3)} holds NaN or infinite numbers: the checkpoint is damaged, "
+            "or its numbers don't fit this dtype"
         )
 
 
@@ -72,10 +71,10 @@ def require_as_written(folder: str | Path) -> None:
         QAdapterError: a file is missing, or is not what was written; names it.
     """
     folder = Path(folder).expanduser()
-    listed = folder / manifest.MANIFEST_NAME
-    if listed.is_file():
+    path = folder / manifest.MANIFEST_NAME
+    if path.is_file():
         try:
-            found = manifest.read(listed)
+            found = manifest.read(path)
         except QAdapterError:
             return  # of another tool
         found.check(folder)
@@ -157,8 +156,3 @@ def misfit(folder: str | Path, model: nn.Module | None) -> str | None:
                         f"{list(state[name].shape)}"
                     )
     return None
-
-
-def _some(names: Sequence[str]) -> str:
-    few = ", ".join(shown(name)[1:-1] for name in names[:3])
-    return f"{few} and {len(names) - 3} more" if len(names) > 3 else few

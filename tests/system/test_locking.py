@@ -6,12 +6,11 @@ import fcntl
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 
 import filelock
 import pytest
+from another_run import holding
 
 from qadapter.errors import QAdapterError
 from qadapter.system import locking
@@ -44,12 +43,8 @@ def test_a_killed_holder_lets_go(tmp_path):
         "import sys\nfrom qadapter.system.locking import exclusive\n"
         "with exclusive(sys.argv[1]):\n    print('held', flush=True)\n    sys.stdin.read()\n"
     )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path / "thing")], stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, text=True,
-    )
-    try:
-        assert holder.stdout.readline() == "held\n"
+    with holding(script, tmp_path / "thing") as (holder, told):
+        assert told == "held"
         other = filelock.FileLock(tmp_path / "thing.lock")
         with pytest.raises(filelock.Timeout):
             other.acquire(timeout=0)
@@ -57,9 +52,6 @@ def test_a_killed_holder_lets_go(tmp_path):
         holder.wait()
         with exclusive(tmp_path / "thing"):
             pass
-    finally:
-        holder.kill()
-        holder.communicate()
 
 
 def test_waiting_is_said(tmp_path, monkeypatch):
@@ -117,15 +109,9 @@ with sole_run(sys.argv[1]):
 
 @pytest.fixture
 def run(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-c", RUN, str(tmp_path)], stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, text=True,
-    )
-    worker = int(process.stdout.readline())
-    yield process
-    process.kill()
-    os.kill(worker, signal.SIGKILL)
-    process.communicate()
+    with holding(RUN, tmp_path) as (process, worker):
+        yield process
+        os.kill(int(worker), signal.SIGKILL)  # it has the pipe, too
 
 
 def test_a_second_run_is_refused_and_a_killed_one_is_not_in_the_way(tmp_path, run):

@@ -3,11 +3,10 @@
 import errno
 import os
 import signal
-import subprocess
-import sys
 import threading
 
 import pytest
+from another_run import holding
 
 from qadapter.system import locking
 from qadapter.system.scratch import remove_abandoned, scratch_folder
@@ -25,14 +24,8 @@ with scratch_folder(sys.argv[1], "saving") as folder:
 
 @pytest.fixture
 def holder(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path)], stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, text=True,
-    )
-    process.folder = process.stdout.readline().strip()
-    yield process
-    process.kill()
-    process.communicate()
+    with holding(HOLDER, tmp_path) as (process, process.folder):
+        yield process
 
 
 def kill(process):
