@@ -14,7 +14,6 @@ from tiny_models import preference_rows, save_tiny, write_jsonl
 from qadapter import QAdapterError
 from qadapter.cli import main
 from qadapter.console import folders
-from qadapter.evaluation import report
 from qadapter.system import room
 from qadapter.training import QAdapterConfig, QAdapterTrainer
 
@@ -445,13 +444,11 @@ def test_no_space_for_a_checkpoint_keeps_the_earlier_ones(place, tmp_path, fails
 
 
 def test_no_space_for_the_summary_keeps_the_adapter(place, tmp_path, fails, monkeypatch):
-    monkeypatch.setattr(report.os, "replace", no_space)
     # The adapter's own files are replaced into place by the same call: only the report's fails.
-    from qadapter.policy import storage
-    from qadapter.system import manifest
-    moving = type("os", (), {"replace": staticmethod(shutil.move), "fsync": staticmethod(os.fsync)})
-    for module in (storage, manifest):
-        monkeypatch.setattr(module, "os", moving)
+    replace, ours = os.replace, ("metrics.jsonl", "summary.json", "report.md")
+    monkeypatch.setattr(
+        os, "replace", lambda *x: (no_space if Path(x[1]).name in ours else replace)(*x)
+    )
     line = fails(*train(place, "--output_dir", tmp_path))
     assert line == (
         f"error: {tmp_path}: no space left on the device: free some; the adapter is there: "
