@@ -161,7 +161,7 @@ def evaluate_preferences(
             Rewards are the trained objective's and do not move with it.
         num_resamples, seed: of the bootstrap over prompts (95% intervals).
         progress: called with (pairs done, pairs in all).
-        base_states: the base's last hidden states at the actions of a pair's chosen and rejected
+        base_states: ``QAdapterModel.features`` at the actions of a pair's chosen and rejected
             answer, [K, D] each, by its place in the dataset, where training has read them: nothing
             is then read again. For adapters on the head and ``mask_alignment="action"``.
 
@@ -285,7 +285,7 @@ def _batch_sums(
     """Sums over each of the 2B answers, [6, 2B]: tokens, log π, log π̃, both KLs, R.
 
     Args:
-        base_ND: h_b at the states that are scored, if known.
+        base_ND: features at the states that are scored, if known.
     """
     input_ids, attention_mask, completion_mask = (
         batch[name].to(scorer.device) for name in ("input_ids", "attention_mask", "completion_mask")

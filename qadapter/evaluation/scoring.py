@@ -132,7 +132,7 @@ class Scorer:
         memo, run = model.trunk_memo, functools.partial(model.packed_hidden, packed=True)
         rows = functools.partial(hidden_rows, device=input_device(model.base))
 
-        def base_rows(*batch: Tensor) -> Tensor:
+        def feature_rows(*batch: Tensor) -> Tensor:
             return rows(lambda x: [run(x, base_stream=True)], *batch)[0]
 
         def both(packing: Packing) -> list[Tensor]:
@@ -145,16 +145,21 @@ class Scorer:
             adapter_hidden, base_hidden = rows(both, *batch)
             return adapter_hidden, base_hidden
         if memo is None:
-            base_hidden = base_rows(*batch)
+            features = feature_rows(*batch)
         else:
-            base_hidden = memo(base_rows, *batch, dtype=model.base.dtype)
+            features = memo(
+                feature_rows, *batch, dtype=model.base.dtype, before_norm=model.reads_before_norm
+            )
         if two_runs:
-            return rows(lambda x: [run(x)], *batch)[0], base_hidden
-        return self.adapted(base_hidden)
+            return rows(lambda x: [run(x)], *batch)[0], features
+        return self.adapted(features)
 
-    def adapted(self, base_hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(h_a, h_b) [..., D] from h_b, of an adapter on the head."""
-        return base_hidden if self.is_base else self.model.adapter(base_hidden), base_hidden
+    def adapted(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """(h_a, h_b) [..., D] from ``QAdapterModel.features``, of an adapter on the head."""
+        if self.is_base:
+            base_hidden = self.model.base_stream(features)
+            return base_hidden, base_hidden
+        return self.model.adapter.streams(features)
 
     def score(
         self, adapter_hidden: Tensor, base_hidden: Tensor, actions: Tensor

@@ -51,10 +51,10 @@ class Approximation:
 def fit_linear(
     model: QAdapterModel, sequences: Sequence[Sequence[int]], rank: int | None
 ) -> tuple[LinearPolicy, Approximation]:
-    """Least squares: the M that minimises Σ ‖W(M·h − f(h))‖² over the texts' states.
+    """Least squares: the M that minimises Σ ‖W(M·h − f)‖² over the texts' states.
 
     Args:
-        model: with an adapter h_a = h + f(h) on the last hidden state.
+        model: with an adapter on the head, h_a = h + f.
         sequences: token ids of texts like those the model is for.
         rank: of M (the best of that rank in the logits' metric); None for full rank, where the
             metric does not matter.
@@ -73,9 +73,8 @@ def fit_linear(
     squares_DD = torch.zeros(size, size, dtype=torch.float64)
     products_DD = torch.zeros_like(squares_DD)
     count = 0
-    for h_ND in _states(model, fitted):
-        f_ND = _nonlinear_part(model.adapter, h_ND).to("cpu", torch.float64)
-        h_ND = h_ND.to("cpu", torch.float64)
+    for features_ND in _states(model, fitted):
+        h_ND, f_ND = (x.to("cpu", torch.float64) for x in _parts(model.adapter, features_ND))
         squares_DD += h_ND.T @ h_ND
         products_DD += h_ND.T @ f_ND
         count += len(h_ND)
@@ -91,8 +90,10 @@ def fit_linear(
     return policy, _measure(model, policy, held_out, rank, count)
 
 
-def _nonlinear_part(adapter: HeadAdapter, h_ND: Tensor) -> Tensor:
-    return adapter.up(adapter.bottleneck(h_ND.to(adapter.up.weight.dtype)))
+def _parts(adapter: HeadAdapter, features_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """h_b, and what the adapter adds to it: h_a − h_b."""
+    adapted_ND, base_ND = adapter.streams(features_ND)
+    return base_ND, adapted_ND - base_ND
 
 
 def _reduce_rank(
@@ -120,9 +121,9 @@ def _measure(
     weight = model.head.weight.float()
     down_RD, up_DR = (x.to(weight.device, torch.float32) for x in policy[1:3])
     sums, count = torch.zeros(3, dtype=torch.float64), 0
-    for hidden in _states(model, texts):
-        for h_ND in hidden.float().split(_STATES):
-            f_ND = _nonlinear_part(model.adapter, h_ND)
+    for features in _states(model, texts):
+        for features_ND in features.split(_STATES):
+            h_ND, f_ND = (x.float() for x in _parts(model.adapter, features_ND))
             linear_ND = h_ND @ down_RD.T @ up_DR.T
             exact, export, base = (
                 _log_probs(model.head, weight, mixed_ND, bias_weight)
@@ -150,6 +151,6 @@ def _log_probs(
 
 
 def _states(model: QAdapterModel, texts: Sequence[Sequence[int]]) -> Iterator[Tensor]:
-    """The base's last hidden states [N, D], a text at a time."""
+    """What the adapter reads of the base [N, D], a text at a time."""
     for ids in texts:
-        yield model.base_hidden(torch.tensor([list(ids)], device=input_device(model.base)))[0]
+        yield model.features(torch.tensor([list(ids)], device=input_device(model.base)))[0]

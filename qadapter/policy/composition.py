@@ -63,21 +63,18 @@ class ComposedModel(QAdapterModel):
         self.heads = nn.ModuleList()
         if not self.adapts_trunk:
             for part in parts:
-                head = part.config.build(self.head.weight.shape[1], self.head.weight.device)
+                head = part.config.build_on(base)
                 head.load_state_dict(part.weights)
                 self.heads.append(head)
         self.requires_grad_(False)
         self.adapter.requires_grad_(False)
         self.eval()
 
-    def policy_logits(
-        self, base_hidden: Tensor | None, adapter_hidden: Tensor | None = None, *,
-        strength: float | Tensor | None = None,
-    ) -> Tensor:
-        """As in ``QAdapterModel``; for head adapters strength may be [B, n]."""
+    def head_logits(self, features: Tensor, strength: float | Tensor | None = None) -> Tensor:
+        """As in ``QAdapterModel``; strength may be [B, n]."""
         if not (isinstance(strength, Tensor) and strength.dim() == 2):
-            return super().policy_logits(base_hidden, adapter_hidden, strength=strength)
-        hidden = [*(head(base_hidden) for head in self.heads), base_hidden]
+            return super().head_logits(features, strength)
+        hidden = [*(head(features) for head in self.heads), self.base_stream(features)]
         return self._mix(self.policy.trunk_weights(strength), hidden)
 
     def hidden_streams(
@@ -153,6 +150,11 @@ def compose(
     if len(forms) > 1:
         names = " and ".join(sorted(forms))
         raise QAdapterError(f"compose needs adapters of one form, got {names}")
+    if any(m.reads_before_norm for m in models):
+        raise QAdapterError(
+            'adapters of form "block" add to the states before the final norm, behind which they '
+            'don\'t add up: compose adapters of form "linear" or "mlp", or LoRA'
+        )
     parts = [
         Part(m.adapter_config, m.objective,
              {name: x.detach().to("cpu", copy=True) for name, x in m.adapter.state_dict().items()})
@@ -191,7 +193,7 @@ def assemble(
     else:
         rank = sum(part.config.rank for part in parts)
         config = AdapterConfig(form=parts[0].config.form, rank=rank)
-        adapter = config.build(single.head.weight.shape[1], single.head.weight.device)
+        adapter = config.build_on(single.base)
         adapter.load_state_dict(_concatenated(parts, weights, objective))
     return ComposedModel(single.base, adapter, config, objective, identity, parts, weights)
 

@@ -91,6 +91,16 @@ class StreamedGeneration(GenerationMixin):
         """Whether the streams differ inside the trunk (LoRA), not on its output alone."""
         return not isinstance(self.adapter, HeadAdapter)
 
+    @property
+    def reads_before_norm(self) -> bool:
+        """Whether the trunk runs up to its final norm alone, which the adapter then applies."""
+        return not self.adapts_trunk and self.adapter.reads_before_norm
+
+    @property
+    def feature_trunk(self) -> nn.Module:
+        """The trunk up to what the adapter reads: its ``last_hidden_state`` are the features."""
+        return self.adapter.final_norm.before if self.reads_before_norm else trunk(self.base)
+
     def _streams(self, strength: float | Tensor | None) -> tuple[int, ...]:
         """What the trunk has to run for a policy: adapters by their numbers, then ``BASE``."""
         if not self.adapts_trunk:
@@ -104,12 +114,12 @@ class StreamedGeneration(GenerationMixin):
         self, streams: tuple[int, ...], *, cache: Any = None, part: nn.Module | None = None,
         **inputs: Any,
     ) -> BaseModelOutputWithPast:
-        """The trunk, for S streams with S·B rows.
+        """The trunk, for S streams with S·B rows; as far as the adapter reads.
 
         Args:
             part: the part of it to run, of a single stream.
         """
-        body = trunk(self.base) if part is None else part
+        body = self.feature_trunk if part is None else part
         shaped = inputs["input_ids"]
         if shaped is None:
             shaped = inputs["inputs_embeds"]

@@ -125,9 +125,9 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         identity: storage.BaseIdentity,
     ) -> QAdapterModel:
         base = loaded.model.requires_grad_(False).eval()
-        head = LanguageModelHead.of(base)
+        LanguageModelHead.of(base)  # says what is wrong with it before anything is built
         if isinstance(config, AdapterConfig):
-            adapter = config.build(head.weight.shape[1], head.weight.device)
+            adapter = config.build_on(base)
         else:
             from qadapter.adapters.lora import LoraAdapter
 
@@ -297,40 +297,44 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
             weights = self.policy.trunk_weights(strength)
             logits = self._mix([weights[stream] for stream in streams], hidden)
         else:
-            logits = self.policy_logits(hidden[0], strength=strength)
+            logits = self.head_logits(hidden[0], strength)
         loss = None
         if labels is not None:
             loss = nn.functional.cross_entropy(
                 logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(logits.device)
             )
         given = inputs_embeds if input_ids is None else input_ids
+        recorded = outputs.get("hidden_states")
+        if recorded and recorded[-1] is not None:  # the last is the last hidden state, as in a base
+            recorded = (*recorded[:-1], self.base_stream(recorded[-1]))
         result = CausalLMOutputWithPast(
             # Where a device_map splits the base, too, logits return to where the ids came from.
-            loss=loss, logits=logits.to(given.device), hidden_states=outputs.get("hidden_states"),
+            loss=loss, logits=logits.to(given.device), hidden_states=recorded,
             attentions=outputs.get("attentions"), **{CACHE: outputs.get(self._trunk_cache)},
         )
         return result.to_tuple() if return_dict is False else result
 
+    def head_logits(self, features: Tensor, strength: float | Tensor | None = None) -> Tensor:
+        """Logits of the policy [..., V] from ``features`` [..., D], of an adapter on the head."""
+        adapter_hidden, base_hidden = self.adapter.streams(features)
+        return self.policy_logits(base_hidden, adapter_hidden, strength=strength)
+
     def policy_logits(
-        self, base_hidden: Tensor | None, adapter_hidden: Tensor | None = None, *,
+        self, base_hidden: Tensor | None, adapter_hidden: Tensor | None, *,
         strength: float | Tensor | None = None,
     ) -> Tensor:
         """Logits of the policy [..., V] from last hidden states [..., D].
 
         Args:
-            base_hidden: h_b; None only if its weight is 0.
-            adapter_hidden: h_a; a head adapter computes it where it is not given. None for LoRA
-                only if its weight is 0.
+            base_hidden, adapter_hidden: h_b and h_a; None only where its weight is 0.
         """
-        weight_a, weight_b = self.policy.stream_weights(strength)
-        terms = []
-        if isinstance(weight_a, Tensor) or weight_a != 0:
-            if adapter_hidden is None:
-                adapter_hidden = self.adapter(base_hidden)
-            terms.append((weight_a, adapter_hidden))
-        if isinstance(weight_b, Tensor) or weight_b != 0 or not terms:
-            terms.append((weight_b, base_hidden))
-        return self._mix(*zip(*terms, strict=True))
+        weights = self.policy.stream_weights(strength)
+        terms = [
+            (weight, hidden)
+            for weight, hidden in zip(weights, (adapter_hidden, base_hidden), strict=True)
+            if isinstance(weight, Tensor) or weight != 0
+        ]
+        return self._mix(*zip(*terms or [(0.0, base_hidden)], strict=True))
 
     def _mix(
         self, weights: Sequence[float | Tensor], hidden: Sequence[Tensor]
@@ -403,18 +407,32 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
 
     # --- what training and evaluation build on ----------------------------------------------
 
-    def base_hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The frozen base's last hidden states [B, T, D], after the final norm."""
+    def features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """What the frozen base says of every token, [B, T, D] in its dtype: what an adapter on the
+        head reads, and what both streams are made of there, h_a by ``adapter`` and h_b by
+        ``base_stream``. For a LoRA h_b itself."""
         run = partial(self._trunk_hidden, BASE)
         if self.trunk_memo is None:
             return run(input_ids, attention_mask)
-        return self.trunk_memo(run, input_ids, attention_mask, dtype=self.base.dtype)
+        return self.trunk_memo(
+            run, input_ids, attention_mask, dtype=self.base.dtype,
+            before_norm=self.reads_before_norm,
+        )
+
+    def base_stream(self, features: Tensor) -> Tensor:
+        """h_b [..., D] of features."""
+        return features if self.adapts_trunk else self.adapter.base_stream(features)
+
+    def base_hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The frozen base's last hidden states [B, T, D], after the final norm."""
+        with torch.no_grad():
+            return self.base_stream(self.features(input_ids, attention_mask))
 
     def adapter_hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The adapted stream's last hidden states [B, T, D]; gradients reach the adapter."""
         if self.adapts_trunk:
             return self._trunk_hidden(0, input_ids, attention_mask)
-        return self.adapter(self.base_hidden(input_ids, attention_mask))
+        return self.adapter(self.features(input_ids, attention_mask))
 
     def hidden_streams(
         self, input_ids: Tensor, attention_mask: Tensor | None = None
@@ -423,8 +441,7 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         if self.adapts_trunk:
             adapter_hidden, base_hidden = self._trunk_streams((0, BASE), input_ids, attention_mask)
             return adapter_hidden, base_hidden
-        base_hidden = self.base_hidden(input_ids, attention_mask)
-        return self.adapter(base_hidden), base_hidden
+        return self.adapter.streams(self.features(input_ids, attention_mask))
 
     @property
     def split_trunk(self) -> SplitTrunk | None:
@@ -438,8 +455,8 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         return self.adapter.split_refused if self.adapts_trunk else ""
 
     def packed_base(self, packing: Packing, *, packed: bool) -> tuple[Tensor, Tensor | None]:
-        """What the frozen base says of all packed tokens: its last hidden states [M, D], and the
-        states that enter ``split_trunk``'s first block, where there is one; arguments as
+        """What the frozen base says of all packed tokens: their ``features`` [M, D], and the states
+        that enter ``split_trunk``'s first block, where there is one; arguments as
         ``packed_hidden``'s."""
         run = partial(self.packed_hidden, packing, packed=packed, base_stream=True)
         entering_MD = None if self.split_trunk is None else run(below=True)
@@ -455,20 +472,23 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         Args:
             packing: on the base's device.
             packed: run it as one row, where the base's attention can (``packing.can_pack``).
-            base_stream: the frozen base's instead.
+            base_stream: the frozen base's ``features`` instead.
             below: the states that enter ``split_trunk``'s first block instead.
             entering_ND: those, where they are known.
         """
-        trunk = self.split_trunk.below if below else None
+        part = self.split_trunk.below if below else None
         if entering_ND is not None:
-            trunk = self.split_trunk.above
+            part = self.split_trunk.above
+        if not self.adapts_trunk:
+            part = self.feature_trunk
         apart = base_stream and self.adapts_trunk
         off = self.adapter.off() if apart else contextlib.nullcontext()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not base_stream), off:
             hidden_MD = hidden_states(
-                self.base, packing, packed=packed, trunk=trunk, entering_ND=entering_ND
+                self.base, packing, packed=packed, trunk=part, entering_ND=entering_ND
             )
         return hidden_MD.to(self.head.weight.device)
+
     def _trunk_streams(
         self, streams: Sequence[int], input_ids: Tensor, attention_mask: Tensor | None
     ) -> Iterator[Tensor]:

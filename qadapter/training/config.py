@@ -120,8 +120,10 @@ class QAdapterConfig(TrainingArguments):
         default=AdapterConfig.form,
         metadata={
             "help": "Form of the head adapter: 'linear' merges into lm_head and can be served "
-            "anywhere; 'mlp' (a gated bottleneck) learns more and can't be merged.",
-            "choices": ["linear", "mlp"],
+            "anywhere; 'block' (a gated bottleneck before the final norm) learns more and is "
+            "exported exactly, as one decoder layer more, for bases of Llama's kind; 'mlp' (the "
+            "same behind the norm) can't be merged.",
+            "choices": ["linear", "block", "mlp"],
         },
     )
     adapter_rank: int = field(

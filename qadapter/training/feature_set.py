@@ -1,10 +1,10 @@
 """What the frozen base says about every action of a set of pairs, and batches of it.
 
-Which parts are kept depends on the adapter (``Kept``). A head adapter sees nothing but the base's
-last hidden states at the states actions are taken in. A LoRA runs the trunk itself, on the tokens;
-of the base its loss needs b[action] and lse(b) where the base's logits have no weight in the
-policy, else the same hidden states. Where all its layers sit in the upper blocks, the states that
-enter the lowest of those are kept too, and training runs those blocks alone.
+Which parts are kept depends on the adapter (``Kept``). A head adapter sees nothing but its features
+(``QAdapterModel.features``) at the states actions are taken in. A LoRA runs the trunk itself, on
+the tokens; of the base its loss needs b[action] and lse(b) where the base's logits have no weight
+in the policy, else h_b. Where all its layers sit in the upper blocks, the states that enter the
+lowest of those are kept too, and training runs those blocks alone.
 
 Shapes: P pairs, 2P sequences (pair i's chosen and rejected are sequences 2i and 2i + 1), N actions
 in all, M distinct tokens (what sequences begin with in common is there once), D hidden.
@@ -32,16 +32,18 @@ class Kept(NamedTuple):
     """Which parts are kept for an adapter."""
 
     hidden: bool
-    """h_b; else b[action] stands for it."""
+    """Features, of which h_b is made; else b[action] stands for it."""
     ids: bool = False
     """Token ids: the trunk runs at every step."""
     first_block: int | None = None
     """The block whose entering states are kept."""
+    before_norm: bool = False
+    """Whether the features are the states that enter the final norm, not h_b."""
 
     @classmethod
     def of(cls, model: QAdapterModel) -> Kept:
         if not model.adapts_trunk:
-            return cls(hidden=True)
+            return cls(hidden=True, before_norm=model.reads_before_norm)
         split = model.split_trunk
         return cls(
             hidden=model.objective.coefficients.base_weight != 0, ids=True,
@@ -50,6 +52,8 @@ class Kept(NamedTuple):
 
     def __str__(self) -> str:
         parts = ["hidden states" if self.hidden else "two numbers a token"]
+        if self.before_norm:
+            parts = ["the states before the final norm"]
         if self.ids:
             parts.append("token ids")
         if self.first_block is not None:
@@ -73,7 +77,7 @@ class Shard(NamedTuple):
     rows: Tensor
     """Row of each pair in its source, int64 [P]."""
     hidden: Tensor | None = None
-    """h_b [N, D] in the base's dtype."""
+    """Features [N, D] in the base's dtype."""
     base_action_logit: Tensor | None = None
     """b[action] [N], like ``base_logsumexp``."""
     ids: Tensor | None = None
@@ -153,7 +157,7 @@ class FeatureSet(torch.utils.data.Dataset):
         }
 
     def base_states(self, index: int) -> tuple[Tensor, Tensor]:
-        """h_b [K, D] at the actions of a pair's chosen and of its rejected answer."""
+        """Features [K, D] at the actions of a pair's chosen and of its rejected answer."""
         pair = self[index]
         return pair.hidden.split(pair.num_actions)
 

@@ -155,16 +155,18 @@ def compute_shard(
     packed = packed and can_pack(base, max(len(answer.ids) for answer in answers)) is None
     start = 0
     for packing, members in batches:
-        hidden_MD, entering_MD = model.packed_base(
+        features_MD, entering_MD = model.packed_base(
             packing.to(input_device(base)), packed=packed
         )
         if entering_MD is not None:
             table["entering"][start : start + len(entering_MD)] = entering_MD.to("cpu")
             start += len(entering_MD)
         places_N, actions_N = _actions(packing, members, answers, offsets)
-        hidden_ND = hidden_MD[places_N.to(hidden_MD.device)]
-        found = _numbers(model, hidden_ND, tokens[actions_N].to(hidden_ND.device))
-        for name, x in ({"hidden": hidden_ND} | found).items():
+        features_ND = features_MD[places_N.to(features_MD.device)]
+        found = _numbers(
+            model, model.base_stream(features_ND), tokens[actions_N].to(features_ND.device)
+        )
+        for name, x in ({"hidden": features_ND} | found).items():
             if name in numbers:
                 numbers[name][actions_N] = x.to("cpu", numbers[name].dtype)
         done.add(sum(len(answers[n].ids) for text in members for n in text))

@@ -111,13 +111,13 @@ class _ScoredStates(NamedTuple):
 def _scored_states(model: QAdapterModel, batch: Mapping[str, Any]) -> _ScoredStates:
     if "offsets" not in batch:
         return _padded_states(model, batch)
-    base = batch.get("hidden")
+    features = batch.get("hidden")
     if "packing" in batch and "base_logsumexp" not in batch:
-        base = _packed_states(model, batch, base_stream=True)
+        features = _packed_states(model, batch, base_stream=True)
     if model.adapts_trunk:
-        adapted = _packed_states(model, batch, entering_ND=batch.get("entering"))
+        adapted, base = _packed_states(model, batch, entering_ND=batch.get("entering")), features
     else:
-        adapted = model.adapter(base)
+        adapted, base = model.adapter.streams(features)
     return _ScoredStates(
         adapted, batch["tokens"], batch["offsets"], batch["padded_length"], base,
         batch.get("base_action_logit"), batch.get("base_logsumexp"),

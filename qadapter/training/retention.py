@@ -100,43 +100,46 @@ class RetentionStates:
                                           gradients=model.adapts_trunk) is None
         self.entering: list[Tensor] | None = None
         """Of each text the states that enter the first adapted block, [T, D], on the CPU."""
-        hidden = self._read(model, progress)
-        self.hidden_MD = torch.cat(hidden)
-        counts = torch.tensor([len(h) for h in hidden])
+        features = self._read(model, progress)
+        self.features_MD = torch.cat(features)
+        counts = torch.tensor([len(x) for x in features])
         self.offsets = nn.functional.pad(counts.cumsum(0), (1, 0)).tolist()
-        pieces = [self._constants(model, h) for h in self.hidden_MD.split(_CHUNK_ROWS)]
+        pieces = [
+            self._constants(model, model.base_stream(x).detach())
+            for x in self.features_MD.split(_CHUNK_ROWS)
+        ]
         self.base_lse_M, self.base_mean_M, self.gradient_MD = (
             torch.cat(x) for x in zip(*pieces, strict=True)
         )
 
     def __len__(self) -> int:
-        return len(self.hidden_MD)
+        return len(self.features_MD)
 
     @torch.no_grad()
     def _read(self, model: QAdapterModel, progress: Progress | None) -> list[Tensor]:
-        """The base's last hidden states at the states that count, of each text."""
+        """The base's features at the states that count, of each text."""
         device = input_device(model.base)
-        hidden: list[Tensor] = []
+        features: list[Tensor] = []
         entering: list[Tensor] = []
         for texts in _batches(self.texts):
             packing = Packing.of(texts, device)
-            hidden_MD, entering_MD = model.packed_base(packing, packed=self.packed)
+            features_MD, entering_MD = model.packed_base(packing, packed=self.packed)
             if entering_MD is not None:
                 entering += [entering_MD.to("cpu")[line] for line in packing.lines]
             for line in packing.lines:
-                first = self.first[len(hidden)]
-                hidden.append(hidden_MD[line[first:-1].to(hidden_MD.device)])
+                first = self.first[len(features)]
+                features.append(features_MD[line[first:-1].to(features_MD.device)])
             if progress is not None:
-                progress(len(hidden), len(self.texts))
+                progress(len(features), len(self.texts))
         self.entering = entering or None
-        return hidden
+        return features
 
     def _follow(self, model: QAdapterModel) -> None:
         """What is kept goes where the model is now."""
         device = model.head.weight.device
-        if self.hidden_MD.device == device:
+        if self.features_MD.device == device:
             return
-        for name in ("hidden_MD", "base_lse_M", "base_mean_M", "gradient_MD"):
+        for name in ("features_MD", "base_lse_M", "base_mean_M", "gradient_MD"):
             setattr(self, name, getattr(self, name).to(device))
 
     @staticmethod
@@ -159,12 +162,13 @@ class RetentionStates:
         16-bit products leave an error of the size of their rounding (about 1e-3 on a CPU).
         """
         self._follow(model)
-        places, states = states, states.to(self.hidden_MD.device)
+        places, states = states, states.to(self.features_MD.device)
+        features, base_lse = self.features_MD[states], self.base_lse_M[states]
+        hidden = model.base_stream(features)
         if model.adapts_trunk:
             adapter_hidden = self._run_trunk(model, places)
         else:
-            adapter_hidden = model.adapter(self.hidden_MD[states])
-        hidden, base_lse = self.hidden_MD[states], self.base_lse_M[states]
+            adapter_hidden = model.adapter(features)
         coef = model.objective.coefficients
         soft = model.soft_value(
             adapter_hidden, hidden, torch.full_like(states, -1), base_logsumexp=base_lse

@@ -1,4 +1,4 @@
-"""Last hidden states of a frozen trunk, kept by token ids: for many adapters on one base."""
+"""What a frozen trunk makes of texts, kept by token ids: for many adapters on one base."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ class TrunkMemo:
     def __init__(self, max_mb: int = 2048):
         self.max_bytes = max_mb << 20
         self.num_bytes = 0
-        self._rows: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
+        self._rows: OrderedDict[tuple[bool, tuple[int, ...]], Tensor] = OrderedDict()
         self._place: tuple[torch.device, torch.dtype | None] | None = None
 
     def __call__(
         self, trunk: Callable[[Tensor, Tensor], Tensor], input_ids: Tensor,
         attention_mask: Tensor | None = None, *, dtype: torch.dtype | None = None,
+        before_norm: bool = False,
     ) -> Tensor:
         """[B, T, D]; 0 at padding.
 
@@ -39,6 +40,7 @@ class TrunkMemo:
             input_ids: [B, T].
             attention_mask: [B, T], 1 on one stretch of each row.
             dtype: of the trunk, which its hidden states have.
+            before_norm: whether they are those that enter its final norm, which are others.
         """
         place = input_ids.device, dtype
         if place != self._place:
@@ -47,15 +49,16 @@ class TrunkMemo:
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         mask_BT = attention_mask.bool()
-        rows = zip(input_ids.cpu(), mask_BT.cpu(), strict=True)
-        texts = [tuple(ids[mask].tolist()) for ids, mask in rows]
+        pairs = zip(input_ids.cpu(), mask_BT.cpu(), strict=True)
+        texts = [tuple(ids[mask].tolist()) for ids, mask in pairs]
         # Held here: a batch beyond the bound must not drop what it is about to use.
-        known = {text: self._rows[text] for text in texts if text in self._rows}
+        rows = {text: self._rows.get((before_norm, text)) for text in texts}
+        known = {text: hidden_TD for text, hidden_TD in rows.items() if hidden_TD is not None}
         missing = [text for text in dict.fromkeys(texts) if text not in known]
         if missing:
             known |= self._read(trunk, missing, input_ids)
         for text in dict.fromkeys(texts):
-            self._keep(text, known[text])
+            self._keep((before_norm, text), known[text])
         first = known[texts[0]]
         hidden_BTD = first.new_zeros(*input_ids.shape, first.shape[-1])
         hidden_BTD[mask_BT] = torch.cat([known[text] for text in texts])
@@ -74,11 +77,11 @@ class TrunkMemo:
         # A copy: a view would keep the whole batch alive.
         return {text: hidden_BTD[row, : len(text)].clone() for row, text in enumerate(texts)}
 
-    def _keep(self, text: tuple[int, ...], hidden_TD: Tensor) -> None:
-        if text in self._rows:
-            self._rows.move_to_end(text)
+    def _keep(self, key: tuple[bool, tuple[int, ...]], hidden_TD: Tensor) -> None:
+        if key in self._rows:
+            self._rows.move_to_end(key)
             return
-        self._rows[text] = hidden_TD
+        self._rows[key] = hidden_TD
         self.num_bytes += hidden_TD.nbytes
         while self.num_bytes > self.max_bytes:
             self.num_bytes -= self._rows.popitem(last=False)[1].nbytes

@@ -1,0 +1,106 @@
+"""The last thing a trunk does, its final norm, apart from all before it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from qadapter.errors import QAdapterError
+from qadapter.trunk.lm_head import trunk
+from qadapter.trunk.shells import (
+    blocks_of,
+    ending_of,
+    evaluating,
+    probes,
+    same_states,
+    trunk_shell,
+)
+
+_EPS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
+"""What configurations call what their norms add to a mean square."""
+
+
+@dataclass(frozen=True)
+class FinalNorm:
+    """A frozen trunk as ``norm`` after ``before``; both are its own modules.
+
+    Called with states that enter the norm, [..., D], it gives what the norm makes of them, in their
+    dtype; gradients reach the states.
+    """
+
+    before: PreTrainedModel
+    """The trunk without the norm: takes what the trunk takes, and its ``last_hidden_state`` are the
+    states x [B, T, D] that enter it."""
+    norm: nn.Module
+    eps: float
+    """What the base's norms add to a mean square."""
+
+    @classmethod
+    def of(cls, base: PreTrainedModel) -> FinalNorm:
+        """
+        Raises:
+            QAdapterError: the trunk doesn't end with one norm, it isn't in memory, or the two parts
+                together are not the whole.
+        """
+        name, blocks = blocks_of(base)
+        body = trunk(base)
+        try:
+            with torch.no_grad(), evaluating(body):
+                ending = ending_of(base, name)
+                if len(ending) != 1:
+                    raise _refusal(base, f"{len(ending)} modules follow its blocks, not one norm")
+                (norm,) = ending
+                if any(parameter.is_meta for parameter in norm.parameters()):
+                    raise _refusal(
+                        base, "it is not in memory (offloaded?): give it a device of its own in "
+                        "device_map"
+                    )
+                before = trunk_shell(body, name, 0, len(blocks), without=ending)
+                found = cls(before, norm, _eps(base))
+                alike = all(_alike(found, body, inputs) for inputs in probes(base))
+        except QAdapterError:
+            raise
+        except Exception as error:  # whatever a model's code needs of what it misses
+            raise _refusal(base, f"{type(error).__name__}: {error!s:.200}") from error
+        if not alike:
+            raise _refusal(base, "the rest of the trunk and it give other states than the whole")
+        return found
+
+    def __call__(self, states: Tensor) -> Tensor:
+        parameters = dict(self.norm.named_parameters())
+        here = next(iter(parameters.values()), states).device  # a device_map may put it elsewhere
+        moved = states.to(here)
+        if all(x.dtype == states.dtype for x in parameters.values()):
+            return self.norm(moved).to(states.device)
+        # As the norm would be in the states' dtype: some refuse to mix two.
+        cast = {name: x.to(states.dtype) for name, x in parameters.items()}
+        return functional_call(self.norm, cast, (moved,)).to(states.device)
+
+
+def _refusal(base: PreTrainedModel, reason: str) -> QAdapterError:
+    return QAdapterError(
+        f"the final norm of {type(base).__name__} can't be told apart: {reason}; take an adapter "
+        'of form "linear" or "mlp", which reads the states behind it'
+    )
+
+
+def _alike(found: FinalNorm, body: nn.Module, inputs: dict[str, Tensor]) -> bool:
+    states = found.before(**inputs, use_cache=False).last_hidden_state
+    ours = found(states)
+    if ours.shape != states.shape:
+        return False
+
+    def run() -> Tensor:
+        return body(**inputs, use_cache=False).last_hidden_state
+
+    return same_states(ours, run, inputs.get("attention_mask"))
+
+
+def _eps(base: PreTrainedModel) -> float:
+    config = base.config.get_text_config()
+    found = (getattr(config, name, None) for name in _EPS)
+    return float(next((eps for eps in found if eps is not None), 1e-6))
