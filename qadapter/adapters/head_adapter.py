@@ -147,8 +147,11 @@ class BlockHeadAdapter(GatedHeadAdapter):
 
     def forward(self, features: Tensor) -> Tensor:
         norm, x = self._norm, features.to(self.up.weight)
-        moved = norm(x + self.up(self.bottleneck(x)))
-        return self.base_stream(features).to(x) + (moved - norm(x))
+        return self.base_stream(features).to(x) + (norm(self.before_norm(x)) - norm(x))
+
+    def before_norm(self, x: Tensor) -> Tensor:
+        """x′ [..., D]."""
+        return x + self.up(self.bottleneck(x))
 
     def base_stream(self, features: Tensor) -> Tensor:
         return self._norm(features)

@@ -16,6 +16,7 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from qadapter.errors import QAdapterError
+from qadapter.trunk.lm_head import LanguageModelHead
 
 
 def output_layer(model: PreTrainedModel) -> str:
@@ -45,6 +46,14 @@ def replace_head(shell: PreTrainedModel, weight: Tensor, bias: Tensor | None) ->
         tied: source for tied, source in shell.all_tied_weights_keys.items()
         if name not in (tied.rpartition(".")[0], source.rpartition(".")[0])
     }
+
+
+def scaled(head: LanguageModelHead, factor: float) -> tuple[Tensor, Tensor | None]:
+    """A head's weight and bias times a factor, rounded once."""
+    weight, bias = (
+        None if x is None else (factor * x.double()).to(x.dtype) for x in (head.weight, head.bias)
+    )
+    return weight, bias
 
 
 _NAMING_CODE = ("auto_map", "custom_pipelines")

@@ -27,6 +27,7 @@ from qadapter.errors import QAdapterError
 from qadapter.evaluation.answers import end_of_turn_ids
 from qadapter.exporting import checkpoints
 from qadapter.exporting.approximation import Approximation, fit_linear
+from qadapter.exporting.block import BlockExport, plan_block
 from qadapter.exporting.card import write_card
 from qadapter.exporting.head import LinearPolicy
 from qadapter.exporting.trunk import merged_trunk, reference_logits, write_adapter
@@ -90,7 +91,7 @@ def export(
     tokenizer, template_chosen = _tokenizer(model, tokenizer)
     _check_policy(model, form)
     if model.adapts_trunk:
-        exporter: _HeadExport | _TrunkExport = _plan_trunk(model, form, approximate)
+        exporter: _HeadExport | BlockExport | _TrunkExport = _plan_trunk(model, form, approximate)
     else:
         exporter = _plan_head(model, form, approximate, texts, tokenizer)
     try:
@@ -150,7 +151,7 @@ def _plan_head(
     model: QAdapterModel, form: str, approximate: bool,
     texts: Sequence[str] | Sequence[Sequence[int]] | None,
     tokenizer: PreTrainedTokenizerBase | None,
-) -> _HeadExport:
+) -> _HeadExport | BlockExport:
     if form == "peft":
         raise QAdapterError(
             'form "peft" is for LoRA in the trunk; a head adapter becomes a PEFT folder by form '
@@ -164,6 +165,8 @@ def _plan_head(
             'unscaled lm_head gives this policy at any temperature; form "merged" does'
         )
     adapter = model.adapter
+    if adapter.reads_before_norm and not approximate:
+        return plan_block(model, form)
     if isinstance(adapter, LinearHeadAdapter):
         if approximate:
             raise QAdapterError("approximate is not needed: a linear adapter is exported exactly")
@@ -280,7 +283,8 @@ class _TrunkExport:
 
     @property
     def reference(self) -> Reference:
-        return lambda prompts, decoded, _: reference_logits(self.model, prompts, decoded)
+        p_a, _ = self.model.policy.stream_weights()
+        return lambda prompts, decoded, _: reference_logits(self.model.base, p_a, prompts, decoded)
 
     def checkpoint(self) -> PreTrainedModel:
         return merged_trunk(self.model)
@@ -293,7 +297,7 @@ class _TrunkExport:
 
 
 def _write_and_check(
-    exporter: _HeadExport | _TrunkExport, scratch: Path, target: Path,
+    exporter: _HeadExport | BlockExport | _TrunkExport, scratch: Path, target: Path,
     tokenizer: PreTrainedTokenizerBase | None, template_chosen: bool,
     max_shard_size: int | str | None,
 ) -> ExportReport:

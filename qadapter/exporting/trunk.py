@@ -1,4 +1,5 @@
-"""Exports of LoRA in the trunk, where the policy is one stream: p_b = 0, logits p_a·W·h_a."""
+"""Exports of LoRA in the trunk, where the policy is one stream: p_b = 0, logits p_a·W·h_a; and what
+an export whose layers compute is checked against."""
 
 from __future__ import annotations
 
@@ -13,8 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qadapter.exporting.checkpoints import output_layer, replace_head
+from qadapter.exporting.checkpoints import output_layer, replace_head, scaled
 from qadapter.policy.storage import WEIGHTS_NAME
+from qadapter.trunk.lm_head import input_device
 from qadapter.trunk.loading import shell_of
 
 if TYPE_CHECKING:
@@ -43,10 +45,7 @@ def merged_trunk(model: QAdapterModel) -> PreTrainedModel:
     p_a, _ = model.policy.stream_weights()
     changed = tied and merged.get_input_embeddings().weight is not head.weight
     if p_a != 1 or changed:
-        replace_head(merged, *(
-            None if x is None else (p_a * x.double()).to(x.dtype)
-            for x in (model.head.weight, model.head.bias)
-        ))
+        replace_head(merged, *scaled(model.head, p_a))
     return merged
 
 
@@ -66,28 +65,31 @@ def write_adapter(
 
 @torch.no_grad()
 def reference_logits(
-    model: QAdapterModel, prompts: list[list[int]], decoded: list[Tensor]
+    model: PreTrainedModel, factor: float, prompts: list[list[int]], decoded: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """What an export is checked against: the policy's logits in the next higher precision (of a
     copy of the model), and how far rounding may take an export from them; float64 [K, V] both.
 
+    Args:
+        model: its logits times ``factor`` are the policy's.
+
     No a-priori bound says what rounding does to a deep network, so it is measured: the tolerance is
     a multiple of the largest error of this very model, in its own dtype, at the same states.
     """
-    higher = torch.float64 if model.base.dtype == torch.float32 else torch.float32
-    p_a, _ = model.policy.stream_weights()
-    exact_KV = p_a * _logits(copy.deepcopy(model.base).to(higher), prompts, decoded)
-    ours_KV = p_a * _logits(model.base, prompts, decoded)
-    rounding = torch.finfo(model.base.dtype).eps / 2 * exact_KV.abs().max()
+    dtype = model.get_output_embeddings().weight.dtype
+    higher = torch.float64 if dtype == torch.float32 else torch.float32
+    exact_KV = factor * _logits(copy.deepcopy(model).to(higher), prompts, decoded)
+    ours_KV = factor * _logits(model, prompts, decoded)
+    rounding = torch.finfo(dtype).eps / 2 * exact_KV.abs().max()
     tolerance = _MARGIN * torch.maximum((ours_KV - exact_KV).abs().max(), rounding)
     return exact_KV, tolerance.expand_as(exact_KV)
 
 
-def _logits(base: PreTrainedModel, prompts: list[list[int]], decoded: list[Tensor]) -> Tensor:
+def _logits(model: PreTrainedModel, prompts: list[list[int]], decoded: list[Tensor]) -> Tensor:
     rows = []
     for prompt, tokens in zip(prompts, decoded, strict=True):
-        fed = torch.tensor([prompt + tokens.tolist()[:-1]], device=base.device)
-        rows.append(base(input_ids=fed, use_cache=False).logits[0, len(prompt) - 1 :])
+        fed = torch.tensor([prompt + tokens.tolist()[:-1]], device=input_device(model))
+        rows.append(model(input_ids=fed, use_cache=False).logits[0, len(prompt) - 1 :])
     return torch.cat(rows).to("cpu", torch.float64)
 
 

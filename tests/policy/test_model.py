@@ -88,7 +88,7 @@ def test_cap_is_not_linear():
     adapted = model.adapter(hidden)
     weight_a, weight_b = model.policy.stream_weights()
     one_product = model.head(weight_a * adapted + weight_b * hidden).log_softmax(-1)
-    assert (model.policy_logits(hidden).log_softmax(-1) - one_product).abs().max() > 0.01
+    assert (model.policy_logits(hidden, adapted).log_softmax(-1) - one_product).abs().max() > 0.01
 
 
 def test_untrained_adapter_is_the_base():

@@ -1,0 +1,228 @@
+"""Exports of a head adapter that reads before the final norm: the base with one decoder layer more.
+
+The layer's attention gives zero, its norms have no weights, and its gated MLP is the adapter's,
+padded with zeros to the base's width: x′ = x + MLP(n(x)). Whether a layer of the base's own class
+can be that is seen on random states.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from qadapter.adapters.head_adapter import BlockHeadAdapter
+from qadapter.errors import QAdapterError
+from qadapter.exporting.checkpoints import replace_head, scaled
+from qadapter.exporting.trunk import reference_logits
+from qadapter.exporting.verification import Reference
+from qadapter.trunk.lm_head import trunk
+from qadapter.trunk.loading import shell_of
+from qadapter.trunk.shells import blocks_of, evaluating, probes
+
+if TYPE_CHECKING:
+    from qadapter.policy.model import QAdapterModel
+
+_PROBE_STATES = 64
+_SCALES = 1e-3, 30.0
+"""Sizes of the random states: where what is added to a mean square counts, and far from it."""
+_DIFFERENCE = 1e-4
+"""Of the adapter's part that another layer may add: norms compute in float32 at the least."""
+_OTHER_WAYS = (
+    "--approximate with --texts_file (approximate=True with texts) exports the nearest linear "
+    "adapter and says how near it is; QAdapterModel itself serves the policy as it is"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockExport:
+    """A policy of the adapted stream alone, times p_a."""
+
+    model: QAdapterModel
+    form: str = "merged"
+    approximation: None = None
+    logits_factor: float = 1.0
+    """The policy's logits over the export's."""
+
+    @property
+    def rank(self) -> int:
+        return self.model.adapter_config.rank
+
+    @property
+    def reference(self) -> Reference:
+        return lambda prompts, decoded, _: reference_logits(self.model, 1.0, prompts, decoded)
+
+    def checkpoint(self) -> PreTrainedModel:
+        return merged_block(self.model)
+
+
+def plan_block(model: QAdapterModel, form: str) -> BlockExport:
+    """
+    Raises:
+        QAdapterError: no plain checkpoint is this policy; with the reason.
+    """
+    p_a, p_b = model.policy.stream_weights()
+    if form != "merged":
+        raise QAdapterError(
+            f'an adapter of form "block" is no LoRA: form "merged" writes it as one decoder layer '
+            f"more, exactly; for {form}, {_OTHER_WAYS}"
+        )
+    if p_b != 0:
+        raise QAdapterError(
+            f"this policy adds up two streams behind the final norm (weights {p_a:g} adapted, "
+            f"{p_b:g} base), and a decoder layer more is the adapted one alone: export it at "
+            f"strength 1 of the policy parametrization; {_OTHER_WAYS}"
+        )
+    if getattr(model.base, "is_quantized", False):
+        raise QAdapterError(
+            "the base is quantized, and a layer more can't be written beside packed ones: load it "
+            "in 16 bits to export it"
+        )
+    return BlockExport(model)
+
+
+def merged_block(model: QAdapterModel) -> PreTrainedModel:
+    """The base with the adapter as its last decoder layer, and p_a in its head.
+
+    Raises:
+        QAdapterError: a layer of the base's class can't be the adapter.
+    """
+    base, adapter = model.base, model.adapter
+    shell = shell_of(base)
+    name, blocks = blocks_of(base)
+    text = shell.config.get_text_config()
+    _lengthen(text, len(blocks))
+    try:
+        layer = type(blocks[-1])(_plain_attention(text), len(blocks)).eval()
+        _fill(layer, adapter, text)
+        _check(layer, model, *_call_of(base, blocks[-1]))
+    except QAdapterError as error:
+        raise _refusal(base, str(error)) from error
+    except Exception as error:  # a class that is made, called or named otherwise
+        raise _refusal(base, f"{type(error).__name__}: {error!s:.200}") from error
+    trunk(shell).get_submodule(name).append(layer.to(base.dtype).requires_grad_(False))
+    p_a, _ = model.policy.stream_weights()
+    if p_a != 1:
+        replace_head(shell, *scaled(model.head, p_a))
+    return shell
+
+
+def _refusal(base: PreTrainedModel, reason: str) -> QAdapterError:
+    return QAdapterError(
+        f"no decoder layer of {type(base).__name__} can be this adapter: {reason}; {_OTHER_WAYS}"
+    )
+
+
+def _lengthen(config: PretrainedConfig, depth: int) -> None:
+    """One layer more, of the last one's type where each has its own."""
+    per_layer = {
+        name: value for name, value in vars(config).items()
+        if isinstance(value, (list, tuple)) and len(value) == depth
+        and not name.endswith(("_token_id", "architectures"))
+    }
+    config.num_hidden_layers = depth + 1
+    for name, value in per_layer.items():
+        setattr(config, name, [*value, value[-1]])
+
+
+def _plain_attention(config: PretrainedConfig) -> PretrainedConfig:
+    """The same with attention that runs in any dtype."""
+    plain = copy.copy(config)
+    plain._attn_implementation = "eager"
+    return plain
+
+
+@torch.no_grad()
+def _fill(layer: nn.Module, adapter: BlockHeadAdapter, config: PretrainedConfig) -> None:
+    """Makes a fresh layer the adapter's, by the names that such layers have."""
+    for module in layer.modules():
+        if isinstance(module, nn.Linear):
+            for parameter in module.parameters(recurse=False):
+                parameter.zero_()
+    mlp, rank = getattr(layer, "mlp", None), adapter.down.out_features
+    if hasattr(mlp, "gate_up_proj"):
+        gate_ID, up_ID = mlp.gate_up_proj.weight.chunk(2)
+    elif hasattr(mlp, "gate_proj"):
+        gate_ID, up_ID = mlp.gate_proj.weight, mlp.up_proj.weight
+    else:
+        raise QAdapterError("they have no gated MLP of gate_proj, up_proj and down_proj")
+    if rank > len(gate_ID):
+        raise QAdapterError(
+            f"the adapter's rank is {rank}, their MLPs are {len(gate_ID)} wide: train one of at "
+            "most that rank"
+        )
+    gate_ID[:rank] = adapter.gate.weight
+    up_ID[:rank] = adapter.down.weight
+    # Granite multiplies what a layer adds.
+    multiplier = getattr(config, "residual_multiplier", None) or 1.0
+    mlp.down_proj.weight[:, :rank] = adapter.up.weight / multiplier
+
+
+def _call_of(base: PreTrainedModel, block: nn.Module) -> tuple[tuple, dict[str, Any]]:
+    """What a trunk hands its last block beside the states."""
+    calls: list[tuple[tuple, dict[str, Any]]] = []
+
+    def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        kwargs = {name: x for name, x in kwargs.items() if name != "hidden_states"}
+        calls.append((args[1:], kwargs))
+
+    handle = block.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with torch.no_grad(), evaluating(base):
+            trunk(base)(**probes(base)[0], use_cache=False)
+    finally:
+        handle.remove()
+    return calls[-1]
+
+
+@torch.no_grad()
+def _check(
+    layer: nn.Module, model: QAdapterModel, args: tuple, kwargs: dict[str, Any]
+) -> None:
+    """Whether a layer filled with an adapter does what the adapter does, in float64.
+
+    Args:
+        args, kwargs: what the base's last layer was called with, after the states.
+    """
+    base, size = model.base, model.head.weight.shape[1]
+    tokens = probes(base)[0]["input_ids"].shape[1]
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    adapter = BlockHeadAdapter(size, min(model.adapter_config.rank, _PROBE_STATES)).double()
+    adapter.final_norm = model.adapter.final_norm
+    for parameter in adapter.parameters():
+        parameter.copy_(normal(*parameter.shape))
+    filled = copy.deepcopy(layer).double()
+    _fill(filled, adapter, base.config.get_text_config())
+    # Attention adds nothing, whatever it sees.
+    kwargs = _in_float64(kwargs) | ({"attention_mask": None} if "attention_mask" in kwargs else {})
+    for scale in _SCALES:
+        x_1TD = scale * normal(1, tokens, size)
+        found = filled(x_1TD, *_in_float64(args), **kwargs)
+        found = found[0] if isinstance(found, tuple) else found
+        expected = adapter.before_norm(x_1TD)
+        part = (expected - x_1TD).norm(dim=-1)
+        off = ((found - expected).norm(dim=-1) / part).nan_to_num(torch.inf).max()
+        if not off <= _DIFFERENCE:
+            raise QAdapterError(
+                f"one filled with an adapter is off by {off:.0%} of it (it has another activation, "
+                "other norms or another order than Llama's)"
+            )
+
+
+def _in_float64(value: Any) -> Any:
+    """Tensors on the CPU, floats among them in float64."""
+    if isinstance(value, Tensor):
+        return value.to("cpu", torch.float64 if value.is_floating_point() else value.dtype)
+    if isinstance(value, dict):
+        return {name: _in_float64(x) for name, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_in_float64, value))
+    return value
