@@ -1,5 +1,5 @@
-"""Adapted and frozen rows in one forward: every PEFT layer gives each group of a batch's rows the
-adapter of its stream, or none.
+"""Adapted and frozen rows in one forward: every PEFT layer gives each group of a batch's rows, or
+each token of a packed row, the adapter of its stream, or none.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from qadapter.errors import QAdapterError
 
 
 class RowsOfStreams:
-    """What all gates of one model look at: which rows of a batch belong to which stream, while
-    several run in it."""
+    """What all gates of one model look at: which rows of a batch, or which tokens of a packed row,
+    belong to which stream, while several run in it."""
 
     def __init__(self) -> None:
         self.clear()
@@ -27,21 +27,54 @@ class RowsOfStreams:
     def set(self, streams: Sequence[int], rows: int, tokens: int) -> None:
         self.streams: Sequence[int] = streams
         self.rows, self.tokens = rows, tokens
+        self.own_T1: dict[int, Tensor] = {}
+
+    def set_tokens(self, stream_T: Tensor) -> None:
+        """Each token of one packed row [1, T] has a stream of its own."""
+        streams = stream_T.unique().tolist()
+        self.set(streams, 1, len(stream_T))
+        self.own_T1 = {stream: (stream_T == stream)[:, None] for stream in streams}
 
     def clear(self) -> None:
         self.set((), 0, 0)
 
-    def of(self, x: Tensor, stream: int) -> slice:
+    def alone(self, x: Tensor, stream: int) -> Tensor:
+        """x with zeros for all other streams. It is not multiplied by a mask: 0·inf in another
+        stream's row would not be 0."""
+        if self.own_T1:
+            self._require_order(x)
+            return torch.where(self.own_T1[stream], x, 0)
+        own = self._rows_of(x, stream)
+        return nn.functional.pad(
+            x[own], [0, 0] * (x.dim() - 1) + [own.start, x.shape[0] - own.stop]
+        )
+
+    def together(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Of one output for each stream, every stream's own rows or tokens."""
+        if self.own_T1:
+            found, *others = outputs
+            self._require_order(found)
+            for stream, x in zip(self.streams[1:], others, strict=True):
+                found = torch.where(self.own_T1[stream], x, found)
+            return found
+        streams = zip(outputs, self.streams, strict=True)
+        return torch.cat([x[self._rows_of(x, stream)] for x, stream in streams])
+
+    def _rows_of(self, x: Tensor, stream: int) -> slice:
         """A stream's rows in a tensor [rows, ...] or [rows·tokens, D]."""
+        rows = self._require_order(x)
+        size = rows // len(self.streams)
+        place = self.streams.index(stream)
+        return slice(place * size, (place + 1) * size)
+
+    def _require_order(self, x: Tensor) -> int:
         expected = self.rows if x.dim() > 2 else self.rows * self.tokens
         if x.shape[0] != expected:
             raise QAdapterError(
                 "the adapter sits in layers that see tokens out of order (routed experts?): its "
                 "two streams can't share a forward; decode it at strength 0, or 1 with its α's"
             )
-        size = expected // len(self.streams)
-        place = self.streams.index(stream)
-        return slice(place * size, (place + 1) * size)
+        return expected
 
 
 class GatedDropout(nn.Module):
@@ -55,10 +88,7 @@ class GatedDropout(nn.Module):
         x = self.dropout(x)
         if not self.rows.streams:
             return x
-        own = self.rows.of(x, self.stream)
-        # Padded, not multiplied by a mask: 0·inf in another stream's row would not be 0.
-        padding = [0, 0] * (x.dim() - 1) + [own.start, x.shape[0] - own.stop]
-        return nn.functional.pad(x[own], padding)
+        return self.rows.alone(x, self.stream)
 
 
 class PutStreams:
@@ -83,12 +113,8 @@ class PutStreams:
                 outputs.append(layer.forward(*args, **kwargs))
                 layer._active_adapter = active
         if isinstance(output, tuple):
-            return tuple(self._put(parts) for parts in zip(*outputs, strict=True))
-        return self._put(outputs)
-
-    def _put(self, outputs: Sequence[Tensor]) -> Tensor:
-        streams = zip(outputs, self.rows.streams, strict=True)
-        return torch.cat([x[self.rows.of(x, stream)] for x, stream in streams])
+            return tuple(map(self.rows.together, zip(*outputs, strict=True)))
+        return self.rows.together(outputs)
 
 
 def sums_adapters(layer: nn.Module) -> bool:

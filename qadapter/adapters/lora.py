@@ -157,11 +157,7 @@ class LoraAdapter:
             streams: adapters, or ``BASE``, in the order of the groups, which are of one size.
             rows, tokens: shape of the input.
         """
-        if len(self.names) > 1:
-            names = [self.names[stream] for stream in streams if stream != BASE]
-            for layer in self.layers:
-                # One that sums its adapters takes all of them, each with its gate.
-                layer._active_adapter = names if sums_adapters(layer) else names[:1]
+        self._activate(streams)
         if len(streams) > 1:
             self._check_apart()
             self._rows.set(streams, rows, tokens)
@@ -169,6 +165,37 @@ class LoraAdapter:
             yield
         finally:
             self._rows.clear()
+
+    @contextlib.contextmanager
+    def on_tokens(self, stream_T: Tensor) -> Iterator[None]:
+        """Streams of the tokens of one packed row, for inference.
+
+        Args:
+            stream_T: int64 [T], adapters or ``BASE``, on the base's device.
+        """
+        streams = stream_T.unique().tolist()
+        if streams == [BASE]:
+            with self.off():
+                yield
+            return
+        if len(streams) == 1:
+            with self.on(streams, 1, len(stream_T)):
+                yield
+            return
+        self._check_apart()
+        self._activate(streams)
+        self._rows.set_tokens(stream_T)
+        try:
+            yield
+        finally:
+            self._rows.clear()
+
+    def _activate(self, streams: Sequence[int]) -> None:
+        if len(self.names) > 1:
+            names = [self.names[stream] for stream in streams if stream != BASE]
+            for layer in self.layers:
+                # One that sums its adapters takes all of them, each with its gate.
+                layer._active_adapter = names if sums_adapters(layer) else names[:1]
 
     @property
     def split(self) -> SplitTrunk | None:

@@ -190,7 +190,7 @@ def command(
     """A typer app of one command, whose flags are the groups' fields and ``--config``.
 
     Args:
-        argument: name of a field that may also be given without its flag.
+        argument: name of a field that may also be given without its flag; of a list, one by one.
         run: called with one instance of each dataclass, in the groups' order, and ``given``: the
             set of names that were set by a flag or in the file.
         note: a line under the help.
@@ -203,9 +203,9 @@ def command(
         config = flags.pop("config", None)
         values = read_config(config, known) if config is not None else {}
         plain = flags.pop(_ARGUMENT, None)
-        if plain is not None and flags[argument] is not None:
+        if plain and flags[argument] is not None:
             raise QAdapterError(f"{argument} is given twice: {plain} and {flags[argument]}")
-        if plain is not None:
+        if plain:
             flags[argument] = plain
         values |= {
             key: known[key].convert(value, f"--{known[key].flag}")
@@ -231,7 +231,9 @@ def command(
         )
         parameters.append(inspect.Parameter(
             _ARGUMENT, inspect.Parameter.KEYWORD_ONLY, default=None,
-            annotation=Annotated[str | None, plain],
+            annotation=Annotated[
+                list[str] | None if list in known[argument].types else str | None, plain
+            ],
         ))
     callback.__signature__ = inspect.Signature(parameters)
     callback.__annotations__ = {p.name: p.annotation for p in parameters}

@@ -99,6 +99,12 @@ def generate(ctx: typer.Context) -> None:
 
 
 @app.command(context_settings=_PASS_ON)
+def serve(ctx: typer.Context) -> None:
+    """Serve adapters and their base with OpenAI's API, a strength a request, and a page."""
+    _hand_over("serve", ctx)
+
+
+@app.command(context_settings=_PASS_ON)
 def export(ctx: typer.Context) -> None:
     """Write an adapter as a plain checkpoint or a PEFT adapter, and check it."""
     _hand_over("export", ctx)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -38,6 +38,16 @@ class StreamOfCache(PagedAttentionCache):
         )
 
 
+def config_of_layers(config: PretrainedConfig, streams: int) -> PretrainedConfig:
+    """A model's configuration with S·L layers, for the manager."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    if getattr(text, "layer_types", None) is not None:
+        text.layer_types = list(text.layer_types) * streams
+    text.num_hidden_layers *= streams
+    return config
+
+
 class PagedStreams(PreTrainedModel, GenerationMixin):
     """What the batching manager sees of a model that runs several streams: one with more layers.
 
@@ -51,12 +61,7 @@ class PagedStreams(PreTrainedModel, GenerationMixin):
     _supports_attention_backend = True
 
     def __init__(self, model: PreTrainedModel, streams: tuple[int, ...]):
-        config = copy.deepcopy(model.config)
-        text = config.get_text_config()
-        if getattr(text, "layer_types", None) is not None:
-            text.layer_types = list(text.layer_types) * len(streams)
-        text.num_hidden_layers *= len(streams)
-        super().__init__(config)
+        super().__init__(config_of_layers(model.config, len(streams)))
         self.model = model
         self.streams = streams
         self.generation_config = model.generation_config

@@ -88,7 +88,7 @@ def _in_kernel(device_type: str) -> bool:
     return device_type != "cpu"
 
 
-def draw_by_lookup(scores: Tensor) -> Tensor:
+def draw_by_lookup(scores: Tensor, uniform_B: Tensor | None = None) -> Tensor:
     """One token a row: the first at which the cumulated probability passes a uniform number.
 
     multinomial draws an exponential number for each of the V tokens, on one thread: a fifth of a
@@ -96,6 +96,7 @@ def draw_by_lookup(scores: Tensor) -> Tensor:
 
     Args:
         scores: [B, V], logits after all filters; −inf for what can't be drawn.
+        uniform_B: float64 [B], in [0, 1); default: drawn here.
 
     Returns:
         int64 [B].
@@ -110,7 +111,8 @@ def draw_by_lookup(scores: Tensor) -> Tensor:
         raise QAdapterError("nothing can be drawn: every token of a row is −inf, or one is NaN")
     # Below the total, which a product may be rounded up to: a token past it has probability 0.
     below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
-    drawn_B1 = torch.minimum(torch.rand_like(total_B1) * total_B1, below_B1)
+    uniform_B1 = torch.rand_like(total_B1) if uniform_B is None else uniform_B[:, None]
+    drawn_B1 = torch.minimum(uniform_B1 * total_B1, below_B1)
     return torch.searchsorted(cumulated_BV, drawn_B1, right=True)[:, 0]
 
 

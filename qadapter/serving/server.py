@@ -1,0 +1,109 @@
+"""The server's life: its socket, its signals, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+
+from qadapter.errors import QAdapterError
+from qadapter.serving.app import Service, build
+
+_AFTER_GRACE = 5
+"""Seconds in which answers that were ended say so to their clients."""
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket, before anything slow is done.
+
+    Raises:
+        QAdapterError: it can't be had.
+    """
+    try:
+        [(family, kind, _, _, address), *_] = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        found = socket.socket(family, kind)
+        try:
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            found.bind(address)
+        except BaseException:
+            found.close()
+            raise
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise QAdapterError(f"{host}:{port}: {reason}: choose another --port or --host") from error
+    return found
+
+
+def address_of(listening: socket.socket, host: str) -> str:
+    """Where a browser finds it."""
+    port = listening.getsockname()[1]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+
+
+def run(
+    service: Service, listening: socket.socket, grace_seconds: float, ready: Callable[[], None]
+) -> None:
+    """Serves until a signal comes, which is then handed on.
+
+    Args:
+        grace_seconds: how long answers may go on after it.
+        ready: called when requests are taken.
+
+    Raises:
+        QAdapterError: the models can't be batched.
+    """
+    asyncio.run(_run(service, listening, grace_seconds, ready))
+
+
+async def _run(
+    service: Service, listening: socket.socket, grace_seconds: float, ready: Callable[[], None]
+) -> None:
+    config = uvicorn.Config(
+        build(service), log_level="warning", access_log=False, server_header=False, ws="none",
+        timeout_graceful_shutdown=int(grace_seconds) + _AFTER_GRACE,
+    )
+    try:
+        await service.engine.check()
+        await _Server(config, service, grace_seconds, ready).serve(sockets=[listening])
+    finally:
+        with contextlib.suppress(asyncio.CancelledError):
+            await service.engine.stop()
+        service.close()
+        listening.close()
+
+
+class _Server(uvicorn.Server):
+    """One that lets answers end when a signal comes, and refuses new ones."""
+
+    def __init__(
+        self, config: uvicorn.Config, service: Service, grace_seconds: float,
+        ready: Callable[[], None],
+    ):
+        super().__init__(config)
+        self.service, self.grace_seconds, self.ready = service, grace_seconds, ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._loop = asyncio.get_running_loop()
+        if self.started:
+            self.ready()
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        if self.should_exit:  # a second one: at once
+            self.force_exit = True
+        super().handle_exit(sig, frame)
+        self._loop.call_soon_threadsafe(self._drain)
+
+    def _drain(self) -> None:
+        service = self.service
+        if not service.draining:
+            service.draining = True
+            self._loop.call_later(
+                self.grace_seconds, service.engine.end_all, "the server was shut down meanwhile"
+            )
