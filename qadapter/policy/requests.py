@@ -15,7 +15,7 @@ import contextlib
 import copy
 import dataclasses
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from qadapter.adapters.head_adapter import HeadAdapter
 from qadapter.adapters.lora import LoraAdapter
 from qadapter.adapters.streams import BASE
 from qadapter.policy.continuous_batching import StreamOfCache, config_of_layers
@@ -37,8 +38,8 @@ class Mixture:
 
     streams: tuple[tuple[int, float], ...]
     """Of the trunk, with their weights; never none."""
-    head: nn.Module | None = None
-    """f, a head adapter."""
+    head: HeadAdapter | None = None
+    """f."""
     head_weight: float = 0.0
 
 
@@ -56,7 +57,7 @@ class ServedPolicy:
     """
 
     policy: Policy
-    head: nn.Module | None = None
+    head: HeadAdapter | None = None
     streams: tuple[int, ...] = ()
 
     def at(self, strength: float) -> Mixture:
@@ -76,6 +77,7 @@ class RequestBatches(PreTrainedModel, GenerationMixin):
     Args:
         model: any of them; its base, and the trunk's adapters, are all the others'.
         lora: the adapters in the trunk, if there are any.
+        final_norm: the trunk's own, where a head adapter reads the states that enter it.
         depth: most streams that a request may have.
         choose: called at each step with what ``requests`` holds for the requests that get a token
             (None for one that is not there any more) and their logits [N, V], float32; returns the
@@ -90,12 +92,13 @@ class RequestBatches(PreTrainedModel, GenerationMixin):
     _supports_attention_backend = True
 
     def __init__(
-        self, model: QAdapterModel, lora: LoraAdapter | None, depth: int,
-        choose: Callable[[list[Any], Tensor], list[int]],
+        self, model: QAdapterModel, lora: LoraAdapter | None, final_norm: nn.Module | None,
+        depth: int, choose: Callable[[list[Any], Tensor], list[int]],
     ):
         super().__init__(config_of_layers(model.config, depth))
         self.base = model.base
         self.lora = lora
+        self.final_norm = final_norm
         self.choose = choose
         self.requests: dict[str, Any] = {}
         self.lock = threading.Lock()
@@ -126,17 +129,17 @@ class RequestBatches(PreTrainedModel, GenerationMixin):
             drawing = [i for i, state in enumerate(states) if state.has_new_token]
             last = logits_to_keep[: len(drawing)]
             depth = max(len(mixture.streams) for mixture in mixtures)
-            hidden = []
+            hidden, entering = [], []
             for k in range(depth):
                 streams = [m.streams[k if k < len(m.streams) else 0][0] for m in mixtures]
                 part = StreamOfCache(cache, k * self._layers) if k else cache
-                with self._gated(streams, lengths):
+                with self._gated(streams, lengths), self._watched(entering):
                     outputs = trunk(self.base)(cache=part, **inputs)
                 hidden.append(outputs.last_hidden_state[0, last])
-            logits_RV = None
             tokens: list[int] = []
             if drawing:
-                logits_NV = self._logits([mixtures[i] for i in drawing], hidden)
+                features = entering[0][0, last] if entering else None
+                logits_NV = self._logits([mixtures[i] for i in drawing], hidden, features)
                 tokens = self.choose([found[i] for i in drawing], logits_NV.float())
         vocabulary = self.base.get_output_embeddings().weight.shape[0]
         logits_RV = torch.zeros(
@@ -155,8 +158,25 @@ class RequestBatches(PreTrainedModel, GenerationMixin):
         )
         return self.lora.on_tokens(stream_T)
 
-    def _logits(self, mixtures: Sequence[Mixture], hidden: Sequence[Tensor]) -> Tensor:
-        """[N, V] of N requests; hidden: their states [N, D] in each of their streams."""
+    @contextlib.contextmanager
+    def _watched(self, entering: list[Tensor]) -> Iterator[None]:
+        """Notes the states that enter the final norm."""
+        if self.final_norm is None:
+            yield
+            return
+        handle = self.final_norm.register_forward_pre_hook(
+            lambda module, args: entering.append(args[0])
+        )
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _logits(
+        self, mixtures: Sequence[Mixture], hidden: Sequence[Tensor], entering: Tensor | None
+    ) -> Tensor:
+        """[N, V] of N requests; hidden: their states [N, D] in each of their streams; entering:
+        those of the first that entered the final norm."""
         device = hidden[0].device
         terms = []
         for k, states_ND in enumerate(hidden):
@@ -166,8 +186,9 @@ class RequestBatches(PreTrainedModel, GenerationMixin):
             own = torch.tensor(
                 [i for i, m in enumerate(mixtures) if m.head is head], device=device
             )
-            adapted_ND = torch.zeros_like(hidden[0])
-            adapted_ND[own] = head(hidden[0][own]).to(adapted_ND.dtype)
+            adapted_ND = torch.zeros_like(hidden[0], dtype=torch.float32)
+            features = entering if head.reads_before_norm else hidden[0]
+            adapted_ND[own] = head(features[own]).to(adapted_ND.dtype)
             weights = [m.head_weight if m.head is head else 0.0 for m in mixtures]
             terms.append((torch.tensor(weights, device=device), adapted_ND))
         return self._mix(*zip(*terms, strict=True))

@@ -90,7 +90,7 @@ class Engine:
         self.max_length = max_length
         self.max_concurrency = max_concurrency
         self.batches = RequestBatches(
-            models.first, models.lora, models.depth, self._choose
+            models.first, models.lora, models.final_norm, models.depth, self._choose
         )
         self._sizes = self._plan()
         self._manager: Any = None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from qadapter.adapters.head_adapter import AdapterConfig
@@ -58,12 +58,14 @@ class ServedModels:
     Args:
         first: a model of the base they share.
         lora: the adapters in its trunk, if there are any.
+        final_norm: the trunk's, where a head adapter reads the states that enter it.
         depth: most streams that a request may have.
     """
 
     by_name: dict[str, ServedModel]
     first: QAdapterModel
     lora: LoraAdapter | None
+    final_norm: nn.Module | None
     depth: int
 
     def rewards_apart(self, served: ServedModel) -> Any:
@@ -153,7 +155,8 @@ def load(
         served[name] = _served(name, policy, model, strength, tokenizers[name])
     served[base_name] = _served(base_name, None, first, 0.0, tokenizers[base_name])
     depth = 1 + max((len(s) for s in streams.values()), default=0)
-    return ServedModels(served, first, lora, depth)
+    norms = (m.adapter.final_norm.norm for m in models.values() if m.reads_before_norm)
+    return ServedModels(served, first, lora, next(norms, None), depth)
 
 
 def _served(
