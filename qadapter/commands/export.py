@@ -17,6 +17,8 @@ from qadapter.console.terminal import Terminal
 from qadapter.data import read_texts
 from qadapter.errors import QAdapterError
 from qadapter.exporting.export import FORMS, ExportReport, export
+from qadapter.exporting.gguf import telling
+from qadapter.exporting.gguf.making import TYPES
 from qadapter.policy.model import QAdapterModel
 
 
@@ -26,7 +28,8 @@ class ExportArguments:
 
     form: str = field(default="merged", metadata={
         "help": "merged: a checkpoint of the base's own architecture; lm_head_lora: a PEFT LoRA on "
-        "the output layer; peft: a LoRA of the trunk as PEFT writes it.",
+        "the output layer; peft: a LoRA of the trunk as PEFT writes it; gguf: the merged "
+        "checkpoint as one file for llama.cpp.",
         "choices": list(FORMS),
     })
     output_dir: str | None = field(default=None, metadata={
@@ -37,11 +40,19 @@ class ExportArguments:
         "far the two are apart."
     })
     texts_file: str | None = field(default=None, metadata={
-        "help": "Texts that --approximate fits to, .txt (one a line) or .jsonl (key: text): such "
-        "as the model is for."
+        "help": "Texts that --approximate fits to, and that what a --gguf_type loses is measured "
+        "on, .txt (one a line) or .jsonl (key: text): such as the model is for."
     })
     max_shard_size: str | None = field(default=None, metadata={
         "help": "Largest weight file, as 5GB; default: the base's largest."
+    })
+    gguf_type: str = field(default="auto", metadata={
+        "help": "Type of a GGUF file's weights; auto: the base's own, which loses nothing.",
+        "choices": ["auto", *TYPES],
+    })
+    llama_cpp_dir: str | None = field(default=None, metadata={
+        "help": "llama.cpp's folder: its converter writes GGUF files of architectures that aren't "
+        "written here. Default: the converter on PATH."
     })
 
 
@@ -71,8 +82,8 @@ def run(model_args: args.AdapterArguments, options: ExportArguments, given: set[
     for name in ("model_name_or_path", "output_dir"):
         if name not in given:
             raise QAdapterError(f"export needs --{name}")
-    if options.texts_file is not None and not options.approximate:
-        raise QAdapterError("texts_file is for --approximate")
+    if options.texts_file is not None and not (options.approximate or options.form == "gguf"):
+        raise QAdapterError("texts_file is for --approximate, and for --form gguf")
     if options.approximate and options.texts_file is None:
         raise QAdapterError("approximate needs --texts_file: texts like those the model is for")
     texts = None if options.texts_file is None else read_texts(options.texts_file)
@@ -87,7 +98,8 @@ def run(model_args: args.AdapterArguments, options: ExportArguments, given: set[
         report = export(
             model, options.output_dir, options.form, approximate=options.approximate,
             texts=None if texts is None else tokenizer(texts, verbose=False)["input_ids"],
-            max_shard_size=options.max_shard_size,
+            max_shard_size=options.max_shard_size, gguf_type=options.gguf_type,
+            llama_cpp_dir=options.llama_cpp_dir,
         )
     console.print(_table(report))
     console.print(f"wrote {Path(options.output_dir)}", highlight=False)
@@ -112,6 +124,8 @@ def _table(report: ExportReport) -> Table:
             "KL(trained policy ‖ base)": f"{found.kl_policy_base:.3g}",
             "same most likely token as trained": f"{found.top1_agreement:.4f}",
         }
+    if report.gguf is not None:
+        rows |= telling.rows(report.gguf)
     for row in rows.items():
         table.add_row(*row)
     return table

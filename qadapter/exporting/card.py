@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from huggingface_hub import ModelCardData
 
 from qadapter.exporting.approximation import Approximation
+from qadapter.exporting.gguf import telling
+from qadapter.exporting.gguf.check import GgufCheck
 from qadapter.exporting.verification import Check
 from qadapter.system.markup import markdown_code, markdown_table, markdown_text, one_line
 
@@ -21,6 +23,11 @@ _SERVING = {
     "merged": (
         "A plain checkpoint of the base's own architecture: whatever serves the base serves it.",
         "vllm serve {folder}\ntransformers serve {folder}",
+    ),
+    "gguf": (
+        "A checkpoint of the base's own architecture, as one GGUF file.",
+        "llama-server --model={folder}/{folder}.gguf --temp {temperature:.6g} --top-k 0 --top-p 1 "
+        "--min-p 0",
     ),
     "lm_head_lora": (
         "A LoRA on the base's output layer, in PEFT's own format.",
@@ -38,6 +45,7 @@ _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 def write_card(
     folder: Path, name: str, model: QAdapterModel, form: str, base: str | None, rank: int,
     temperature: float, tokenizer: bool, check: Check, approximation: Approximation | None,
+    gguf: GgufCheck | None = None,
 ) -> None:
     """Write ``README.md``.
 
@@ -48,7 +56,7 @@ def write_card(
     """
     data = ModelCardData(
         base_model=base if base and base.count("/") == 1 and not Path(base).exists() else None,
-        library_name="transformers" if form == "merged" else "peft",
+        library_name={"merged": "transformers", "gguf": "gguf"}.get(form, "peft"),
         pipeline_tag="text-generation", tags=["qadapter", "q-adapter", "preference-optimization"],
     )
     what, command = _SERVING[form]
@@ -64,6 +72,7 @@ def write_card(
         + command.format(
             folder=shlex.quote(one_line(name)),
             base=shlex.quote(one_line(base or model.base_identity.name)), rank=max_rank,
+            temperature=temperature,
         )
         + "\n```",
         "## Sampling",
@@ -75,7 +84,8 @@ def write_card(
             **{key: str(value) for key, value in vars(model.objective).items()},
         }),
         *_approximation(approximation),
-        "## Check",
+        *_gguf(gguf),
+        "## Check" if gguf is None else "## Check of the checkpoint it was made from",
         _check(check, form, approximation is not None),
         "## Versions",
         _table({
@@ -90,7 +100,7 @@ def write_card(
 
 
 def _sampling(form: str, temperature: float) -> str:
-    if form == "merged":
+    if form in ("merged", "gguf"):
         return (
             "The output layer holds the policy's own logits: temperatures mean what they mean for "
             f"the base. `generation_config.json` is the base's (temperature {temperature:g})."
@@ -121,8 +131,14 @@ def _approximation(found: Approximation | None) -> Sequence[str]:
     )
 
 
+def _gguf(check: GgufCheck | None) -> Sequence[str]:
+    if check is None:
+        return ()
+    return "## Check", telling.how_checked(check), _table(telling.rows(check))
+
+
 def _check(check: Check, form: str, approximated: bool) -> str:
-    library = "transformers" if form == "merged" else "transformers and PEFT"
+    library = "transformers" if form in ("merged", "gguf") else "transformers and PEFT"
     policy = "the approximation's policy" if approximated else "the policy"
     return (
         f"Reloaded by stock {library} in a process without qadapter, in {check.dtype}, and decoded "

@@ -19,7 +19,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qadapter.adapters.head_adapter import HeadAdapter, LinearHeadAdapter
 from qadapter.data.templates import default_of
@@ -29,6 +29,8 @@ from qadapter.exporting import checkpoints
 from qadapter.exporting.approximation import Approximation, fit_linear
 from qadapter.exporting.block import BlockExport, plan_block
 from qadapter.exporting.card import write_card
+from qadapter.exporting.gguf.check import GgufCheck, check_gguf
+from qadapter.exporting.gguf.making import TYPES, check_possible, make_gguf, own_type
 from qadapter.exporting.head import LinearPolicy
 from qadapter.exporting.trunk import merged_trunk, reference_logits, write_adapter
 from qadapter.exporting.verification import Check, Reference, check_export, check_states
@@ -40,8 +42,10 @@ from qadapter.trunk.loading import shell_of
 if TYPE_CHECKING:
     from qadapter.policy.model import QAdapterModel
 
-Form = Literal["merged", "lm_head_lora", "peft"]
-FORMS = ("merged", "lm_head_lora", "peft")
+Form = Literal["merged", "lm_head_lora", "peft", "gguf"]
+FORMS = ("merged", "lm_head_lora", "peft", "gguf")
+_FROM_MERGED = ("gguf",)
+"""Made from a merged checkpoint, and nothing else."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +60,15 @@ class ExportReport:
     """Whether a tokenizer was written along."""
     check: Check
     approximation: Approximation | None = None
+    gguf: GgufCheck | None = None
+    """Of a GGUF file: beside the merged checkpoint that ``check`` is of."""
 
 
 def export(
     model: QAdapterModel, output_dir: str | Path, form: Form = "merged", *,
     approximate: bool = False, texts: Sequence[str] | Sequence[Sequence[int]] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None, max_shard_size: int | str | None = None,
+    gguf_type: str = "auto", llama_cpp_dir: str | Path | None = None,
 ) -> ExportReport:
     """Write the customised policy, at the strength it is set to, for engines that don't know us.
 
@@ -69,12 +76,17 @@ def export(
         output_dir: a folder that is not there yet, or empty. It appears whole or not at all.
         form: "merged": a checkpoint of the base's own architecture. "lm_head_lora": a head adapter
             as a PEFT LoRA on the output layer. "peft": a LoRA of the trunk as PEFT writes it.
+            "gguf": the merged checkpoint as one file for llama.cpp.
         approximate: export the linear adapter nearest to one that isn't linear; the card says how
             far the two are apart.
-        texts: for ``approximate``: what to fit to, texts or token ids, like those the model is for.
+        texts: texts or token ids, like those the model is for. ``approximate`` fits to them, and
+            what a GGUF type loses is measured on them.
         tokenizer: default: the base's, where it has one. It is written with the chat template that
             the model was trained with (``model.chat_template``).
         max_shard_size: as in ``save_pretrained``; default: the base's largest shard.
+        gguf_type: of a GGUF file's weights: "f32", "f16", "bf16", "q8_0"; "auto": the base's own.
+        llama_cpp_dir: llama.cpp's folder, whose converter writes GGUF files of architectures that
+            aren't written here. Default: the converter on PATH, where there is one.
 
     Raises:
         QAdapterError: the policy has no exact export of this form (with the reason), the folder is
@@ -82,18 +94,33 @@ def export(
     """
     if form not in FORMS:
         raise QAdapterError(f"form must be {', '.join(FORMS[:-1])} or {FORMS[-1]}, got {form!r}")
-    if texts is not None and not approximate:
-        raise QAdapterError("texts are for approximate=True")
+    if texts is not None and not approximate and form not in _FROM_MERGED:
+        raise QAdapterError("texts are for approximate=True, and for form gguf")
+    if form not in _FROM_MERGED and (gguf_type != "auto" or llama_cpp_dir is not None):
+        raise QAdapterError("gguf_type and llama_cpp_dir are for form gguf")
+    if gguf_type not in ("auto", *TYPES):
+        raise QAdapterError(f"gguf_type must be auto, {', '.join(TYPES)}, got {gguf_type!r}")
     target = Path(output_dir).expanduser().absolute()
     remove_abandoned(target.parent)  # a model's size, each
     remove_stale(lock_of(target, beside=True))
     _check_free(target)
     tokenizer, template_chosen = _tokenizer(model, tokenizer)
-    _check_policy(model, form)
+    planned = "merged" if form in _FROM_MERGED else form
+    _check_policy(model, planned)
+    as_gguf = None
+    if form in _FROM_MERGED:
+        check_possible(model.base.config, tokenizer, not model.adapts_trunk, llama_cpp_dir)
+        as_gguf = _AsGguf(
+            form, own_type(model.base.dtype) if gguf_type == "auto" else gguf_type, llama_cpp_dir,
+            () if texts is None else _token_ids(texts, tokenizer),
+        )
     if model.adapts_trunk:
-        exporter: _HeadExport | BlockExport | _TrunkExport = _plan_trunk(model, form, approximate)
+        exporter: _HeadExport | BlockExport | _TrunkExport = _plan_trunk(
+            model, planned, approximate
+        )
     else:
-        exporter = _plan_head(model, form, approximate, texts, tokenizer)
+        fitted_to = texts if approximate else None
+        exporter = _plan_head(model, planned, approximate, fitted_to, tokenizer)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with (
@@ -101,7 +128,7 @@ def export(
             scratch_folder(target.parent, "exporting") as scratch,
         ):
             report = _write_and_check(
-                exporter, scratch, target, tokenizer, template_chosen, max_shard_size
+                exporter, scratch, target, tokenizer, template_chosen, max_shard_size, as_gguf
             )
             os.rename(scratch / "export", target)  # onto nothing, or an empty folder
     except (OSError, SafetensorError) as error:
@@ -299,7 +326,7 @@ class _TrunkExport:
 def _write_and_check(
     exporter: _HeadExport | BlockExport | _TrunkExport, scratch: Path, target: Path,
     tokenizer: PreTrainedTokenizerBase | None, template_chosen: bool,
-    max_shard_size: int | str | None,
+    max_shard_size: int | str | None, as_gguf: _AsGguf | None,
 ) -> ExportReport:
     model, form = exporter.model, exporter.form
     base_name, revision = checkpoints.name_of(model.base)
@@ -326,19 +353,45 @@ def _write_and_check(
             generation_config.temperature = temperature
         generation_config.to_json_file(folder / "generation_config.json")
         checked_base = base_name or _write_base(model, scratch / "base")
-    files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
     check = check_export(
         folder, scratch, model, exporter.reference, base=checked_base, revision=revision,
         logits_factor=exporter.logits_factor, temperature=temperature, tokenizer=tokenizer,
     )
+    gguf = None
+    if as_gguf is not None:
+        form = as_gguf.form
+        checkpoint = folder.rename(scratch / "checkpoint")
+        folder.mkdir()
+        gguf = as_gguf.write(checkpoint, folder, target.name, scratch, tokenizer)
+    files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
     write_card(
         folder, target.name, model, form, base_name, exporter.rank, temperature,
-        tokenizer is not None, check, exporter.approximation,
+        tokenizer is not None, check, exporter.approximation, gguf,
     )
     manifest.write(folder, files)  # not the card: it is for people, who may write on
     return ExportReport(
-        form, target, temperature, tokenizer is not None, check, exporter.approximation
+        form, target, temperature, tokenizer is not None, check, exporter.approximation, gguf
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _AsGguf:
+    """A merged checkpoint as a GGUF file."""
+
+    form: str
+    kind: str
+    llama_cpp_dir: str | Path | None
+    texts: Sequence[Sequence[int]]
+
+    def write(
+        self, checkpoint: Path, folder: Path, name: str, scratch: Path,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> GgufCheck:
+        ends = GenerationConfig.from_pretrained(checkpoint).eos_token_id
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        file = folder / f"{name}.gguf"
+        make_gguf(checkpoint, file, self.kind, name, ends, self.llama_cpp_dir)
+        return check_gguf(file, checkpoint, scratch, self.kind, tokenizer, self.texts)
 
 
 def _write_base(model: QAdapterModel, folder: Path) -> str:

@@ -321,7 +321,7 @@ def test_low_rank_approximation_as_lora(here, tmp_path):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"form": "gguf"}, "form must be"),
+    ({"form": "onnx"}, "form must be"),
     ({"form": "peft"}, "LoRA in the trunk"),
     ({"approximate": True, "texts": [[1, 2]] * 9}, "exported exactly"),
     ({"texts": [[1, 2]]}, "approximate=True"),
@@ -497,7 +497,7 @@ def test_the_other_process_can_refuse(tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (("--form", "gguf"), "none of merged, lm_head_lora, peft"),
+    (("--form", "onnx"), "none of merged, lm_head_lora, peft, gguf"),
     (("--approximate",), "texts_file"),
     (("--texts_file", "x.txt"), "for --approximate"),
     (("--strength", "0"), "nothing to export"),

@@ -1,0 +1,1 @@
+"""A merged checkpoint as one GGUF file: what llama.cpp and Ollama run."""

@@ -1,0 +1,91 @@
+"""From a policy's checkpoint to its GGUF file: written here, or by llama.cpp's converter."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from qadapter.errors import QAdapterError
+from qadapter.exporting.gguf.architectures import ARCHITECTURES, NotWritten, layout_of
+from qadapter.exporting.gguf.converter import SCRIPT, convert, find_converter
+from qadapter.exporting.gguf.vocabulary import vocabulary
+
+TYPES = ("f32", "f16", "bf16", "q8_0")
+"""Of the weights. Vectors (norms, biases) are float32 in all of them, as in llama.cpp's files."""
+_OWN_TYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+def own_type(dtype: torch.dtype) -> str:
+    """The type that holds weights of a dtype as they are."""
+    return _OWN_TYPES.get(dtype, "f32")
+
+
+def check_possible(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None, own_head: bool,
+    llama_cpp_dir: str | Path | None,
+) -> None:
+    """Whether a base's policies can become GGUF files, before any is computed.
+
+    Args:
+        own_head: whether the policy has an output layer of its own.
+
+    Raises:
+        QAdapterError: they can't; the message says why, and what can be done.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise QAdapterError("GGUF files need the gguf library: pip install 'qadapter[gguf]'")
+    if tokenizer is None:
+        raise QAdapterError("a GGUF file holds its tokenizer, and this base came without one")
+    converter = find_converter(llama_cpp_dir)
+    try:
+        if not layout_of(config).reads_output_layer and own_head:
+            raise QAdapterError(
+                f"llama.cpp's {config.model_type} takes the input embedding for the output layer, "
+                "and this policy needs one of its own; that of a LoRA in the trunk does not"
+            )
+        vocabulary(tokenizer, config.vocab_size, ())
+    except NotWritten as reason:
+        if converter is None:
+            raise _no_way(reason) from None
+
+
+def make_gguf(
+    checkpoint: Path, file: Path, kind: str, name: str, end_ids: Sequence[int],
+    llama_cpp_dir: str | Path | None,
+) -> str:
+    """Write the file.
+
+    Args:
+        checkpoint: a folder of transformers'. kind: one of ``TYPES``. name: of the model.
+        end_ids: tokens that end an answer.
+
+    Returns:
+        What wrote it.
+
+    Raises:
+        QAdapterError: nothing at hand can, or llama.cpp doesn't compute it.
+    """
+    from qadapter.exporting.gguf.writing import write_gguf
+
+    try:
+        write_gguf(checkpoint, file, kind, name, end_ids)
+    except NotWritten as reason:
+        converter = find_converter(llama_cpp_dir)
+        if converter is None:
+            raise _no_way(reason) from None
+        file.unlink(missing_ok=True)
+        convert(converter, checkpoint, file, kind)
+        return f"llama.cpp's {SCRIPT}"
+    return f"gguf {importlib.metadata.version('gguf')}"
+
+
+def _no_way(reason: NotWritten) -> QAdapterError:
+    return QAdapterError(
+        f"{reason} ({', '.join(ARCHITECTURES)} are, with the usual tokenizers). llama.cpp's "
+        f"{SCRIPT} may do it: name llama.cpp's folder as llama_cpp_dir, or put it on PATH"
+    )
