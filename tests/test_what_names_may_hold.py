@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from qadapter.commands.measuring import Comparison, _comparison_markdown
 from qadapter.evaluation.answers import Answer
 from qadapter.evaluation.report import Section, write_report
 from qadapter.exporting.card import write_card
+from qadapter.exporting.engines import Served
 from qadapter.exporting.verification import Check
 from qadapter.system.markup import one_line
 
@@ -95,9 +95,8 @@ def test_a_shell_reads_the_commands_of_an_exports_card(tmp_path):
     """They are there to be copied; a stranger's adapter names its base."""
     base = "x; touch pwned $(id) `id` '\"\n```\n<script> | y"
     model = tiny_adapter(trained=True)
-    model.base_identity = dataclasses.replace(model.base_identity, name=base)
     check = Check(1, 1, 1, 1, 0.0, 0.0, 0.0, "float32", {"torch": "1 | 2"})
-    write_card(tmp_path, "out <b>put", model, "lm_head_lora", base, 8, 1.0, True, check, None)
+    write_card(tmp_path, model, Served("lm_head_lora", "out <b>put", base=base, rank=8), check)
     seen = read_markdown(tmp_path / "README.md")
     [line] = [line for line in seen.text.split("\n") if line.startswith("vllm serve")]
     assert shlex.split(line)[:3] == ["vllm", "serve", one_line(base)]

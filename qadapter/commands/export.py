@@ -9,16 +9,19 @@ import typer
 from rich.table import Table
 
 from qadapter.commands import arguments as args
-from qadapter.commands.loading import load_model
+from qadapter.commands.loading import is_adapter, load_model
 from qadapter.commands.options import Group, command
 from qadapter.console.environment import quiet_libraries
 from qadapter.console.folders import telling_how_to_go_on
 from qadapter.console.terminal import Terminal
 from qadapter.data import read_texts
 from qadapter.errors import QAdapterError
-from qadapter.exporting.export import FORMS, ExportReport, export
+from qadapter.exporting.export import ExportReport, export, require_free
+from qadapter.exporting.forms import FORMS, ON_THE_COMMAND_LINE, require_exportable
 from qadapter.exporting.gguf import telling
 from qadapter.exporting.gguf.making import TYPES
+from qadapter.policy import storage
+from qadapter.policy.dial import Policy
 from qadapter.policy.model import QAdapterModel
 
 
@@ -82,10 +85,7 @@ def run(model_args: args.AdapterArguments, options: ExportArguments, given: set[
     for name in ("model_name_or_path", "output_dir"):
         if name not in given:
             raise QAdapterError(f"export needs --{name}")
-    if options.texts_file is not None and not (options.approximate or options.form == "gguf"):
-        raise QAdapterError("texts_file is for --approximate, and for --form gguf")
-    if options.approximate and options.texts_file is None:
-        raise QAdapterError("approximate needs --texts_file: texts like those the model is for")
+    _check_before_loading(model_args, options)
     texts = None if options.texts_file is None else read_texts(options.texts_file)
     quiet_libraries()
     if model_args.dtype == "auto":
@@ -103,6 +103,30 @@ def run(model_args: args.AdapterArguments, options: ExportArguments, given: set[
         )
     console.print(_table(report))
     console.print(f"wrote {Path(options.output_dir)}", highlight=False)
+
+
+def _check_before_loading(model_args: args.AdapterArguments, options: ExportArguments) -> None:
+    """What the adapter's files tell, before its base is there; raises QAdapterError."""
+    name = model_args.model_name_or_path
+    require_free(Path(options.output_dir).expanduser().absolute())
+    if not is_adapter(name):
+        if Path(name).expanduser().is_dir():
+            raise QAdapterError(f"{name} is a plain model already")
+        return
+    saved = storage.read(name)
+    adapter, adapters = saved.adapter, 1
+    if isinstance(adapter, storage.Composition):
+        adapters = len(adapter.folders)
+        adapter = storage.read(adapter.folders[0]).adapter
+    try:
+        policy = Policy(saved.objective, 1.0 if (s := model_args.strength) is None else s)
+    except ValueError as error:
+        raise QAdapterError(str(error)) from error
+    require_exportable(
+        adapter, policy.stream_weights(), options.form, adapters=adapters,
+        approximate=options.approximate, texts=options.texts_file is not None,
+        words=ON_THE_COMMAND_LINE,
+    )
 
 
 def _table(report: ExportReport) -> Table:

@@ -107,7 +107,7 @@ def load_model(
         arguments, arguments.trust_remote_code, arguments.model_init_kwargs
     ) | {"say": saying(console)}
     name = arguments.model_name_or_path
-    if not _is_adapter(name):
+    if not is_adapter(name):
         for option in ("base_model_name_or_path", "strength"):
             if getattr(arguments, option) is not None:
                 raise QAdapterError(f"{option} is for adapters, and {name} is none "
@@ -176,7 +176,8 @@ def _tokenizer(
     return tokenizer
 
 
-def _is_adapter(name: str) -> bool:
+def is_adapter(name: str) -> bool:
+    """Whether a name is an adapter's, or a folder's that should be one."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         # A folder with neither file is reported as an adapter that is not whole.

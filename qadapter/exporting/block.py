@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from qadapter.adapters.head_adapter import BlockHeadAdapter
 from qadapter.errors import QAdapterError
 from qadapter.exporting.checkpoints import replace_head, scaled
+from qadapter.exporting.forms import nearest_linear
 from qadapter.exporting.trunk import reference_logits
 from qadapter.exporting.verification import Reference
 from qadapter.trunk.lm_head import trunk
@@ -32,10 +33,6 @@ _SCALES = 1e-3, 30.0
 """Sizes of the random states: where what is added to a mean square counts, and far from it."""
 _DIFFERENCE = 1e-4
 """Of the adapter's part that another layer may add: norms compute in float32 at the least."""
-_OTHER_WAYS = (
-    "--approximate with --texts_file (approximate=True with texts) exports the nearest linear "
-    "adapter and says how near it is; QAdapterModel itself serves the policy as it is"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +42,7 @@ class BlockExport:
     model: QAdapterModel
     form: str = "merged"
     approximation: None = None
+    beyond_lora: tuple[str, ...] = ()
     logits_factor: float = 1.0
     """The policy's logits over the export's."""
 
@@ -60,23 +58,11 @@ class BlockExport:
         return merged_block(self.model)
 
 
-def plan_block(model: QAdapterModel, form: str) -> BlockExport:
+def plan_block(model: QAdapterModel) -> BlockExport:
     """
     Raises:
         QAdapterError: no plain checkpoint is this policy; with the reason.
     """
-    p_a, p_b = model.policy.stream_weights()
-    if form != "merged":
-        raise QAdapterError(
-            f'an adapter of form "block" is no LoRA: form "merged" writes it as one decoder layer '
-            f"more, exactly; for {form}, {_OTHER_WAYS}"
-        )
-    if p_b != 0:
-        raise QAdapterError(
-            f"this policy adds up two streams behind the final norm (weights {p_a:g} adapted, "
-            f"{p_b:g} base), and a decoder layer more is the adapted one alone: export it at "
-            f"strength 1 of the policy parametrization; {_OTHER_WAYS}"
-        )
     if getattr(model.base, "is_quantized", False):
         raise QAdapterError(
             "the base is quantized, and a layer more can't be written beside packed ones: load it "
@@ -113,7 +99,8 @@ def merged_block(model: QAdapterModel) -> PreTrainedModel:
 
 def _refusal(base: PreTrainedModel, reason: str) -> QAdapterError:
     return QAdapterError(
-        f"no decoder layer of {type(base).__name__} can be this adapter: {reason}; {_OTHER_WAYS}"
+        f"no decoder layer of {type(base).__name__} can be this adapter: {reason}; "
+        f"{nearest_linear()}; QAdapterModel itself serves the policy as it is"
     )
 
 

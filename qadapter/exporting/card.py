@@ -3,80 +3,67 @@
 from __future__ import annotations
 
 import importlib.metadata
-import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCardData
 
 from qadapter.exporting.approximation import Approximation
+from qadapter.exporting.engines import Served, ways
 from qadapter.exporting.gguf import telling
 from qadapter.exporting.gguf.check import GgufCheck
 from qadapter.exporting.verification import Check
-from qadapter.system.markup import markdown_code, markdown_table, markdown_text, one_line
+from qadapter.system.markup import (
+    markdown_code,
+    markdown_list,
+    markdown_table,
+    markdown_text,
+    one_line,
+)
 
 if TYPE_CHECKING:
     from qadapter.policy.model import QAdapterModel
 
-_SERVING = {
-    "merged": (
-        "A plain checkpoint of the base's own architecture: whatever serves the base serves it.",
-        "vllm serve {folder}\ntransformers serve {folder}",
-    ),
-    "gguf": (
-        "A checkpoint of the base's own architecture, as one GGUF file.",
-        "llama-server --model={folder}/{folder}.gguf --temp {temperature:.6g} --top-k 0 --top-p 1 "
-        "--min-p 0",
-    ),
-    "lm_head_lora": (
-        "A LoRA on the base's output layer, in PEFT's own format.",
-        "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules custom={folder}",
-    ),
-    "peft": (
-        "A LoRA on the base, in PEFT's own format.",
-        "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules custom={folder}",
-    ),
+_FORMS = {
+    "merged": "A plain checkpoint of the base's own architecture.",
+    "gguf": "A checkpoint of the base's own architecture, as one GGUF file.",
+    "lm_head_lora": "A LoRA on the base's output layer, in PEFT's own format.",
+    "peft": "A LoRA on the base, in PEFT's own format.",
 }
-_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes as --max-lora-rank."""
 
 
 def write_card(
-    folder: Path, name: str, model: QAdapterModel, form: str, base: str | None, rank: int,
-    temperature: float, tokenizer: bool, check: Check, approximation: Approximation | None,
+    folder: Path, model: QAdapterModel, served: Served, check: Check, *, tokenizer: bool = False,
+    approximation: Approximation | None = None, transformers_4: bool = True,
     gguf: GgufCheck | None = None,
 ) -> None:
     """Write ``README.md``.
 
     Args:
-        name: what the folder will be called. base: the base's name or folder, for the commands.
-        temperature: to sample at for the policy itself.
+        folder: where it is written; ``served.folder`` is what it will be called.
         tokenizer: whether the export holds one.
+        transformers_4: whether that reads the same configuration.
     """
+    form = served.form
+    hub = served.base if not served.base_is_folder and served.base.count("/") == 1 else None
     data = ModelCardData(
-        base_model=base if base and base.count("/") == 1 and not Path(base).exists() else None,
+        base_model=hub,
         library_name={"merged": "transformers", "gguf": "gguf"}.get(form, "peft"),
         pipeline_tag="text-generation", tags=["qadapter", "q-adapter", "preference-optimization"],
     )
-    what, command = _SERVING[form]
-    max_rank = next((r for r in _VLLM_RANKS if r >= rank), rank)
     p_a, p_b = model.policy.stream_weights()
     sections = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {markdown_text(name)}",
-        f"{markdown_code(model.base_identity.name)} customised by a "
+        f"# {markdown_text(served.folder)}",
+        f"{markdown_code(served.base)} customised by a "
         "[Q-Adapter](https://arxiv.org/abs/2407.03856) (a residual Q-function learned from "
-        f"preference pairs). {what}",
-        "```sh\n"
-        + command.format(
-            folder=shlex.quote(one_line(name)),
-            base=shlex.quote(one_line(base or model.base_identity.name)), rank=max_rank,
-            temperature=temperature,
-        )
-        + "\n```",
+        f"preference pairs). {_FORMS[form]}",
+        *_missing(form, tokenizer, transformers_4),
+        "## Serving",
+        *_serving(served),
         "## Sampling",
-        _sampling(form, temperature),
+        _sampling(form, served.temperature),
         "## Policy",
         _table({
             "form": form, "strength": f"{model.policy.strength:g}",
@@ -93,10 +80,56 @@ def write_card(
             **{f"{n} (in the check)": version for n, version in check.versions.items()},
         }),
     ]
-    if form == "merged" and not tokenizer:
-        sections.insert(4, "The base came without a tokenizer, and so does this folder.")
     text = "\n\n".join(sections) + "\n"
     (folder / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def _missing(form: str, tokenizer: bool, transformers_4: bool) -> Sequence[str]:
+    lines = []
+    if form == "merged" and not tokenizer:
+        lines.append("The base came without a tokenizer, and so does this folder.")
+    if form == "merged" and not transformers_4:
+        lines.append(
+            "transformers 4 may read another configuration from `config.json`: take version 5."
+        )
+    return lines
+
+
+def _serving(served: Served) -> Iterator[str]:
+    """Every engine's commands, and why the others have none."""
+    yield (
+        "The commands are the engines' own for such a folder, in the one that it lies in. Which of "
+        "them were seen running, and where, is in qadapter's `docs/serving.md`."
+    )
+    found = ways(served)
+    for way in found:
+        if way.reason:
+            continue
+        yield f"**{way.engine}**"
+        yield "```sh\n" + "\n".join(way.commands) + "\n```"
+        asked = f"Requests name the model {markdown_code(way.model)}." if way.model else ""
+        if said := " ".join(filter(None, (asked, way.note))):
+            yield said
+    if reasons := [f"not by {way.engine}: {way.reason}" for way in found if way.reason]:
+        yield markdown_list(reasons)
+    if served.form in ("lm_head_lora", "peft"):
+        yield from _in_python(served)
+
+
+def _in_python(served: Served) -> Iterator[str]:
+    base, folder = repr(one_line(served.base)), repr(one_line(served.folder))
+    yield "**PEFT**"
+    yield (
+        "```python\n"
+        f"base = transformers.AutoModelForCausalLM.from_pretrained({base})\n"
+        f"model = peft.PeftModel.from_pretrained(base, {folder})\n```"
+    )
+    if served.base_is_folder:
+        yield (
+            f"The base has no name on a hub: {markdown_code(served.base)} stands for the folder "
+            "where you have it, here as in `adapter_config.json`, where "
+            "`AutoPeftModelForCausalLM` looks for it."
+        )
 
 
 def _sampling(form: str, temperature: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import NamedTuple
 
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from qadapter.errors import QAdapterError
+from qadapter.exporting import older
 from qadapter.trunk.lm_head import LanguageModelHead
 
 
@@ -79,6 +81,12 @@ def write_checkpoint(
         raise QAdapterError(f"the export can't be written: {error}") from error
 
 
+def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """``save_pretrained``, so that older versions of transformers read it too."""
+    tokenizer.save_pretrained(folder)
+    older.add_older_tokenizer(folder, tokenizer)
+
+
 # --- what came with the base --------------------------------------------------------------------
 
 
@@ -90,6 +98,29 @@ def name_of(base: PreTrainedModel) -> tuple[str | None, str | None]:
     if Path(name).is_dir():
         return str(Path(name).resolve()), None
     return name, getattr(base.config, "_commit_hash", None)
+
+
+class PublicName(NamedTuple):
+    """What a base is called by those who get an export."""
+
+    name: str | None
+    """None: it is only in memory."""
+    revision: str | None
+    on_hub: bool
+
+
+def public_name_of(base: PreTrainedModel) -> PublicName:
+    """A hub's name; of a folder the place as it was given or, where that holds on this machine
+    alone, its last part."""
+    name, revision = name_of(base)
+    if name is None or not Path(name).is_dir():
+        return PublicName(name, revision, name is not None)
+    folder, given = Path(name), Path(base.name_or_path)
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):  # the hub's cache
+        hub = repository.removeprefix("models--").replace("--", "/", 1)
+        return PublicName(hub, folder.name, True)
+    return PublicName(folder.name if given.is_absolute() else str(given), None, False)
 
 
 def tokenizer_of(base: PreTrainedModel) -> PreTrainedTokenizerBase | None:

@@ -10,43 +10,34 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-import torch
-from peft import LoraConfig, get_peft_model
+from peft import PeftConfig
 from safetensors import SafetensorError
-from torch import nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from qadapter.adapters.head_adapter import HeadAdapter, LinearHeadAdapter
+from qadapter.adapters.head_adapter import AdapterConfig
 from qadapter.data.templates import default_of
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.answers import end_of_turn_ids
-from qadapter.exporting import checkpoints
-from qadapter.exporting.approximation import Approximation, fit_linear
-from qadapter.exporting.block import BlockExport, plan_block
+from qadapter.exporting import checkpoints, older
+from qadapter.exporting.approximation import Approximation
 from qadapter.exporting.card import write_card
+from qadapter.exporting.engines import Served
+from qadapter.exporting.exporters import Exporter, plan
+from qadapter.exporting.forms import FROM_MERGED, Form, require_exportable
 from qadapter.exporting.gguf.check import GgufCheck, check_gguf
 from qadapter.exporting.gguf.making import TYPES, check_possible, make_gguf, own_type
-from qadapter.exporting.head import LinearPolicy
-from qadapter.exporting.trunk import merged_trunk, reference_logits, write_adapter
-from qadapter.exporting.verification import Check, Reference, check_export, check_states
+from qadapter.exporting.verification import Check, check_export
 from qadapter.system import manifest
 from qadapter.system.locking import lock_of, remove_stale, sole_run
+from qadapter.system.modes import give_usual_modes
 from qadapter.system.scratch import remove_abandoned, scratch_folder
-from qadapter.trunk.loading import shell_of
 
 if TYPE_CHECKING:
     from qadapter.policy.model import QAdapterModel
-
-Form = Literal["merged", "lm_head_lora", "peft", "gguf"]
-FORMS = ("merged", "lm_head_lora", "peft", "gguf")
-_FROM_MERGED = ("gguf",)
-"""Made from a merged checkpoint, and nothing else."""
-
 
 @dataclasses.dataclass(frozen=True)
 class ExportReport:
@@ -92,35 +83,28 @@ def export(
         QAdapterError: the policy has no exact export of this form (with the reason), the folder is
             not empty or can't be written, or the check failed (with what differs).
     """
-    if form not in FORMS:
-        raise QAdapterError(f"form must be {', '.join(FORMS[:-1])} or {FORMS[-1]}, got {form!r}")
-    if texts is not None and not approximate and form not in _FROM_MERGED:
-        raise QAdapterError("texts are for approximate=True, and for form gguf")
-    if form not in _FROM_MERGED and (gguf_type != "auto" or llama_cpp_dir is not None):
+    target = Path(output_dir).expanduser().absolute()
+    require_free(target)
+    require_exportable(
+        _described(model), model.policy.stream_weights(), form, approximate=approximate,
+        adapters=len(model.adapter.names) if model.adapts_trunk else 1, texts=texts is not None,
+    )
+    if form not in FROM_MERGED and (gguf_type != "auto" or llama_cpp_dir is not None):
         raise QAdapterError("gguf_type and llama_cpp_dir are for form gguf")
     if gguf_type not in ("auto", *TYPES):
         raise QAdapterError(f"gguf_type must be auto, {', '.join(TYPES)}, got {gguf_type!r}")
-    target = Path(output_dir).expanduser().absolute()
-    remove_abandoned(target.parent)  # a model's size, each
-    remove_stale(lock_of(target, beside=True))
-    _check_free(target)
     tokenizer, template_chosen = _tokenizer(model, tokenizer)
-    planned = "merged" if form in _FROM_MERGED else form
-    _check_policy(model, planned)
+    ids = None if texts is None else _token_ids(texts, tokenizer)
     as_gguf = None
-    if form in _FROM_MERGED:
+    if form in FROM_MERGED:
         check_possible(model.base.config, tokenizer, not model.adapts_trunk, llama_cpp_dir)
         as_gguf = _AsGguf(
             form, own_type(model.base.dtype) if gguf_type == "auto" else gguf_type, llama_cpp_dir,
-            () if texts is None else _token_ids(texts, tokenizer),
+            ids or (),
         )
-    if model.adapts_trunk:
-        exporter: _HeadExport | BlockExport | _TrunkExport = _plan_trunk(
-            model, planned, approximate
-        )
-    else:
-        fitted_to = texts if approximate else None
-        exporter = _plan_head(model, planned, approximate, fitted_to, tokenizer)
+    exporter = plan(
+        model, "merged" if form in FROM_MERGED else form, ids if approximate else None
+    )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with (
@@ -155,204 +139,51 @@ def _tokenizer(
     return tokenizer, template is not None and template != base_template
 
 
-# --- what can be exported -----------------------------------------------------------------------
-
-
-def _check_policy(model: QAdapterModel, form: str) -> None:
-    """Refuse, with the reason, what no single head or stream can be."""
-    p_a, p_b = model.policy.stream_weights()
-    if p_a == 0:
-        raise QAdapterError(
-            "at strength 0 the policy is the base itself: there is nothing to export"
-        )
-    cap = model.head.softcap
-    if cap is not None and (p_b != 0 or (form == "merged" and p_a != 1)):
-        raise QAdapterError(
-            f"the base caps its logits (softcap {cap:g}), which is not linear: this policy adds up "
-            f"two capped streams (weights {p_a:g} and {p_b:g}) and is no single head. A policy "
-            "trained in the policy parametrization can be exported at strength 1"
-        )
-
-
-def _plan_head(
-    model: QAdapterModel, form: str, approximate: bool,
-    texts: Sequence[str] | Sequence[Sequence[int]] | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> _HeadExport | BlockExport:
-    if form == "peft":
-        raise QAdapterError(
-            'form "peft" is for LoRA in the trunk; a head adapter becomes a PEFT folder by form '
-            '"lm_head_lora"'
-        )
-    _check_output_layer(model.base)
-    weights = model.policy.stream_weights()
-    if form == "lm_head_lora" and sum(weights) <= 0:
-        raise QAdapterError(
-            f"lm_head_lora: the streams' weights sum to {sum(weights):g}, so no LoRA beside the "
-            'unscaled lm_head gives this policy at any temperature; form "merged" does'
-        )
-    adapter = model.adapter
-    if adapter.reads_before_norm and not approximate:
-        return plan_block(model, form)
-    if isinstance(adapter, LinearHeadAdapter):
-        if approximate:
-            raise QAdapterError("approximate is not needed: a linear adapter is exported exactly")
-        policy = LinearPolicy(model.head, adapter.down.weight, adapter.up.weight, *weights)
-        return _HeadExport(model, form, policy)
-    if not isinstance(adapter, HeadAdapter):
-        raise QAdapterError(f"a {type(adapter).__name__} can't be exported")
-    if not approximate:
-        raise QAdapterError(
-            f"an adapter of form {model.adapter_config.form!r} is not linear, so no lm_head equals "
-            "it; approximate (with texts to fit to) exports the nearest linear adapter and says "
-            "how near it is"
-        )
-    if texts is None:
-        raise QAdapterError("approximate needs texts to fit to, like those the model is for")
-    rank = None if form == "merged" else model.adapter_config.rank
-    return _HeadExport(model, form, *fit_linear(model, _token_ids(texts, tokenizer), rank))
-
-
-def _plan_trunk(model: QAdapterModel, form: str, approximate: bool) -> _TrunkExport:
-    if approximate:
-        raise QAdapterError("approximate is for head adapters, this one is in the trunk")
-    if form == "lm_head_lora":
-        raise QAdapterError('form "lm_head_lora" is for head adapters; LoRA in the trunk takes '
-                            '"merged" or "peft"')
-    if len(model.adapter.names) > 1:
-        raise QAdapterError(
-            f"a composition of {len(model.adapter.names)} adapters in the trunk runs as many "
-            "streams, and no single model is all of them: serve it with QAdapterModel itself"
-        )
-    p_a, p_b = model.policy.stream_weights()
-    if p_b != 0:
-        raise QAdapterError(
-            f"this policy runs two streams through the trunk (weights {p_a:g} adapted, {p_b:g} "
-            "base), and no single model is both. One trained in the policy parametrization needs "
-            "one stream at strength 1 and the α's it was trained with: export that"
-        )
-    if form == "merged" and getattr(model.base, "is_quantized", False):
-        raise QAdapterError(
-            "the base is quantized, and merging would round its weights once more: load it in 16 "
-            'bits to merge, or take form "peft"'
-        )
-    return _TrunkExport(model, form)
-
-
-@dataclasses.dataclass(frozen=True)
-class _HeadExport:
-    """A policy of one matrix product."""
-
-    model: QAdapterModel
-    form: str
-    policy: LinearPolicy
-    approximation: Approximation | None = None
-
-    @property
-    def rank(self) -> int:
-        return self.policy.down_RD.shape[0]
-
-    @property
-    def logits_factor(self) -> float:
-        """The policy's logits over the export's."""
-        return 1.0 if self.form == "merged" else self.policy.weight_sum
-
-    @property
-    def reference(self) -> Reference:
-        stored = self.model.base.dtype if self.form == "merged" else torch.float32
-
-        def reference(prompts, decoded, states_KD):
-            check_states(self.model.base, prompts, decoded, states_KD)
-            return self.policy.exact_logits(states_KD, stored)
-
-        return reference
-
-    def checkpoint(self) -> PreTrainedModel:
-        shell = shell_of(self.model.base)
-        checkpoints.replace_head(shell, self.policy.merged_weight(), self.policy.merged_bias())
-        return shell
-
-    def write_peft(self, folder: Path, base_name: str | None, revision: str | None) -> None:
-        shell = shell_of(self.model.base)
-        name = checkpoints.output_layer(shell)
-        config = LoraConfig(
-            r=self.rank, lora_alpha=self.rank, lora_dropout=0.0, target_modules=[name],
-            bias="none", task_type="CAUSAL_LM", base_model_name_or_path=base_name,
-            revision=revision,
-        )
-        with warnings.catch_warnings():
-            # PEFT warns those who merge of tied embeddings; nothing is merged here.
-            warnings.simplefilter("ignore")
-            peft_model = get_peft_model(shell, config)
-            layer = peft_model.get_base_model().get_submodule(name)
-            for linear, weight in zip(
-                (layer.lora_A["default"], layer.lora_B["default"]), self.policy.lora(), strict=True
-            ):
-                linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
-            peft_model.save_pretrained(str(folder), save_embedding_layers=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class _TrunkExport:
-    """A LoRA whose policy is its adapted stream, times p_a."""
-
-    model: QAdapterModel
-    form: str
-    approximation: None = None
-
-    @property
-    def rank(self) -> int:
-        return getattr(self.model.adapter_config, "r", 0)
-
-    @property
-    def logits_factor(self) -> float:
-        return 1.0 if self.form == "merged" else self.model.policy.stream_weights()[0]
-
-    @property
-    def reference(self) -> Reference:
-        p_a, _ = self.model.policy.stream_weights()
-        return lambda prompts, decoded, _: reference_logits(self.model.base, p_a, prompts, decoded)
-
-    def checkpoint(self) -> PreTrainedModel:
-        return merged_trunk(self.model)
-
-    def write_peft(self, folder: Path, base_name: str | None, revision: str | None) -> None:
-        write_adapter(self.model, folder, base_name, revision)
+def _described(model: QAdapterModel) -> AdapterConfig | PeftConfig:
+    config = model.adapter_config
+    return config[0] if isinstance(config, tuple) else config  # of a composition
 
 
 # --- writing it ---------------------------------------------------------------------------------
 
 
 def _write_and_check(
-    exporter: _HeadExport | BlockExport | _TrunkExport, scratch: Path, target: Path,
+    exporter: Exporter, scratch: Path, target: Path,
     tokenizer: PreTrainedTokenizerBase | None, template_chosen: bool,
     max_shard_size: int | str | None, as_gguf: _AsGguf | None,
 ) -> ExportReport:
     model, form = exporter.model, exporter.form
-    base_name, revision = checkpoints.name_of(model.base)
     generation_config = copy.deepcopy(model.generation_config)
     if template_chosen:  # then the base's settings don't know what ends a turn
         generation_config.eos_token_id = end_of_turn_ids(model, tokenizer)
     temperature = (generation_config.temperature or 1.0) / exporter.logits_factor
     folder = scratch / "export"
     folder.mkdir()
-    checked_base = None
+    checked_base = revision = None
+    known_to_4 = True
     if form == "merged":
+        checkpoint = exporter.checkpoint()
         checkpoints.write_checkpoint(
-            exporter.checkpoint(), folder, generation_config,
+            checkpoint, folder, generation_config,
             max_shard_size or checkpoints.shard_size_of(model.base),
         )
+        known_to_4 = older.add_older_names(folder, type(checkpoint.config))
+        tied = checkpoint.config.get_text_config().tie_word_embeddings
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            checkpoints.write_tokenizer(tokenizer, folder)
     else:
         if template_chosen:
-            tokenizer.save_pretrained(folder)
+            checkpoints.write_tokenizer(tokenizer, folder)
         tokenizer = None  # engines take the base's
-        exporter.write_peft(folder, base_name, revision)
+        name = checkpoints.public_name_of(model.base)
+        exporter.write_peft(folder, name.name, name.revision)
+        older.leave_out_defaults(folder)
         if temperature != 1.0:
             generation_config.temperature = temperature
         generation_config.to_json_file(folder / "generation_config.json")
-        checked_base = base_name or _write_base(model, scratch / "base")
+        checked_base, revision = checkpoints.name_of(model.base)
+        checked_base = checked_base or _write_base(model, scratch / "base")
+        tied = model.base.config.get_text_config().tie_word_embeddings
     check = check_export(
         folder, scratch, model, exporter.reference, base=checked_base, revision=revision,
         logits_factor=exporter.logits_factor, temperature=temperature, tokenizer=tokenizer,
@@ -360,17 +191,34 @@ def _write_and_check(
     gguf = None
     if as_gguf is not None:
         form = as_gguf.form
-        checkpoint = folder.rename(scratch / "checkpoint")
+        checkpoint_folder = folder.rename(scratch / "checkpoint")
         folder.mkdir()
-        gguf = as_gguf.write(checkpoint, folder, target.name, scratch, tokenizer)
+        gguf = as_gguf.write(checkpoint_folder, folder, target.name, scratch, tokenizer)
+    give_usual_modes(folder)
     files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
     write_card(
-        folder, target.name, model, form, base_name, exporter.rank, temperature,
-        tokenizer is not None, check, exporter.approximation, gguf,
+        folder, model, _served(exporter, form, target.name, temperature, tied), check,
+        tokenizer=tokenizer is not None, approximation=exporter.approximation,
+        transformers_4=known_to_4, gguf=gguf,
     )
     manifest.write(folder, files)  # not the card: it is for people, who may write on
     return ExportReport(
         form, target, temperature, tokenizer is not None, check, exporter.approximation, gguf
+    )
+
+
+def _served(
+    exporter: Exporter, form: str, folder: str, temperature: float, tied: bool
+) -> Served:
+    model = exporter.model
+    config = model.base.config.get_text_config()
+    base = checkpoints.public_name_of(model.base)
+    return Served(
+        form, folder, base=base.name or model.base_identity.name,
+        base_is_folder=not base.on_hub,
+        rank=exporter.rank, temperature=temperature, tied=bool(tied),
+        model_type=config.model_type, vocab_size=config.vocab_size,
+        dtype=str(model.base.dtype).removeprefix("torch."), beyond_lora=exporter.beyond_lora,
     )
 
 
@@ -400,16 +248,6 @@ def _write_base(model: QAdapterModel, folder: Path) -> str:
     return str(folder)
 
 
-def _check_output_layer(base: PreTrainedModel) -> None:
-    layer = base.get_output_embeddings()
-    names = {name for name, _ in layer.named_parameters()}
-    if not names <= {"weight", "bias"} or not layer.weight.is_floating_point():
-        raise QAdapterError(
-            f"the base's output layer is a {type(layer).__name__} with {', '.join(sorted(names))}, "
-            "no plain linear layer: merge its own adapter, or load it unquantized, first"
-        )
-
-
 def _token_ids(
     texts: Sequence[str] | Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase | None
 ) -> Sequence[Sequence[int]]:
@@ -420,7 +258,10 @@ def _token_ids(
     return tokenizer(list(texts), verbose=False)["input_ids"]
 
 
-def _check_free(folder: Path) -> None:
+def require_free(folder: Path) -> None:
+    """Raises QAdapterError for a place that is taken. What killed exports left beside it goes."""
+    remove_abandoned(folder.parent)  # a model's size, each
+    remove_stale(lock_of(folder, beside=True))
     if os.path.lexists(folder) and not folder.is_dir():
         raise QAdapterError(f"output_dir {folder} is a file, or a link to none")
     if folder.is_dir() and any(folder.iterdir()):

@@ -38,6 +38,7 @@ from qadapter.policy.adapter_files import (
 )
 from qadapter.system import manifest
 from qadapter.system.documents import MAX_CONFIG_BYTES, read_json
+from qadapter.system.modes import give_usual_modes
 from qadapter.system.scratch import scratch_folder
 from qadapter.system.textfiles import read_text
 from qadapter.trunk.identity import BaseIdentity
@@ -116,6 +117,7 @@ def write(
             inactive.save_pretrained(scratch)
         _write_template(scratch, chat_template)
         save_file(weights, scratch / WEIGHTS_NAME, metadata={"format": "pt"})
+        give_usual_modes(scratch)
         manifest.write(folder, _replace(folder, scratch))
 
 

@@ -27,6 +27,7 @@ from qadapter.policy.model import QAdapterModel
 from qadapter.system.documents import read_json
 from qadapter.system.hashing import file_sha256
 from qadapter.system.locking import exclusive
+from qadapter.system.modes import give_usual_modes
 from qadapter.system.progress import Progress
 from qadapter.system.room import require_writable
 from qadapter.system.scratch import remove_abandoned, replacing
@@ -187,6 +188,7 @@ class _Store:
             self.folder.mkdir(parents=True, exist_ok=True)
             with replacing(path) as written:
                 save_file(shard.parts(), written)
+                give_usual_modes(written.parent)
                 self.index["shards"][path.name] = {
                     "bytes": written.stat().st_size, "pairs": len(shard.rows),
                     "sha256": file_sha256(written),

@@ -33,6 +33,7 @@ from qadapter.errors import QAdapterError, beginning
 from qadapter.system import manifest
 from qadapter.system.hashing import file_sha256
 from qadapter.system.locking import exclusive
+from qadapter.system.modes import give_usual_modes
 from qadapter.system.scratch import scratch_folder
 from qadapter.trunk import whole
 from qadapter.trunk.base_dtype import choose_dtype, dtype_name, on_cpu
@@ -408,6 +409,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     model.config._name_or_path = SMOLLM2_HUB
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    give_usual_modes(folder)
     manifest.write(folder, [path.name for path in folder.iterdir()])
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         if not (folder / name).is_file():

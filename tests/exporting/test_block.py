@@ -96,7 +96,7 @@ def test_what_no_checkpoint_is_is_refused(tmp_path):
     with pytest.raises(QAdapterError, match=r"two streams behind the final norm.*strength 1"):
         export(model, tmp_path / "out")
     model.set_policy()
-    with pytest.raises(QAdapterError, match='is no LoRA: form "merged"'):
+    with pytest.raises(QAdapterError, match='is no LoRA: form="merged"'):
         export(model, tmp_path / "out", "lm_head_lora")
     with pytest.raises(QAdapterError, match="rank is 49, their MLPs are 48 wide"):
         export(block_model(rank=49), tmp_path / "out")

@@ -324,7 +324,7 @@ def test_low_rank_approximation_as_lora(here, tmp_path):
     ({"form": "onnx"}, "form must be"),
     ({"form": "peft"}, "LoRA in the trunk"),
     ({"approximate": True, "texts": [[1, 2]] * 9}, "exported exactly"),
-    ({"texts": [[1, 2]]}, "approximate=True"),
+    ({"texts": [[1, 2]]}, "is for approximate=True"),
 ])
 def test_refused_options(options, message, tmp_path):
     with pytest.raises(QAdapterError, match=message):
@@ -343,7 +343,7 @@ def test_refused_policies(tmp_path):
     with pytest.raises(QAdapterError, match="at any temperature"):
         export(model, tmp_path / "out", "lm_head_lora")
     mlp = head_model(form="mlp")
-    with pytest.raises(QAdapterError, match="needs texts"):
+    with pytest.raises(QAdapterError, match="approximate=True needs texts"):
         export(mlp, tmp_path / "out", approximate=True)
     with pytest.raises(QAdapterError, match="two texts"):
         export(mlp, tmp_path / "out", approximate=True, texts=[[1, 2]])
@@ -498,15 +498,59 @@ def test_the_other_process_can_refuse(tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     (("--form", "onnx"), "none of merged, lm_head_lora, peft, gguf"),
-    (("--approximate",), "texts_file"),
-    (("--texts_file", "x.txt"), "for --approximate"),
+    (("--approximate", "--texts_file", "x.txt"), "not needed: a linear adapter"),
+    (("--texts_file", "x.txt"), "--texts_file FILE is for --approximate"),
     (("--strength", "0"), "nothing to export"),
+    (("--strength", "-1"), "strength must be"),
+    (("--form", "peft"), "--form lm_head_lora"),
 ])
-def test_command_errors_are_one_line(flags, message, saved, tmp_path, capsys):
-    assert cli("export", saved / "adapter", "--output_dir", tmp_path / "out", *flags) == 2
+def test_command_errors_are_one_line(flags, message, saved, tmp_path, capsys, monkeypatch):
+    assert refused(saved / "adapter", tmp_path, flags, capsys, monkeypatch, message)
+
+
+def refused(adapter, tmp_path, flags, capsys, monkeypatch, message) -> bool:
+    """Whether an export ends with this line, and no base was loaded for it."""
+    def load(*args, **kwargs):
+        raise AssertionError("the base was loaded")
+
+    monkeypatch.setattr("qadapter.commands.loading.QAdapterModel.from_pretrained", load)
+    assert cli("export", adapter, "--output_dir", tmp_path / "out", *flags) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("error: ") == 1
-    assert not (tmp_path / "out").exists()
+    return not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags, message", [
+    ((), "--approximate with --texts_file FILE"),
+    (("--form", "lm_head_lora"), "--approximate with --texts_file FILE"),
+    (("--approximate",), "--approximate needs --texts_file FILE"),
+    (("--form", "peft", "--approximate"), "--form peft is for LoRA"),
+])
+def test_a_form_that_an_mlp_head_has_not_is_refused_before_the_base_is_loaded(
+    flags, message, tmp_path, capsys, monkeypatch
+):
+    head_model(form="mlp").save_pretrained(tmp_path / "run")
+    assert refused(tmp_path / "run", tmp_path, flags, capsys, monkeypatch, message)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--form", "lm_head_lora"), "takes --form merged or --form peft"),
+    (("--approximate", "--texts_file", "x.txt"), "--approximate is for head adapters"),
+    (("--strength", "0.5"), "at strength 1 (--strength 1)"),
+])
+def test_what_a_lora_can_not_be_is_refused_before_the_base_is_loaded(
+    flags, message, tmp_path, capsys, monkeypatch
+):
+    lora_model().save_pretrained(tmp_path / "run")
+    assert refused(tmp_path / "run", tmp_path, flags, capsys, monkeypatch, message)
+
+
+def test_a_place_that_is_taken_is_refused_before_the_base_is_loaded(
+    saved, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine.txt").write_text("kept")
+    assert not refused(saved / "adapter", tmp_path, (), capsys, monkeypatch, "is not empty")
 
 
 def test_command_needs_an_adapter_and_a_folder(saved, tmp_path, capsys):
@@ -518,3 +562,85 @@ def test_command_needs_an_adapter_and_a_folder(saved, tmp_path, capsys):
     assert "plain model already" in capsys.readouterr().err
     assert cli("export", saved / "adapter", "--model_name_or_path", "x") == 2
     assert "given twice" in capsys.readouterr().err
+
+
+# --- for whoever gets the folder ----------------------------------------------------------------
+
+
+def everything(folder) -> str:
+    """All text files of a folder."""
+    return "\n".join(
+        path.read_text() for path in sorted(folder.rglob("*")) if path.suffix != ".safetensors"
+    )
+
+
+@pytest.mark.parametrize("form, given", [
+    ("merged", "absolute"), ("lm_head_lora", "absolute"), ("peft", "absolute"),
+    ("peft", "relative"), ("lm_head_lora", "the hub's cache"),
+])
+def test_a_base_is_named_for_others(form, given, here, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    place = {
+        "absolute": tmp_path / "models/some-base", "relative": "models/some-base",
+        "the hub's cache": tmp_path / "hub/models--team--some-base/snapshots/abc123",
+    }[given]
+    save_tiny(place)
+    if form == "peft":
+        model = QAdapterModel.from_base(place, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    else:
+        model = QAdapterModel.from_base(place, AdapterConfig(rank=2), Q)
+    export(model, "out", form)
+    name = {"absolute": "some-base", "relative": "models/some-base"}.get(given, "team/some-base")
+    assert str(tmp_path) not in everything(tmp_path / "out")
+    assert f"`{name}` customised by" in card(tmp_path / "out")
+    on_hub = given == "the hub's cache"
+    assert ("base_model: team/some-base" in card(tmp_path / "out")) == on_hub
+    if form != "merged":
+        config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == name
+        assert config["revision"] == ("abc123" if on_hub else None)
+        assert ("has no name on a hub" in card(tmp_path / "out")) != on_hub
+    if given == "relative" and form == "peft":  # where the name is the place, PEFT finds it
+        assert peft.AutoPeftModelForCausalLM.from_pretrained("out") is not None
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_files_have_the_modes_of_the_umask(umask, here, tmp_path):
+    before = os.umask(umask)
+    try:
+        export(head_model(), tmp_path / "merged")
+        export(head_model(), tmp_path / "lora", "lm_head_lora")
+        export(lora_model(), tmp_path / "peft", "peft")
+    finally:
+        os.umask(before)
+    for folder in ("merged", "lora", "peft"):
+        modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / folder).iterdir()}
+        assert set(modes.values()) == {0o666 & ~umask}, modes
+
+
+def test_an_adapters_configuration_has_the_fields_of_every_peft(here, tmp_path):
+    model = lora_model(use_dora=True, use_rslora=True)
+    export(model, tmp_path / "out", "peft")
+    fields = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert set(fields) == {
+        "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "r",
+        "lora_alpha", "lora_dropout", "target_modules", "bias", "fan_in_fan_out",
+        "modules_to_save", "use_dora", "use_rslora",
+    }
+    found, given = peft.PeftConfig.from_pretrained(str(tmp_path / "out")), model.adapter_config
+    changed = {name for name, x in given.to_dict().items() if found.to_dict()[name] != x}
+    assert changed <= {"inference_mode", "base_model_name_or_path", "revision", "peft_version"}
+    assert "not by vLLM" in card(tmp_path / "out") and "DoRA" in card(tmp_path / "out")
+
+
+def test_the_card_has_the_commands_of_its_own_folder(here, tmp_path):
+    export(head_model("llama"), tmp_path / "my-model")
+    text = card(tmp_path / "my-model")
+    assert "vllm serve my-model --dtype float32" in text
+    assert "convert_hf_to_gguf.py my-model" in text and "FROM ./my-model" in text
+    export(head_model("gemma"), tmp_path / "gemma")
+    assert "not by llama.cpp" in card(tmp_path / "gemma")
+    export(head_model("llama"), tmp_path / "lora", "lm_head_lora")
+    assert "not by llama.cpp" in card(tmp_path / "lora")  # tied
+    export(head_model("qwen3"), tmp_path / "untied", "lm_head_lora")
+    assert "convert_lora_to_gguf.py untied" in card(tmp_path / "untied")
