@@ -18,6 +18,7 @@ class Stub(ThreadingHTTPServer):
         asked: (path, body, headers) of every POST, in order.
         key: where not empty, what it wants as an API key.
         failing: path → (status, message) it is answered with.
+        busy: so many requests for an answer are to be asked again in a moment.
         keeps: whether it saves preferences; ``saved`` are those.
         go: an answer's first piece goes out at once, the others when this is set.
         left: set when a client left an answer before its end.
@@ -31,6 +32,7 @@ class Stub(ThreadingHTTPServer):
         self.asked: list[tuple[str, dict, dict]] = []
         self.key = ""
         self.failing: dict[str, tuple[int, str]] = {}
+        self.busy = 0
         self.adapters = {"polite": 1.0}
         self.keeps = True
         self.saved: list[dict] = []
@@ -81,12 +83,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def _json(self, value: object, status: int = 200) -> None:
-        self._send(status, json.dumps(value), "application/json")
+    def _json(self, value: object) -> None:
+        self._send(200, json.dumps(value), "application/json")
 
-    def _refuse(self, status: int, message: str) -> None:
-        self._json({"error": {"message": message, "type": "invalid_request_error", "param": None,
-                              "code": None}}, status)
+    def _refuse(self, status: int, message: str, **headers: str) -> None:
+        error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+        self._send(status, json.dumps({"error": error}), "application/json", headers)
 
     def _refused(self) -> bool:
         if self.server.key and self.headers["Authorization"] != f"Bearer {self.server.key}":
@@ -118,7 +120,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.asked.append((self.path, body, dict(self.headers)))
         if self._refused():
             return
-        if self.path == "/v1/chat/completions":
+        if self.path == "/v1/chat/completions" and self.server.busy > 0:
+            self.server.busy -= 1
+            self._refuse(429, "one answer at once", **{"Retry-After": "1"})
+        elif self.path == "/v1/chat/completions":
             self._stream(body)
         elif self.path == "/v1/qadapter/rewards":
             tokens = [

@@ -290,19 +290,64 @@ def test_preferences_are_downloaded_where_the_server_keeps_none(browser, stub, t
     assert stub.saved == []
 
 
-@pytest.mark.parametrize("why", ["same", "cut"])
+@pytest.mark.parametrize("why", ["same", "cut", "empty"])
 def test_no_pair_of_answers_that_are_none(browser, stub, why):
     if why == "same":
         stub.answer = lambda model, prompt, strength: "Yes."
+    elif why == "empty":
+        stub.answer = lambda model, prompt, strength: "" if model == "base" else "Yes."
     else:
         stub.finish = "length"
     ask(browser, "Hello?")
     browser.wait(lambda: browser.sees(f"{CUSTOM} .better") and browser.sees(f"{BASE} .better"))
     assert not browser.sees(".better:enabled") and browser.sees(f"{BASE} .edit:enabled")
     told = browser.run("return document.querySelector('.better').title")
-    assert ("the same" if why == "same" else "cut off") in told
+    assert {"same": "the same", "cut": "cut off", "empty": "no text"}[why] in told
     if why == "cut":
-        assert browser.text(f"{BASE} .state") == "cut at 512 tokens"
+        assert browser.text(f"{BASE} .state") == "cut off at 512 tokens"
+
+
+def test_a_busy_server_is_asked_again(browser, stub):
+    stub.busy = 2
+    ask(browser, "Hello?")
+    both(browser, "The base says: Hello?", "polite at 1.00 says: Hello? ✓é")
+    assert len(stub.bodies(CHAT)) == 4
+    assert not browser.sees(".failed")
+
+
+def test_asking_again(browser, stub):
+    """For other answers, where they are drawn."""
+    browser.click("[popovertarget=settings]")
+    browser.run("""for (const name of ["temperature", "longest"])
+        document.getElementById(name).value = "";""")
+    browser.type("#temperature", "0.7")
+    browser.keys(ESCAPE)
+    ask(browser, "Hello?")
+    both(browser, "The base says: Hello?", "polite at 1.00 says: Hello? ✓é")
+    browser.click(f"{CUSTOM} .better")
+    browser.wait(lambda: browser.text(".note"))
+    stub.answer = lambda model, prompt, strength: f"{model} again"
+    browser.click(".both")
+    both(browser, "base again", "polite again")
+    assert not browser.text(".note") and not browser.sees(".kept")
+    bodies = stub.bodies(CHAT)
+    assert len(bodies) == 4 and all(body["temperature"] == 0.7 for body in bodies)
+    assert not any("max_tokens" in body for body in bodies)  # as long as fits
+    browser.click(f"{BASE} .better")
+    browser.wait(lambda: browser.text("#saved") == "2 saved")
+    assert [pair["chosen"] for pair in stub.saved] == ["polite at 1.00 says: Hello? ✓é",
+                                                       "base again"]
+
+
+def test_nothing_is_saved_of_an_answer_that_is_about_to_go(browser, stub):
+    ask(browser, "Hello?")
+    both(browser, "The base says: Hello?", "polite at 1.00 says: Hello? ✓é")
+    able = browser.run("""const dial = document.getElementById("strength");
+        dial.value = 2; dial.oninput();
+        return document.querySelectorAll(".better:enabled, .edit:enabled").length;""")
+    assert able == 0
+    both(browser, "The base says: Hello?", "polite at 2.00 says: Hello? ✓é")
+    browser.wait(lambda: browser.sees(f"{BASE} .better:enabled"))
 
 
 @pytest.mark.parametrize("by", ["button", "key"])
