@@ -32,16 +32,13 @@ class Browser:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._process = subprocess.Popen(
-            [DRIVER, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        lines = []
-        for line in self._process.stdout:
-            lines.append(line)
-            if found := re.search(r"started successfully on port (\d+)", line):
-                break
-        else:
-            raise RuntimeError("".join(lines))
+        log = folder / "chromedriver.log"
+        with open(log, "wb") as file:
+            self._process = subprocess.Popen([DRIVER, "--port=0"], stdout=file, stderr=file)
+        while not (found := re.search(r"successfully on port (\d+)", log.read_text())):
+            if self._process.poll() is not None:
+                raise RuntimeError(log.read_text())
+            time.sleep(0.02)
         self._session = f"http://127.0.0.1:{found[1]}/session"
         arguments = [
             "--headless", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",

@@ -128,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.path == "/v1/qadapter/rewards":
             tokens = [
                 {"text": token, "reward": self.server.reward(token, number)}
-                for number, token in enumerate([*re.findall(r"\s*\S+|\s+$", body["answer"]), ""])
+                for number, token in enumerate([*re.findall(r"\n+| *\S+|\s+", body["answer"]), ""])
             ]
             self._json({"tokens": tokens, "total": sum(token["reward"] or 0 for token in tokens)})
         else:

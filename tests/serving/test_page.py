@@ -133,6 +133,8 @@ def test_the_dial_moves_while_answers_stream(browser, stub):
     turn_dial(browser, 0.5)
     browser.wait(lambda: stub.bodies(CHAT, strength=0.5))
     assert stub.left.wait(60)
+    browser.wait(lambda: browser.text(f"{CUSTOM} .answer") == "poli")
+    assert browser.sees(f"{CUSTOM}[aria-busy=true]") and browser.sees("#stop")
     stub.go.set()
     both(browser, "The base says: Hello?", "polite at 0.50 says: Hello? ✓é")
 
@@ -169,6 +171,7 @@ def test_the_browser_would_not_take_markup(browser):
 
 
 def test_tokens_by_their_rewards(browser, stub):
+    stub.answer = lambda model, prompt, strength: f"The {model} says:\n\n{prompt}"
     ask(browser, "Hello?")
     colored(browser)
     tokens = browser.run("""return [...document.querySelectorAll(arguments[0] + " .answer span")]
@@ -176,14 +179,14 @@ def test_tokens_by_their_rewards(browser, stub):
                          getComputedStyle(token).backgroundColor])""", BASE)
     assert [token[:3] for token in tokens] == [
         ["The", "−0.300", "less"], [" base", "+0.500", "more"], [" says:", "−0.600", "less"],
-        [" Hello?", "+0.700", "more"], ["", "+0.000", "more"],
+        ["\n\n", "+0.200", "breaks more"], ["Hello?", "−0.600", "less"], ["", "+0.000", "more"],
     ]
     shades = [token[3] for token in tokens]
-    assert len(set(shades)) == len(shades)  # each its own
-    assert browser.text(f"{BASE} .reward") == "reward +0.300, 5 tokens"
-    assert stub.bodies(REWARDS, answer="The base says: Hello?") == [{
+    assert shades[2] == shades[4] and len(set(shades)) == 5  # as large as they are
+    assert browser.text(f"{BASE} .reward") == "reward −0.800, 6 tokens"
+    assert stub.bodies(REWARDS, answer="The base says:\n\nHello?") == [{
         "model": "polite", "messages": [{"role": "user", "content": "Hello?"}],
-        "answer": "The base says: Hello?",
+        "answer": "The base says:\n\nHello?",
     }]
     assert not browser.sees("#tip")
     browser.point_at(f"{BASE} .answer span:nth-child(2)")
@@ -194,7 +197,7 @@ def test_tokens_by_their_rewards(browser, stub):
     assert browser.text("#tip") == "+0.500" and browser.text("#told") == "base: +0.500"
     browser.run("document.getElementById('colors').click()")
     browser.wait(lambda: not browser.sees(f"{BASE} .answer span"))
-    assert browser.text(f"{BASE} .answer") == "The base says: Hello?"
+    assert browser.text(f"{BASE} .answer") == "The base says:\n\nHello?"
 
 
 def test_what_the_models_did_not_say_has_no_reward(browser, stub):
