@@ -50,9 +50,9 @@ def naive_of(model, **alphas):
     )
 
 
-@pytest.fixture(scope="module")
-def pair():
-    model = head_model()
+@pytest.fixture(scope="module", params=["linear", "block"])
+def pair(request):
+    model = head_model(form=request.param)
     return model, naive_of(model)
 
 

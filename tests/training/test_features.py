@@ -15,11 +15,11 @@ from datasets import Dataset
 from torch.testing import assert_close
 from training_tiny import build_model, build_pairs, build_tokenizer
 
-from qadapter import ObjectiveConfig, QAdapterError
+from qadapter import AdapterConfig, ObjectiveConfig, QAdapterError
 from qadapter.data import PreferenceCollator, tokenize_preferences
 from qadapter.objective import find_actions
 from qadapter.training import feature_store, features
-from qadapter.training.feature_store import load_or_compute
+from qadapter.training.feature_store import features_folder, load_or_compute
 from qadapter.training.features import FeatureCollator, compute_features
 from qadapter.trunk.packing import can_pack
 
@@ -99,6 +99,27 @@ def test_a_batch_holds_what_the_padded_batch_scores(tokenized, alignment, multip
     assert_close(ragged["hidden"], hidden, rtol=1e-4, atol=1e-5)
     lse = model.head(hidden).logsumexp(-1)
     assert_close(ragged["base_logsumexp"], lse, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_kept_is_what_the_adapter_reads(tokenized, tokenizer, tmp_path):
+    """The states before the final norm, or those behind it; neither passes for the other."""
+    read, folders = {}, set()
+    for form in ("linear", "mlp", "block"):
+        model = build_model(AdapterConfig(form=form, rank=4))
+        read[form] = compute_features(model, tokenized)
+        folders.add(features_folder(
+            model, tokenized, tokenizer, max_length=LIMIT, cache_dir=tmp_path, pad_token_id=0
+        ))
+        read[form].check(model, "these")
+    assert len(folders) == 2  # linear and mlp share theirs
+    assert_same(read["linear"], read["mlp"])
+    for behind, before in zip(read["linear"], read["block"], strict=True):
+        assert torch.equal(model.base_stream(before.hidden), behind.hidden)
+        assert not torch.equal(before.hidden, behind.hidden)
+        assert torch.equal(before.base_logsumexp, behind.base_logsumexp)
+    with pytest.raises(QAdapterError, match="these are features that keep hidden states, this "
+                       "adapter needs the states before the final norm"):
+        read["linear"].check(model, "these")
 
 
 def test_a_softcapped_head_is_cached_too(tokenized):

@@ -59,8 +59,10 @@ def test_a_step_does_not_depend_on_how_it_is_split(make_trainer, pairs, cache):
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
 
 
-def test_cached_features_train_like_the_running_base(make_trainer, pairs):
+@pytest.mark.parametrize("form", ["mlp", "block"])
+def test_cached_features_train_like_the_running_base(make_trainer, pairs, form):
     """The same run from features and from tokens, for every alignment and normalisation."""
+    adapter = AdapterConfig(form=form, rank=4)
     for objective in (
         ObjectiveConfig(), ObjectiveConfig.authors(),
         ObjectiveConfig(gamma=0.9, length_normalization="completion"),
@@ -68,7 +70,7 @@ def test_cached_features_train_like_the_running_base(make_trainer, pairs):
         runs = []
         for cache in ("memory", "none"):
             trainer = make_trainer(
-                build_model(objective=objective), pairs, pairs, cache_features=cache,
+                build_model(adapter, objective), pairs, pairs, cache_features=cache,
                 num_train_epochs=2, eval_strategy="epoch",
             )
             trainer.train()
@@ -159,12 +161,14 @@ def test_evaluation_takes_several_datasets_and_runs_the_base_once(make_trainer, 
 # --- checkpoints ------------------------------------------------------------------------------
 
 
-def test_a_resumed_run_takes_the_same_trajectory(make_trainer, pairs, tmp_path):
+@pytest.mark.parametrize("form", ["mlp", "block"])
+def test_a_resumed_run_takes_the_same_trajectory(make_trainer, pairs, tmp_path, form):
+    adapter = AdapterConfig(form=form, rank=4)
     settings = {
         "num_train_epochs": 3, "save_strategy": "steps", "save_steps": 1,
         "gradient_accumulation_steps": 2,
     }
-    whole = make_trainer(build_model(), pairs, **settings)
+    whole = make_trainer(build_model(adapter), pairs, **settings)
     whole.train()
     assert whole.state.global_step == 9
     # Step 4 is inside the second epoch. What stays is what a run killed after it would leave,
@@ -173,7 +177,7 @@ def test_a_resumed_run_takes_the_same_trajectory(make_trainer, pairs, tmp_path):
         if int(folder.name.removeprefix("checkpoint-")) > 4:
             shutil.rmtree(folder)
     (tmp_path / "run" / "checkpoint-5").mkdir()
-    resumed = make_trainer(build_model(seed=0), pairs, **settings)
+    resumed = make_trainer(build_model(adapter, seed=0), pairs, **settings)
     resumed.train(resume_from_checkpoint=True)
     assert torch.equal(weights(resumed), weights(whole))
     for ours, theirs in zip(train_logs(resumed), train_logs(whole), strict=True):
