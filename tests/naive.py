@@ -75,13 +75,27 @@ class NaivePolicy(PreTrainedModel, GenerationMixin):
 
 
 def with_head(base: PreTrainedModel, adapter: nn.Module) -> PreTrainedModel:
-    """A copy of a base whose lm_head sees (I + f)(h), whatever the model does to its logits."""
+    """A copy of a base whose lm_head sees (I + f)(h), whatever the model does to its logits; or, of
+    an adapter that reads before the final norm, whose norm sees x′."""
     adapted = copy.deepcopy(base)
+    if adapter.reads_before_norm:
+        name = next(n for n, m in base.named_modules() if m is adapter.final_norm.norm)
+        adapted.get_submodule(name).register_forward_pre_hook(
+            lambda module, args: (_in_a_layer(adapter, args[0]),)
+        )
+        return adapted
     function = copy.deepcopy(adapter)
     adapted.get_output_embeddings().register_forward_pre_hook(
         lambda module, args: (function(args[0]).to(args[0].dtype),)
     )
     return adapted
+
+
+def _in_a_layer(adapter: nn.Module, x: Tensor) -> Tensor:
+    """x′ as a decoder layer would write it."""
+    n = copy.deepcopy(adapter.final_norm.norm)(x)
+    gated = nn.functional.silu(n @ adapter.gate.weight.T) * (n @ adapter.down.weight.T)
+    return x + adapter.scale * (gated @ adapter.up.weight.T)
 
 
 def left_padded(rows: list[list[int]], pad: int = 0) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ TOP = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], layers_to_tra
 KINDS = {
     "linear": ("llama", AdapterConfig(rank=4)),
     "mlp": ("phi", AdapterConfig(form="mlp", rank=4)),  # its head has a bias
+    "block": ("cohere", AdapterConfig(form="block", rank=4)),  # its norm takes one dtype alone
     "softcap": ("gemma2", AdapterConfig(rank=4)),
     "lora": ("llama", LORA),
     "top lora": ("mistral", TOP),

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qadapter.errors import QAdapterError, shown
+from qadapter.errors import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,7 +64,7 @@ class AdapterConfig:
 
     def build(self, hidden_size: int, device: torch.device | None = None) -> HeadAdapter:
         """A fresh adapter with float32 parameters: a learning rate of 1e-3 moves weights by less
-        than bfloat16 resolves. One that reads x is still to be put ``on`` a base."""
+        than bfloat16 resolves. One that reads x computes once it is ``put_on`` a base."""
         return _FORMS[self.form](hidden_size, self.rank, device)
 
     def build_on(self, base: PreTrainedModel) -> HeadAdapter:
@@ -77,9 +77,7 @@ class AdapterConfig:
         weight = base.get_output_embeddings().weight
         adapter = self.build(weight.shape[1], weight.device)
         if adapter.reads_before_norm:
-            from qadapter.trunk.final_norm import FinalNorm
-
-            adapter.final_norm = FinalNorm.of(base)
+            adapter.put_on(base)
         return adapter
 
 
@@ -132,8 +130,8 @@ class GatedHeadAdapter(HeadAdapter):
 
 
 class BlockHeadAdapter(GatedHeadAdapter):
-    """h_a = norm(x′) with x′ = x + B·(silu(G·n(x)) ⊙ A·n(x)): the gated MLP of one decoder layer
-    more. n is an RMS norm without weights, ``norm`` the trunk's final one.
+    """h_a = norm(x′) with x′ = x + s·B·(silu(G·h_b) ⊙ A·h_b) and h_b = norm(x): what one decoder
+    layer more would do to the states x that enter the trunk's final norm.
 
     What is computed is h_b + (norm(x′) − norm(x)), h_b in the base's dtype and the difference in
     the adapter's, so that untrained weights give h_b to the last bit.
@@ -141,28 +139,30 @@ class BlockHeadAdapter(GatedHeadAdapter):
 
     reads_before_norm = True
 
-    def bottleneck(self, features: Tensor) -> Tensor:
-        width = features.shape[-1:]
-        return super().bottleneck(F.rms_norm(features, width, eps=self._norm.eps))
+    def __init__(self, hidden_size: int, rank: int, device: torch.device | None = None):
+        super().__init__(hidden_size, rank, device)
+        self.register_buffer("scale", torch.ones((), device=device))
+        """s, saved with the weights. States are larger before the norm than behind it: by s, so
+        that a learning rate means what it means behind."""
+
+    def put_on(self, base: PreTrainedModel) -> None:
+        """Take a causal LM's final norm and its size."""
+        from qadapter.trunk.final_norm import FinalNorm
+
+        self.final_norm = FinalNorm.of(base)
+        self.scale.fill_(self.final_norm.shrinks_by)
 
     def forward(self, features: Tensor) -> Tensor:
-        norm, x = self._norm, features.to(self.up.weight)
-        return self.base_stream(features).to(x) + (norm(self.before_norm(x)) - norm(x))
+        x, base_hidden = features.to(self.up.weight), self.base_stream(features).to(self.up.weight)
+        moved = self.final_norm(self.moved(x, base_hidden)) - self.final_norm(x)
+        return base_hidden + moved
 
-    def before_norm(self, x: Tensor) -> Tensor:
-        """x′ [..., D]."""
-        return x + self.up(self.bottleneck(x))
+    def moved(self, x: Tensor, base_hidden: Tensor) -> Tensor:
+        """x′ [..., D], from x and h_b."""
+        return x + self.scale * self.up(self.bottleneck(base_hidden))
 
     def base_stream(self, features: Tensor) -> Tensor:
-        return self._norm(features)
-
-    @property
-    def _norm(self) -> FinalNorm:
-        if self.final_norm is None:
-            raise QAdapterError(
-                'an adapter of form "block" computes on a base: make it with build_on'
-            )
-        return self.final_norm
+        return self.final_norm(features)
 
 
 _FORMS = {"linear": LinearHeadAdapter, "block": BlockHeadAdapter, "mlp": GatedHeadAdapter}

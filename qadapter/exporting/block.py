@@ -1,8 +1,8 @@
 """Exports of a head adapter that reads before the final norm: the base with one decoder layer more.
 
-The layer's attention gives zero, its norms have no weights, and its gated MLP is the adapter's,
-padded with zeros to the base's width: x′ = x + MLP(n(x)). Whether a layer of the base's own class
-can be that is seen on random states.
+The layer's attention gives zero, the norm before its MLP is the final one's double, and the MLP is
+the adapter's, padded with zeros to the base's width: x′ = x + MLP(norm(x)). Whether a layer of the
+base's own class can be that is seen on random states.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from qadapter.trunk.shells import blocks_of, evaluating, probes
 if TYPE_CHECKING:
     from qadapter.policy.model import QAdapterModel
 
-_PROBE_STATES = 64
+_MOST_RANK = 64
 _SCALES = 1e-3, 30.0
 """Sizes of the random states: where what is added to a mean square counts, and far from it."""
 _DIFFERENCE = 1e-4
@@ -85,6 +85,7 @@ def merged_block(model: QAdapterModel) -> PreTrainedModel:
     try:
         layer = type(blocks[-1])(_plain_attention(text), len(blocks)).eval()
         _fill(layer, adapter, text)
+        layer.post_attention_layernorm.load_state_dict(adapter.final_norm.norm.state_dict())
         _check(layer, model, *_call_of(base, blocks[-1]))
     except QAdapterError as error:
         raise _refusal(base, str(error)) from error
@@ -131,6 +132,8 @@ def _fill(layer: nn.Module, adapter: BlockHeadAdapter, config: PretrainedConfig)
             for parameter in module.parameters(recurse=False):
                 parameter.zero_()
     mlp, rank = getattr(layer, "mlp", None), adapter.down.out_features
+    if not hasattr(layer, "post_attention_layernorm"):
+        raise QAdapterError("they have no norm between attention and MLP")
     if hasattr(mlp, "gate_up_proj"):
         gate_ID, up_ID = mlp.gate_up_proj.weight.chunk(2)
     elif hasattr(mlp, "gate_proj"):
@@ -146,7 +149,7 @@ def _fill(layer: nn.Module, adapter: BlockHeadAdapter, config: PretrainedConfig)
     up_ID[:rank] = adapter.down.weight
     # Granite multiplies what a layer adds.
     multiplier = getattr(config, "residual_multiplier", None) or 1.0
-    mlp.down_proj.weight[:, :rank] = adapter.up.weight / multiplier
+    mlp.down_proj.weight[:, :rank] = adapter.scale * adapter.up.weight / multiplier
 
 
 def _call_of(base: PreTrainedModel, block: nn.Module) -> tuple[tuple, dict[str, Any]]:
@@ -182,10 +185,10 @@ def _check(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    adapter = BlockHeadAdapter(size, min(model.adapter_config.rank, _PROBE_STATES)).double()
-    adapter.final_norm = model.adapter.final_norm
+    adapter = BlockHeadAdapter(size, min(model.adapter_config.rank, _MOST_RANK)).double()
     for parameter in adapter.parameters():
         parameter.copy_(normal(*parameter.shape))
+    adapter.scale.fill_(model.adapter.scale)
     filled = copy.deepcopy(layer).double()
     _fill(filled, adapter, base.config.get_text_config())
     # Attention adds nothing, whatever it sees.
@@ -194,7 +197,7 @@ def _check(
         x_1TD = scale * normal(1, tokens, size)
         found = filled(x_1TD, *_in_float64(args), **kwargs)
         found = found[0] if isinstance(found, tuple) else found
-        expected = adapter.before_norm(x_1TD)
+        expected = adapter.moved(x_1TD, model.adapter.final_norm(x_1TD))
         part = (expected - x_1TD).norm(dim=-1)
         off = ((found - expected).norm(dim=-1) / part).nan_to_num(torch.inf).max()
         if not off <= _DIFFERENCE:

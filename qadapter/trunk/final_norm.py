@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,9 +21,6 @@ from qadapter.trunk.shells import (
     trunk_shell,
 )
 
-_EPS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
-"""What configurations call what their norms add to a mean square."""
-
 
 @dataclass(frozen=True)
 class FinalNorm:
@@ -36,8 +34,8 @@ class FinalNorm:
     """The trunk without the norm: takes what the trunk takes, and its ``last_hidden_state`` are the
     states x [B, T, D] that enter it."""
     norm: nn.Module
-    eps: float
-    """What the base's norms add to a mean square."""
+    shrinks_by: float
+    """How much larger states mostly are before it than behind it; a power of two."""
 
     @classmethod
     def of(cls, base: PreTrainedModel) -> FinalNorm:
@@ -60,8 +58,9 @@ class FinalNorm:
                         "device_map"
                     )
                 before = trunk_shell(body, name, 0, len(blocks), without=ending)
-                found = cls(before, norm, _eps(base))
-                alike = all(_alike(found, body, inputs) for inputs in probes(base))
+                text, padded = probes(base)
+                found = cls(before, norm, _ratio(before, norm, text))
+                alike = all(_alike(found, body, inputs) for inputs in (text, padded))
         except QAdapterError:
             raise
         except Exception as error:  # whatever a model's code needs of what it misses
@@ -100,7 +99,9 @@ def _alike(found: FinalNorm, body: nn.Module, inputs: dict[str, Tensor]) -> bool
     return same_states(ours, run, inputs.get("attention_mask"))
 
 
-def _eps(base: PreTrainedModel) -> float:
-    config = base.config.get_text_config()
-    found = (getattr(config, name, None) for name in _EPS)
-    return float(next((eps for eps in found if eps is not None), 1e-6))
+def _ratio(before: PreTrainedModel, norm: nn.Module, inputs: dict[str, Tensor]) -> float:
+    states_TD = before(**inputs, use_cache=False).last_hidden_state[0]
+    sizes = (x.float().norm(dim=-1) for x in (states_TD, norm(states_TD)))
+    # The median: a text's first token is often much larger.
+    ratio = torch.div(*sizes).nan_to_num(1.0).median().clamp(2.0**-20, 2.0**20)
+    return 2.0 ** round(math.log2(ratio))

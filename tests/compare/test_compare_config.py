@@ -55,7 +55,7 @@ def test_the_rows_of_a_sweep_leave_out_what_a_method_has(tmp_path):
     (("sweeps", "alpha", "option"), "alfa", "q_adapter has no 'alfa'"),
     (("adapter", "kind"), "tail", "adapter: kind must be head or lora, got 'tail'"),
     (("adapter", "rank"), 0, "adapter: adapter rank must be a whole number from 1 to 65,536"),
-    (("adapter", "form"), "foo", 'adapter: adapter form must be "linear" or "mlp"'),
+    (("adapter", "form"), "foo", 'adapter: adapter form must be "linear", "block" or "mlp"'),
     (("methods", "dpo", "adapter"), {"kind": "lora", "r": 0}, "methods.dpo.adapter: r and lora_"),
     (("seeds",), [-1], "seeds: expected different whole numbers from 0"),
     (("methods", "dpo", "seeds"), [1, 1], "methods.dpo.seeds: expected different"),

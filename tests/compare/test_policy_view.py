@@ -26,6 +26,7 @@ BETA = 0.3
 OBJECTIVE = ObjectiveConfig(alpha_0=BETA, alpha_tilde=BETA, chi2_coef=0.0)
 ADAPTERS = {
     "head": AdapterConfig(form="mlp", rank=4),
+    "block": AdapterConfig(form="block", rank=4),
     "lora": peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
 }
 

@@ -17,7 +17,7 @@ from qadapter.evaluation import evaluate_preferences, evaluate_retention, genera
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])
 ADAPTERS = {
     "linear": AdapterConfig(form="linear", rank=4), "mlp": AdapterConfig(form="mlp", rank=4),
-    "lora": LORA,
+    "block": AdapterConfig(form="block", rank=4), "lora": LORA,
 }
 
 

@@ -163,9 +163,10 @@ def test_a_plain_model_is_scored_by_its_head_alone():
     )
 
 
+@pytest.mark.parametrize("form", ["linear", "block"])
 @pytest.mark.parametrize("batch_size", [3, 16])
-def test_what_training_has_read_is_not_read_again(batch_size):
-    model, dataset = tiny_adapter(trained=True), tokenized()
+def test_what_training_has_read_is_not_read_again(batch_size, form):
+    model, dataset = tiny_adapter(trained=True, form=form), tokenized()
     wanted = evaluate_preferences(model, dataset, batch_size=batch_size, num_resamples=5)
     features = compute_features(model, dataset)
     seen = tokens_run(model)
@@ -258,16 +259,16 @@ def test_a_lora_at_strength_zero_runs_the_base_alone_for_retention():
     assert [len(calls) for calls in seen] == [1, 1, 1]
 
 
-@pytest.mark.parametrize("kind", ["head", "lora"])
+@pytest.mark.parametrize("kind", ["linear", "block", "lora"])
 def test_what_a_memo_remembers_is_not_run_again(kind):
-    model = tiny_adapter(trained=True) if kind == "head" else lora()
+    model = lora() if kind == "lora" else tiny_adapter(trained=True, form=kind)
     dataset = tokenized()
     wanted = evaluate_preferences(model, dataset, num_resamples=5)
     model.trunk_memo = TrunkMemo()
     first = evaluate_preferences(model, dataset, num_resamples=5)
     seen = tokens_run(model)
     again = evaluate_preferences(model, dataset, num_resamples=5)
-    assert [len(calls) for calls in seen] == [0 if kind == "head" else 2] * len(seen)
+    assert [len(calls) for calls in seen] == [2 if kind == "lora" else 0] * len(seen)
     for found in (first, again):
         np.testing.assert_allclose(
             found.pairs.chosen_reward, wanted.pairs.chosen_reward, rtol=1e-4, atol=1e-4

@@ -17,15 +17,17 @@ from qadapter.exporting.export import export
 IDS = torch.tensor([[5, 9, 11, 3, 20, 7, 33, 2, 90]])
 EXACT = {
     "llama": {}, "qwen2": {}, "qwen3": {"head_dim": 8}, "mistral": {"sliding_window": 8},
-    "phi3": {}, "smollm3": {"no_rope_layers": [1, 0]},
+    "phi3": {}, "olmo": {}, "smollm3": {"no_rope_layers": [1, 0]},
     "granite": {"residual_multiplier": 0.3, "embedding_multiplier": 2.0, "logits_scaling": 4.0},
 }
-"""Biases, norms of queries and keys, windows, fused projections, types of each layer, scales."""
+"""Biases, norms of queries and keys, windows, fused projections, a norm without weights, types of
+each layer, scales."""
 REFUSED = {
     "gemma": ({"head_dim": 8}, "another activation"), "gemma3_text": (
         {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]}, "other norms"
-    ), "cohere": ({}, "another order"), "olmo2": ({}, "other norms"),
-    "phi": ({}, "no gated MLP"), "mixtral": ({}, "no gated MLP"), "qwen3_moe": ({}, "no gated MLP"),
+    ), "cohere": ({}, "no norm between"), "olmo2": ({}, "other norms"),
+    "phi": ({}, "no norm between"), "mixtral": ({}, "no gated MLP"),
+    "qwen3_moe": ({}, "no gated MLP"),
 }
 
 

@@ -60,7 +60,7 @@ def alone(model, tokenizer, exemplar, measure, strength):
     return all(int(logits[t - 1].argmax()) == ids[t] for t in range(start, len(ids)))
 
 
-@pytest.mark.parametrize("form", ["linear", "mlp"])
+@pytest.mark.parametrize("form", ["linear", "block", "mlp"])
 def test_right_answers_are_those_of_each_exemplar_alone(form):
     model, tokenizer = tiny_adapter(trained=True, form=form), chatml()
     # Far from its base, so that the two differ in what they choose.

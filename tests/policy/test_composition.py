@@ -92,6 +92,8 @@ def test_what_does_not_add_up_is_refused():
         compose([one, two], [float("nan"), 1.0])
     with pytest.raises(QAdapterError, match="linear and mlp"):
         compose([one, *heads(POLICY, form="mlp")], [0.5, 0.5])
+    with pytest.raises(QAdapterError, match='"block" add to the states before the final norm'):
+        compose(heads(POLICY, POLICY, form="block"), [0.5, 0.5])
     with pytest.raises(QAdapterError, match="objectives differ"):
         compose([one, *heads(AUTHORS)], [0.5, 0.5])
     other = QAdapterModel.from_base(tiny_base("phi", seed=5), AdapterConfig(rank=2), POLICY)

@@ -24,9 +24,12 @@ from qadapter.system import manifest
 
 ADAPTERS = {
     "head": AdapterConfig(form="mlp", rank=3),
+    "block": AdapterConfig(form="block", rank=3),
     "lora": peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], rank_pattern={"q_proj": 3}),
 }
-NAMES = {"head": storage.CONFIG_NAME, "lora": storage.PEFT_CONFIG_NAME}
+NAMES = {
+    "head": storage.CONFIG_NAME, "block": storage.CONFIG_NAME, "lora": storage.PEFT_CONFIG_NAME,
+}
 
 
 @pytest.fixture(params=ADAPTERS)

@@ -59,7 +59,7 @@ def pair(request):
 # --- logits ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["linear", "mlp"])
+@pytest.mark.parametrize("form", ["linear", "block", "mlp"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_policy_of_every_architecture(architecture, form):
     """Caps, biases and scales included, at the trained α's, other α's, and along the dial."""

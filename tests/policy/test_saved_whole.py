@@ -21,6 +21,7 @@ from qadapter.system import manifest
 CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 ADAPTERS = {
     "head": AdapterConfig(form="mlp", rank=3),
+    "block": AdapterConfig(form="block", rank=3),
     "lora": peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]),
 }
 

@@ -21,6 +21,7 @@ OBJECTIVE = ObjectiveConfig(alpha_0=0.5, alpha_tilde=2.0, gamma=0.9, bootstrap="
 LORA = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
 ADAPTERS = {
     "linear": AdapterConfig(rank=4),
+    "block": AdapterConfig(form="block", rank=5),
     "mlp": AdapterConfig(form="mlp", rank=3),
     "lora": LORA,
     "dora": peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], use_dora=True),

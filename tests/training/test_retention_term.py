@@ -28,6 +28,7 @@ OBJECTIVES = (
 
 ADAPTERS = {
     "head": AdapterConfig(form="mlp", rank=4),
+    "block": AdapterConfig(form="block", rank=4),
     "lora": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
 }
 

@@ -84,3 +84,16 @@ def test_models_of_one_base_share_it_and_are_scored_as_without_it():
         assert found["preference_accuracy"] == wanted["preference_accuracy"]
         assert found["reward_margin"] == pytest.approx(wanted["reward_margin"], rel=1e-4)
     assert evaluate_preferences(other, dataset).as_dict()["reward_margin"] == 0.0
+
+
+def test_models_that_read_before_the_final_norm_share_it_with_others():
+    """Each finds its own states there."""
+    behind, before = (tiny_adapter(trained=True, form=form) for form in ("linear", "block"))
+    ids = torch.tensor([TEXTS[0]])
+    wanted = [model.hidden_streams(ids) for model in (behind, before)]
+    behind.trunk_memo = before.trunk_memo = memo = TrunkMemo()
+    for _ in range(2):
+        for model, streams in zip((behind, before), wanted, strict=True):
+            for ours, theirs in zip(model.hidden_streams(ids), streams, strict=True):
+                assert torch.equal(ours, theirs)
+    assert memo.num_bytes == behind.features(ids).nbytes + before.features(ids).nbytes
