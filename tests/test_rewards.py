@@ -100,6 +100,10 @@ def test_pieces_join_to_the_text_where_tokens_end_inside_characters():
         pieces = token_pieces(tokenizer, ids)
         assert len(pieces) == len(ids) and "".join(pieces) == text
         assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
+    cut = "Yes 😀 and \N{REPLACEMENT CHARACTER}"  # as text that ended inside a character
+    ids = tokenizer(cut)["input_ids"]
+    assert "".join(token_pieces(tokenizer, ids)) == cut
+    assert "".join(token_pieces(tokenizer, [*ids, 2])[:-1]) == cut
     assert token_pieces(tokenizer, [2]) == ["<|im_end|>"]
     assert token_pieces(tokenizer, []) == []
 

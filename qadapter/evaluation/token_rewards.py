@@ -136,10 +136,12 @@ def best_of_n(
 def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     """The text that each token adds to those before it, special tokens included."""
     pieces, start, done = [], 0, 0  # ids[start:done] are the context: their text is out
+    added = tokenizer.added_tokens_decoder  # no character goes on in one of them
     for end in range(1, len(ids) + 1):
         before = _decode(tokenizer, ids[start:done])
         text = _decode(tokenizer, ids[start:end])
-        if text.endswith("\N{REPLACEMENT CHARACTER}") and end < len(ids):
+        going_on = end < len(ids) and ids[end] not in added
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and going_on:
             pieces.append("")  # a character is not whole yet
             continue
         pieces.append(text[len(before):])

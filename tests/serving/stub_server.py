@@ -139,6 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
         answer = self.server.answer(body["model"], body["messages"][-1]["content"],
                                     body.get("strength"))
         first, rest = answer[:4], answer[4:]
+        self.line_end = "\r\n" if body["model"] == "base" else "\n"  # both are right
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream; charset=utf-8")
         self.end_headers()
@@ -164,8 +165,8 @@ class _Handler(BaseHTTPRequestHandler):
         ]}, ensure_ascii=False))
 
     def _event(self, data: str) -> None:
-        # In two writes, which cut a character, a line or an event anywhere.
-        written = f"data: {data}\n\n".encode()
-        for part in (written[:-7], written[-7:]):
+        # In several writes, which cut a character, a line or an event anywhere.
+        written = f"data: {data}{self.line_end}{self.line_end}".encode()
+        for part in (written[:-7], written[-7:-1], written[-1:]):
             self.wfile.write(part)
             self.wfile.flush()

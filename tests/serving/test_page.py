@@ -7,7 +7,7 @@ import re
 from urllib.parse import urlsplit
 
 import pytest
-from browser import CHROMIUM, DRIVER, ENTER, ESCAPE, HOME, LEFT, RIGHT, SHIFT, Browser
+from browser import ENTER, ESCAPE, HOME, LEFT, RIGHT, SHIFT, Browser
 from stub_server import stub_server
 
 from qadapter.data import load_preferences
@@ -16,10 +16,6 @@ from qadapter.serving.page import page
 CHAT, REWARDS = "/v1/chat/completions", "/v1/qadapter/rewards"
 PREFERENCES = "/v1/qadapter/preferences"
 BASE, CUSTOM = ".turn:last-child .side:first-child", ".turn:last-child .side:last-child"
-
-needs_chromium = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver"
-)
 
 
 def test_its_policy_lets_nothing_in():
@@ -58,9 +54,6 @@ def browser(window, stub):
         if message["method"] == "Network.requestWillBeSent"
     }
     assert fetched <= {urlsplit(stub.url)[:2], ("data", ""), ("blob", "")}
-
-
-pytestmark = needs_chromium
 
 
 def ask(browser, question):
@@ -345,10 +338,16 @@ def test_asking_again(browser, stub):
 def test_nothing_is_saved_of_an_answer_that_is_about_to_go(browser, stub):
     ask(browser, "Hello?")
     both(browser, "The base says: Hello?", "polite at 1.00 says: Hello? ✓é")
+    colored(browser)
+    stub.go.clear()
     able = browser.run("""const dial = document.getElementById("strength");
         dial.value = 2; dial.oninput();
         return document.querySelectorAll(".better:enabled, .edit:enabled").length;""")
     assert able == 0
+    browser.wait(lambda: browser.text(f"{CUSTOM} .answer") == "poli")
+    assert not browser.sees(f"{CUSTOM} .better") and not browser.sees(".better:enabled")
+    assert not browser.sees(f"{CUSTOM} .answer[tabindex]")
+    stub.go.set()
     both(browser, "The base says: Hello?", "polite at 2.00 says: Hello? ✓é")
     browser.wait(lambda: browser.sees(f"{BASE} .better:enabled"))
 
