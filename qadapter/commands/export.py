@@ -8,6 +8,7 @@ from pathlib import Path
 import typer
 from rich.table import Table
 
+from qadapter.adapters.head_adapter import AdapterConfig
 from qadapter.commands import arguments as args
 from qadapter.commands.loading import is_adapter, load_model
 from qadapter.commands.options import Group, command
@@ -17,12 +18,13 @@ from qadapter.console.terminal import Terminal
 from qadapter.data import read_texts
 from qadapter.errors import QAdapterError
 from qadapter.exporting.export import ExportReport, export, require_free
-from qadapter.exporting.forms import FORMS, ON_THE_COMMAND_LINE, require_exportable
+from qadapter.exporting.forms import FORMS, FROM_MERGED, ON_THE_COMMAND_LINE, require_exportable
 from qadapter.exporting.gguf import telling
-from qadapter.exporting.gguf.making import TYPES
+from qadapter.exporting.gguf.making import TYPES, require_architecture, require_options
 from qadapter.policy import storage
 from qadapter.policy.dial import Policy
 from qadapter.policy.model import QAdapterModel
+from qadapter.trunk.loading import base_without_weights
 
 
 @dataclass
@@ -32,7 +34,7 @@ class ExportArguments:
     form: str = field(default="merged", metadata={
         "help": "merged: a checkpoint of the base's own architecture; lm_head_lora: a PEFT LoRA on "
         "the output layer; peft: a LoRA of the trunk as PEFT writes it; gguf: the merged "
-        "checkpoint as one file for llama.cpp.",
+        "checkpoint as one file for llama.cpp; ollama: that file and Ollama's Modelfile.",
         "choices": list(FORMS),
     })
     output_dir: str | None = field(default=None, metadata={
@@ -102,6 +104,8 @@ def run(model_args: args.AdapterArguments, options: ExportArguments, given: set[
             llama_cpp_dir=options.llama_cpp_dir,
         )
     console.print(_table(report))
+    for line in report.modelfile:
+        console.print(line, markup=False)
     console.print(f"wrote {Path(options.output_dir)}", highlight=False)
 
 
@@ -127,6 +131,15 @@ def _check_before_loading(model_args: args.AdapterArguments, options: ExportArgu
         approximate=options.approximate, texts=options.texts_file is not None,
         words=ON_THE_COMMAND_LINE,
     )
+    require_options(options.form, options.gguf_type, options.llama_cpp_dir)
+    if options.form in FROM_MERGED:
+        base = base_without_weights(
+            model_args.base_model_name_or_path or saved.base.name,
+            revision=model_args.model_revision, trust_remote_code=model_args.trust_remote_code,
+        )
+        if base is not None:
+            own_head = isinstance(adapter, AdapterConfig)
+            require_architecture(base.config, own_head, options.llama_cpp_dir)
 
 
 def _table(report: ExportReport) -> Table:

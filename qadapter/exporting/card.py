@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _FORMS = {
     "merged": "A plain checkpoint of the base's own architecture.",
     "gguf": "A checkpoint of the base's own architecture, as one GGUF file.",
+    "ollama": "A checkpoint of the base's own architecture, as one GGUF file, and Ollama's "
+    "Modelfile of it.",
     "lm_head_lora": "A LoRA on the base's output layer, in PEFT's own format.",
     "peft": "A LoRA on the base, in PEFT's own format.",
 }
@@ -36,7 +38,7 @@ _FORMS = {
 def write_card(
     folder: Path, model: QAdapterModel, served: Served, check: Check, *, tokenizer: bool = False,
     approximation: Approximation | None = None, transformers_4: bool = True,
-    gguf: GgufCheck | None = None,
+    gguf: GgufCheck | None = None, modelfile: Sequence[str] = (),
 ) -> None:
     """Write ``README.md``.
 
@@ -44,12 +46,13 @@ def write_card(
         folder: where it is written; ``served.folder`` is what it will be called.
         tokenizer: whether the export holds one.
         transformers_4: whether that reads the same configuration.
+        modelfile: what there is to know of a Modelfile.
     """
     form = served.form
     hub = served.base if not served.base_is_folder and served.base.count("/") == 1 else None
     data = ModelCardData(
         base_model=hub,
-        library_name={"merged": "transformers", "gguf": "gguf"}.get(form, "peft"),
+        library_name={"merged": "transformers", "gguf": "gguf", "ollama": "gguf"}.get(form, "peft"),
         pipeline_tag="text-generation", tags=["qadapter", "q-adapter", "preference-optimization"],
     )
     p_a, p_b = model.policy.stream_weights()
@@ -63,7 +66,7 @@ def write_card(
         "## Serving",
         *_serving(served),
         "## Sampling",
-        _sampling(form, served.temperature),
+        _sampling(form, served.temperature, gguf is not None),
         "## Policy",
         _table({
             "form": form, "strength": f"{model.policy.strength:g}",
@@ -71,9 +74,10 @@ def write_card(
             **{key: str(value) for key, value in vars(model.objective).items()},
         }),
         *_approximation(approximation),
+        *(["## Modelfile", " ".join(modelfile)] if modelfile else []),
         *_gguf(gguf),
         "## Check" if gguf is None else "## Check of the checkpoint it was made from",
-        _check(check, form, approximation is not None),
+        _check(check, form in ("lm_head_lora", "peft"), approximation is not None),
         "## Versions",
         _table({
             **{n: importlib.metadata.version(n) for n in ("qadapter", "torch", "transformers")},
@@ -132,8 +136,13 @@ def _in_python(served: Served) -> Iterator[str]:
         )
 
 
-def _sampling(form: str, temperature: float) -> str:
-    if form in ("merged", "gguf"):
+def _sampling(form: str, temperature: float, gguf: bool) -> str:
+    if gguf:
+        return (
+            "The output layer holds the policy's own logits: temperatures mean what they mean for "
+            f"the base, whose own is {temperature:g}. Engines have defaults of their own."
+        )
+    if form == "merged":
         return (
             "The output layer holds the policy's own logits: temperatures mean what they mean for "
             f"the base. `generation_config.json` is the base's (temperature {temperature:g})."
@@ -170,8 +179,8 @@ def _gguf(check: GgufCheck | None) -> Sequence[str]:
     return "## Check", telling.how_checked(check), _table(telling.rows(check))
 
 
-def _check(check: Check, form: str, approximated: bool) -> str:
-    library = "transformers" if form in ("merged", "gguf") else "transformers and PEFT"
+def _check(check: Check, by_peft: bool, approximated: bool) -> str:
+    library = "transformers and PEFT" if by_peft else "transformers"
     policy = "the approximation's policy" if approximated else "the policy"
     return (
         f"Reloaded by stock {library} in a process without qadapter, in {check.dtype}, and decoded "

@@ -29,7 +29,14 @@ from qadapter.exporting.engines import Served
 from qadapter.exporting.exporters import Exporter, plan
 from qadapter.exporting.forms import FROM_MERGED, Form, require_exportable
 from qadapter.exporting.gguf.check import GgufCheck, check_gguf
-from qadapter.exporting.gguf.making import TYPES, check_possible, make_gguf, own_type
+from qadapter.exporting.gguf.making import (
+    make_gguf,
+    own_type,
+    require_architecture,
+    require_options,
+    require_tokenizer,
+)
+from qadapter.exporting.ollama import write_modelfile
 from qadapter.exporting.verification import Check, check_export
 from qadapter.system import manifest
 from qadapter.system.locking import lock_of, remove_stale, sole_run
@@ -53,6 +60,8 @@ class ExportReport:
     approximation: Approximation | None = None
     gguf: GgufCheck | None = None
     """Of a GGUF file: beside the merged checkpoint that ``check`` is of."""
+    modelfile: tuple[str, ...] = ()
+    """What there is to know of a Modelfile for Ollama."""
 
 
 def export(
@@ -67,7 +76,8 @@ def export(
         output_dir: a folder that is not there yet, or empty. It appears whole or not at all.
         form: "merged": a checkpoint of the base's own architecture. "lm_head_lora": a head adapter
             as a PEFT LoRA on the output layer. "peft": a LoRA of the trunk as PEFT writes it.
-            "gguf": the merged checkpoint as one file for llama.cpp.
+            "gguf": the merged checkpoint as one file for llama.cpp. "ollama": that file with a
+            Modelfile beside it.
         approximate: export the linear adapter nearest to one that isn't linear; the card says how
             far the two are apart.
         texts: texts or token ids, like those the model is for. ``approximate`` fits to them, and
@@ -89,15 +99,14 @@ def export(
         _described(model), model.policy.stream_weights(), form, approximate=approximate,
         adapters=len(model.adapter.names) if model.adapts_trunk else 1, texts=texts is not None,
     )
-    if form not in FROM_MERGED and (gguf_type != "auto" or llama_cpp_dir is not None):
-        raise QAdapterError("gguf_type and llama_cpp_dir are for form gguf")
-    if gguf_type not in ("auto", *TYPES):
-        raise QAdapterError(f"gguf_type must be auto, {', '.join(TYPES)}, got {gguf_type!r}")
+    require_options(form, gguf_type, llama_cpp_dir)
     tokenizer, template_chosen = _tokenizer(model, tokenizer)
     ids = None if texts is None else _token_ids(texts, tokenizer)
     as_gguf = None
     if form in FROM_MERGED:
-        check_possible(model.base.config, tokenizer, not model.adapts_trunk, llama_cpp_dir)
+        require_architecture(model.base.config, not model.adapts_trunk, llama_cpp_dir)
+        rows = model.base.get_input_embeddings().weight.shape[0]
+        require_tokenizer(tokenizer, rows, llama_cpp_dir)
         as_gguf = _AsGguf(
             form, own_type(model.base.dtype) if gguf_type == "auto" else gguf_type, llama_cpp_dir,
             ids or (),
@@ -188,22 +197,25 @@ def _write_and_check(
         folder, scratch, model, exporter.reference, base=checked_base, revision=revision,
         logits_factor=exporter.logits_factor, temperature=temperature, tokenizer=tokenizer,
     )
-    gguf = None
+    gguf, modelfile = None, ()
     if as_gguf is not None:
         form = as_gguf.form
         checkpoint_folder = folder.rename(scratch / "checkpoint")
         folder.mkdir()
-        gguf = as_gguf.write(checkpoint_folder, folder, target.name, scratch, tokenizer)
+        gguf, modelfile = as_gguf.write(
+            checkpoint_folder, folder, target.name, scratch, tokenizer, temperature
+        )
     give_usual_modes(folder)
     files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
     write_card(
         folder, model, _served(exporter, form, target.name, temperature, tied), check,
         tokenizer=tokenizer is not None, approximation=exporter.approximation,
-        transformers_4=known_to_4, gguf=gguf,
+        transformers_4=known_to_4, gguf=gguf, modelfile=modelfile,
     )
     manifest.write(folder, files)  # not the card: it is for people, who may write on
     return ExportReport(
-        form, target, temperature, tokenizer is not None, check, exporter.approximation, gguf
+        form, target, temperature, tokenizer is not None, check, exporter.approximation, gguf,
+        modelfile,
     )
 
 
@@ -233,13 +245,17 @@ class _AsGguf:
 
     def write(
         self, checkpoint: Path, folder: Path, name: str, scratch: Path,
-        tokenizer: PreTrainedTokenizerBase,
-    ) -> GgufCheck:
+        tokenizer: PreTrainedTokenizerBase, temperature: float,
+    ) -> tuple[GgufCheck, tuple[str, ...]]:
+        """What the file's check found, and what there is to know of a Modelfile."""
         ends = GenerationConfig.from_pretrained(checkpoint).eos_token_id
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         file = folder / f"{name}.gguf"
         make_gguf(checkpoint, file, self.kind, name, ends, self.llama_cpp_dir)
-        return check_gguf(file, checkpoint, scratch, self.kind, tokenizer, self.texts)
+        check = check_gguf(file, checkpoint, scratch, self.kind, tokenizer, self.texts)
+        if self.form != "ollama":
+            return check, ()
+        return check, write_modelfile(folder, file.name, tokenizer, ends, temperature)
 
 
 def _write_base(model: QAdapterModel, folder: Path) -> str:

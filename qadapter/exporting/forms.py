@@ -13,9 +13,9 @@ from qadapter.errors import QAdapterError
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-Form = Literal["merged", "lm_head_lora", "peft", "gguf"]
-FORMS = ("merged", "lm_head_lora", "peft", "gguf")
-FROM_MERGED = ("gguf",)
+Form = Literal["merged", "lm_head_lora", "peft", "gguf", "ollama"]
+FORMS = ("merged", "lm_head_lora", "peft", "gguf", "ollama")
+FROM_MERGED = ("gguf", "ollama")
 """Made from a merged checkpoint, and nothing else."""
 
 

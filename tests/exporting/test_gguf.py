@@ -12,7 +12,7 @@ import pytest
 import torch
 from data.tiny import chatml
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_base
+from tiny_models import cli, save_tiny, tiny_base
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -41,14 +41,18 @@ IDS = torch.tensor([[5, 9, 11, 3, 20, 7, 33, 2, 90]])
 @pytest.fixture
 def here(monkeypatch):
     """The stock side of the checks in this process, and no llama.cpp: others take seconds."""
+    in_this_process(monkeypatch)
+
+
+def in_this_process(monkeypatch):
     monkeypatch.setattr(verification, "ask_stock", lambda request, _: stock.answer(request))
     monkeypatch.setattr(
         check, "_ask", lambda script, request, scratch: in_transformers.answer(request, scratch)
     )
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "llama_cpp" else
-        find(name, *rest)
+        importlib.util, "find_spec",
+        lambda name, *rest: None if name == "llama_cpp" else find(name, *rest),
     )
 
 
@@ -393,3 +397,167 @@ def test_the_chat_template_is_in_the_file(here, tmp_path):
     assert found["tokenizer.ggml.eos_token_id"] == 2
     assert found["tokenizer.ggml.eot_token_id"] == 0
     assert found["general.name"] == "out"
+
+
+# --- llama.cpp, and its converter ---------------------------------------------------------------
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("llama_cpp") is None, reason="needs llama-cpp-python"
+)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_llama_cpp(architecture, tmp_path):
+    folder = saved_base(tmp_path / "base", architecture)
+    for kind in ("f32", "f16", "bf16", "q8_0"):
+        write_gguf(folder, tmp_path / "x.gguf", kind, "x", [])
+        found = check.check_gguf(
+            tmp_path / "x.gguf", folder, tmp_path, kind, AutoTokenizer.from_pretrained(folder)
+        )
+        assert found.llama_cpp.states == 96
+        assert kind != "f32" or found.llama_cpp_answers == 6
+
+
+class LlamaCpp:
+    """Stands in for it: answers as transformers does, but for ``changes``."""
+
+    def __init__(self, monkeypatch, **changes):
+        self.changes, self.seen = changes, {}
+        find = importlib.util.find_spec
+        monkeypatch.setattr(
+            importlib.util, "find_spec",
+            lambda name, *rest: True if name == "llama_cpp" else find(name, *rest),
+        )
+        monkeypatch.setattr(check, "_ask", self)
+
+    def __call__(self, script, request, scratch):
+        if script == "in_transformers.py":
+            self.seen = in_transformers.answer(request, scratch)
+            return self.seen
+        tokenizer = chatml()
+        tensors = {"logits": self.seen[0]["gguf"]}
+        tensors |= {f"greedy.{i}": torch.tensor(ids) for i, ids in enumerate(request["tokens"])}
+        tensors |= {
+            f"text.{i}": torch.tensor(tokenizer(text)["input_ids"])
+            for i, text in enumerate(request["texts"])
+        }
+        return {k: self.changes.get(k, lambda x: x)(x) for k, x in tensors.items()}, {
+            "version": "0.0"
+        }
+
+
+def test_llama_cpp_is_asked_too_where_it_is(here, monkeypatch, tmp_path):
+    model = head_model(saved_base(tmp_path / "base"))
+    LlamaCpp(monkeypatch, **{"greedy.1": lambda ids: ids.flip(0)})
+    report = export(model, tmp_path / "out", "gguf")
+    assert (report.gguf.llama_cpp_answers, report.gguf.llama_cpp_version) == (5, "0.0")
+    text = card(tmp_path / "out")
+    assert "llama-cpp-python 0.0" in text and "| 5 of 6 |" in text
+    assert "not run in llama.cpp" not in text
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"text.7": lambda ids: ids[1:]}, r"llama\.cpp reads '日本語"),
+    ({"text.9": lambda ids: ids[1:]}, "reads '<|im_start|>system"),  # a chat is read too
+    ({"logits": lambda x: x + 3 * torch.randn_like(x)}, r"off by .* rounding explains"),
+    ({"logits": lambda x: x * torch.nan}, "off by inf"),
+])
+def test_what_llama_cpp_does_otherwise_is_found(changes, message, here, monkeypatch, tmp_path):
+    model = head_model(saved_base(tmp_path / "base"))
+    LlamaCpp(monkeypatch, **changes)
+    with pytest.raises(QAdapterError, match=message):
+        export(model, tmp_path / "out", "gguf")
+    assert not (tmp_path / "out").exists()
+
+
+CONVERTER = """
+import shutil, sys
+assert sys.argv[1].endswith("checkpoint") and sys.argv[4] == "--outtype", sys.argv
+print("loading", file=sys.stderr)
+if sys.argv[5] == "f16":
+    sys.exit("Model PhiForCausalLM is not supported")
+shutil.copy({file!r}, sys.argv[3])
+"""
+
+
+@pytest.fixture
+def converter(tmp_path):
+    """llama.cpp's folder, with a script that has the file ready."""
+    write_gguf(saved_base(tmp_path / "llama"), tmp_path / "ready.gguf", "f32", "x", [])
+    (tmp_path / "llama.cpp").mkdir()
+    script = tmp_path / "llama.cpp/convert_hf_to_gguf.py"
+    script.write_text(CONVERTER.format(file=str(tmp_path / "ready.gguf")))
+    return script
+
+
+def test_the_converter_writes_what_is_not_written_here(converter, here, monkeypatch, tmp_path):
+    model = head_model(saved_base(tmp_path / "base", "granite"))
+    with pytest.raises(QAdapterError, match=r"'granite' is not written.*llama_cpp_dir"):
+        export(model, tmp_path / "out", "gguf")
+    with pytest.raises(QAdapterError, match=r"holds no convert_hf_to_gguf\.py"):
+        export(model, tmp_path / "out", "gguf", llama_cpp_dir=tmp_path)
+    with pytest.raises(QAdapterError, match=r"can't convert .*PhiForCausalLM is not supported"):
+        export(model, tmp_path / "out", "gguf", llama_cpp_dir=converter.parent, gguf_type="f16")
+    # What it writes is run like everything else: that script's file is another model's.
+    with pytest.raises(QAdapterError, match="was checked and is not kept"):
+        export(model, tmp_path / "out", "gguf", llama_cpp_dir=converter.parent)
+    # On PATH; and one that is read by nothing that is here can't be checked.
+    monkeypatch.setenv("PATH", str(converter.parent), prepend=":")
+    converter.chmod(0o755)
+    monkeypatch.setattr(in_transformers, "AutoConfig", Unread)
+    with pytest.raises(QAdapterError, match=r"can't be checked: .*granite is unknown.*llama-cpp"):
+        export(model, tmp_path / "out", "gguf")
+    assert not (tmp_path / "out").exists()
+
+
+class Unread:
+    @staticmethod
+    def from_pretrained(*_, **__):
+        raise ValueError("granite is unknown")
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+def test_a_head_that_llama_cpp_would_leave_out(here, tmp_path):
+    model = head_model(saved_base(tmp_path / "base", "gemma2"))
+    with pytest.raises(QAdapterError, match="takes the input embedding for the output layer"):
+        export(model, tmp_path / "out", "gguf")
+    write = saved_base(tmp_path / "untied", "gemma2", tie_word_embeddings=False)
+    with pytest.raises(QAdapterError, match="no output layer beside the input embedding"):
+        write_gguf(write, tmp_path / "x.gguf", "f32", "x", [])
+
+
+def test_options_and_bases_that_do_not_go_together(here, monkeypatch, tmp_path):
+    model = head_model(saved_base(tmp_path / "base"))
+    for options, message in (
+        ({"form": "merged", "gguf_type": "f32"}, "for form gguf and ollama"),
+        ({"form": "peft", "llama_cpp_dir": "x"}, "LoRA in the trunk"),
+        ({"form": "gguf", "gguf_type": "q4_k"}, "gguf_type must be auto, f32"),
+    ):
+        with pytest.raises(QAdapterError, match=message):
+            export(model, tmp_path / "out", **options)
+    bare = head_model(tiny_base("llama"))
+    with pytest.raises(QAdapterError, match="this base came without one"):
+        export(bare, tmp_path / "out", "gguf")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(QAdapterError, match=r"pip install 'qadapter\[gguf\]'"):
+        export(model, tmp_path / "out", "gguf")
+
+
+def test_command(here, tmp_path, capsys):
+    save_tiny(tmp_path / "model")
+    head_model(tmp_path / "model").save_pretrained(tmp_path / "adapter")
+    (tmp_path / "texts.txt").write_text("It is red.\nIt is hot, always.\n")
+    assert cli("export", tmp_path / "adapter", "--form", "ollama", "--gguf_type", "q8_0",
+               "--texts_file", tmp_path / "texts.txt", "--output_dir", tmp_path / "out") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "type of the weights" in said and "given texts" in said
+    assert "TEMPLATE is the chat template" in said
+    assert (tmp_path / "out/out.gguf").is_file()
+    for flags, message in (
+        (("--form", "merged", "--gguf_type", "f16"), "gguf_type and llama_cpp_dir are for form"),
+        (("--form", "gguf", "--llama_cpp_dir", tmp_path), "holds no convert_hf_to_gguf.py"),
+    ):
+        assert cli("export", tmp_path / "adapter", "--output_dir", tmp_path / "no", *flags) == 2
+        error = capsys.readouterr().err
+        assert message in " ".join(error.split()) and error.count("error: ") == 1

@@ -209,9 +209,8 @@ def _ask(script: str, request: Mapping, scratch: Path) -> tuple[dict[str, Tensor
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0 or not answer.is_file():
         lines = [line for line in result.stderr.splitlines() if line.strip()]
-        raise _failed(
-            f"it can't be run ({lines[-1][:500] if lines else f'exit code {result.returncode}'})"
-        )
+        reason = lines[-1][:500] if lines else f"exit code {result.returncode}"
+        raise _failed(f"{script} can't run it ({reason})")
     with safe_open(answer, "pt") as file:
         metadata = {key: json.loads(value) for key, value in file.metadata().items()}
         return {name: file.get_tensor(name) for name in file.keys()}, metadata

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from qadapter.errors import QAdapterError
+from qadapter.exporting.forms import FROM_MERGED
 from qadapter.exporting.gguf.architectures import ARCHITECTURES, NotWritten, layout_of
 from qadapter.exporting.gguf.converter import SCRIPT, convert, find_converter
 from qadapter.exporting.gguf.vocabulary import vocabulary
@@ -25,11 +26,28 @@ def own_type(dtype: torch.dtype) -> str:
     return _OWN_TYPES.get(dtype, "f32")
 
 
-def check_possible(
-    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None, own_head: bool,
-    llama_cpp_dir: str | Path | None,
+def require_options(form: str, gguf_type: str, llama_cpp_dir: str | Path | None) -> None:
+    """
+    Raises:
+        QAdapterError: options of GGUF files for another form, a type that is none, or no gguf
+            library.
+    """
+    if form not in FROM_MERGED:
+        if gguf_type != "auto" or llama_cpp_dir is not None:
+            raise QAdapterError(
+                f"gguf_type and llama_cpp_dir are for form {' and '.join(FROM_MERGED)}"
+            )
+        return
+    if gguf_type not in ("auto", *TYPES):
+        raise QAdapterError(f"gguf_type must be auto, {', '.join(TYPES)}, got {gguf_type!r}")
+    if importlib.util.find_spec("gguf") is None:
+        raise QAdapterError("GGUF files need the gguf library: pip install 'qadapter[gguf]'")
+
+
+def require_architecture(
+    config: PreTrainedConfig, own_head: bool, llama_cpp_dir: str | Path | None
 ) -> None:
-    """Whether a base's policies can become GGUF files, before any is computed.
+    """Whether policies on a base can become GGUF files.
 
     Args:
         own_head: whether the policy has an output layer of its own.
@@ -37,20 +55,36 @@ def check_possible(
     Raises:
         QAdapterError: they can't; the message says why, and what can be done.
     """
-    if importlib.util.find_spec("gguf") is None:
-        raise QAdapterError("GGUF files need the gguf library: pip install 'qadapter[gguf]'")
-    if tokenizer is None:
-        raise QAdapterError("a GGUF file holds its tokenizer, and this base came without one")
     converter = find_converter(llama_cpp_dir)
     try:
-        if not layout_of(config).reads_output_layer and own_head:
-            raise QAdapterError(
-                f"llama.cpp's {config.model_type} takes the input embedding for the output layer, "
-                "and this policy needs one of its own; that of a LoRA in the trunk does not"
-            )
-        vocabulary(tokenizer, config.vocab_size, ())
+        layout = layout_of(config)
     except NotWritten as reason:
         if converter is None:
+            raise _no_way(reason) from None
+        return
+    if own_head and not layout.reads_output_layer:
+        raise QAdapterError(
+            f"llama.cpp's {config.model_type} takes the input embedding for the output layer, "
+            "and this policy needs one of its own; that of a LoRA in the trunk does not"
+        )
+
+
+def require_tokenizer(
+    tokenizer: PreTrainedTokenizerBase | None, rows: int, llama_cpp_dir: str | Path | None
+) -> None:
+    """
+    Args:
+        rows: of the embedding.
+
+    Raises:
+        QAdapterError: there is none, or it can't be written.
+    """
+    if tokenizer is None:
+        raise QAdapterError("a GGUF file holds its tokenizer, and this base came without one")
+    try:
+        vocabulary(tokenizer, rows, ())
+    except NotWritten as reason:
+        if find_converter(llama_cpp_dir) is None:
             raise _no_way(reason) from None
 
 

@@ -118,16 +118,16 @@ def _targets(weights: Iterable[str], layout: Layout, blocks: int) -> dict[str, s
         raise NotWritten(f"this version of gguf does not know {layout.architecture}: a newer one")
     names = gguf.get_tensor_name_map(architecture, blocks)
     targets = {name: names.get_name(name, (".weight", ".bias")) for name in weights}
-    unknown = [name for name, target in targets.items() if target is None]
-    if unknown:
-        raise NotWritten(f"{unknown[0]} has no place in a GGUF file of {layout.architecture}")
-    if "output.bias" in targets.values():
-        raise QAdapterError(f"llama.cpp's {layout.architecture} has no bias in the output layer")
-    if "output.weight" in targets.values() and not layout.reads_output_layer:
+    if "lm_head.weight" in targets and not layout.reads_output_layer:
         raise QAdapterError(
             f"llama.cpp's {layout.architecture} has no output layer beside the input embedding, "
             "and this policy needs one: a LoRA in the trunk, at strength 1, does not"
         )
+    if "lm_head.bias" in targets:
+        raise QAdapterError(f"llama.cpp's {layout.architecture} has no bias in the output layer")
+    unknown = [name for name, target in targets.items() if target is None]
+    if unknown:
+        raise NotWritten(f"{unknown[0]} has no place in a GGUF file of {layout.architecture}")
     return targets
 
 
