@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub.errors import HFValidationError
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
@@ -17,8 +20,9 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from qadapter.errors import QAdapterError
-from qadapter.exporting import older
+from qadapter.policy.adapter_files import PEFT_CONFIG_NAME
 from qadapter.trunk.lm_head import LanguageModelHead
+from qadapter.trunk.older_names import add_older_tokenizer
 
 
 def output_layer(model: PreTrainedModel) -> str:
@@ -58,6 +62,11 @@ def scaled(head: LanguageModelHead, factor: float) -> tuple[Tensor, Tensor | Non
     return weight, bias
 
 
+_EVER_IN_PEFT = (
+    "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "r",
+    "lora_alpha", "lora_dropout", "target_modules", "bias", "fan_in_fan_out", "modules_to_save",
+)
+"""Fields that every version has, and engines look for."""
 _NAMING_CODE = ("auto_map", "custom_pipelines")
 """What names Python files beside a base, which an export doesn't have."""
 
@@ -84,7 +93,24 @@ def write_checkpoint(
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """``save_pretrained``, so that older versions of transformers read it too."""
     tokenizer.save_pretrained(folder)
-    older.add_older_tokenizer(folder, tokenizer)
+    add_older_tokenizer(folder, tokenizer)
+
+
+def leave_out_defaults(folder: Path) -> None:
+    """Take what says nothing out of ``adapter_config.json``: versions of PEFT, and engines, may
+    refuse a field that they don't know."""
+    path = folder / PEFT_CONFIG_NAME
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    defaults = {
+        field.name: field.default if field.default_factory is dataclasses.MISSING
+        else field.default_factory()
+        for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[fields["peft_type"]])
+    }
+    plain = {
+        name: x for name, x in fields.items()
+        if name in _EVER_IN_PEFT or (name != "peft_version" and x != defaults.get(name))
+    }
+    path.write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 # --- what came with the base --------------------------------------------------------------------

@@ -22,7 +22,7 @@ from qadapter.adapters.head_adapter import AdapterConfig
 from qadapter.data.templates import default_of
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.answers import end_of_turn_ids
-from qadapter.exporting import checkpoints, older
+from qadapter.exporting import checkpoints
 from qadapter.exporting.approximation import Approximation
 from qadapter.exporting.card import write_card
 from qadapter.exporting.engines import Served
@@ -42,6 +42,7 @@ from qadapter.system import manifest
 from qadapter.system.locking import lock_of, remove_stale, sole_run
 from qadapter.system.modes import give_usual_modes
 from qadapter.system.scratch import remove_abandoned, scratch_folder
+from qadapter.trunk.older_names import add_older_names
 
 if TYPE_CHECKING:
     from qadapter.policy.model import QAdapterModel
@@ -176,7 +177,7 @@ def _write_and_check(
             checkpoint, folder, generation_config,
             max_shard_size or checkpoints.shard_size_of(model.base),
         )
-        known_to_4 = older.add_older_names(folder, type(checkpoint.config))
+        known_to_4 = add_older_names(folder, type(checkpoint.config))
         tied = checkpoint.config.get_text_config().tie_word_embeddings
         if tokenizer is not None:
             checkpoints.write_tokenizer(tokenizer, folder)
@@ -186,7 +187,7 @@ def _write_and_check(
         tokenizer = None  # engines take the base's
         name = checkpoints.public_name_of(model.base)
         exporter.write_peft(folder, name.name, name.revision)
-        older.leave_out_defaults(folder)
+        checkpoints.leave_out_defaults(folder)
         if temperature != 1.0:
             generation_config.temperature = temperature
         generation_config.to_json_file(folder / "generation_config.json")

@@ -37,6 +37,7 @@ from qadapter.system.modes import give_usual_modes
 from qadapter.system.scratch import scratch_folder
 from qadapter.trunk import whole
 from qadapter.trunk.base_dtype import choose_dtype, dtype_name, on_cpu
+from qadapter.trunk.older_names import add_older_names, add_older_tokenizer
 
 SMOLLM2 = "smollm2"
 """Name of the demo's base, SmolLM2-135M-Instruct (Llama architecture, Apache-2.0)."""
@@ -409,6 +410,9 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     model.config._name_or_path = SMOLLM2_HUB
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    # Other engines, which are to serve an adapter on it, may know older names alone.
+    add_older_names(folder, type(model.config))
+    add_older_tokenizer(folder, tokenizer)
     give_usual_modes(folder)
     manifest.write(folder, [path.name for path in folder.iterdir()])
     for name in ("config.json", "model.safetensors", "tokenizer.json"):

@@ -9,17 +9,13 @@ the older names, so that they are right where it makes the same configuration of
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import FULL_TOKENIZER_FILE, TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME
-
-from qadapter.policy.adapter_files import PEFT_CONFIG_NAME
 
 _LOCAL = "rope_local_base_freq"
 """The base of the layers that see a window, where other layers have another."""
@@ -29,11 +25,6 @@ _OF_THE_CLASS = (
     "padding_side", "truncation_side", "model_input_names", "clean_up_tokenization_spaces",
 )
 """What a tokenizer's file says only where it is not its class's."""
-_EVER_IN_PEFT = (
-    "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "r",
-    "lora_alpha", "lora_dropout", "target_modules", "bias", "fan_in_fan_out", "modules_to_save",
-)
-"""Fields that every version has, and engines look for."""
 _NEWER_NAMES = ("rope_parameters", "dtype")
 
 
@@ -154,20 +145,3 @@ def add_older_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Non
     path.write_text(
         json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
     )
-
-
-def leave_out_defaults(folder: Path) -> None:
-    """Take what says nothing out of ``adapter_config.json``: versions of PEFT, and engines, may
-    refuse a field that they don't know."""
-    path = folder / PEFT_CONFIG_NAME
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    defaults = {
-        field.name: field.default if field.default_factory is dataclasses.MISSING
-        else field.default_factory()
-        for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[fields["peft_type"]])
-    }
-    plain = {
-        name: x for name, x in fields.items()
-        if name in _EVER_IN_PEFT or (name != "peft_version" and x != defaults.get(name))
-    }
-    path.write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -16,7 +16,7 @@ from data.tiny import chatml
 from tiny_models import tiny_base
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from qadapter.exporting.older import add_older_names, add_older_tokenizer
+from qadapter.trunk.older_names import add_older_names, add_older_tokenizer
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}
