@@ -2,6 +2,8 @@
 
     python docs/what_serves_it.py
 
+The engines' commands: those of qadapter/exporting/engines.py.
+
 What serves an export: runs tests/test_serving.py; a test marked ``serves(engine, form)`` is a row,
 with its outcome. What decoding costs: the last records of benchmarks/generation.py on a CPU.
 """
@@ -15,6 +17,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from qadapter.exporting import engines
+from qadapter.exporting.forms import FORMS
 
 ROOT = Path(__file__).parent.parent
 SERVING = ROOT / "docs/serving.md"
@@ -81,6 +86,27 @@ def costs() -> str:
     return "\n".join(lines) + "\n"
 
 
+def commands() -> str:
+    """Every engine's commands for every form, and what it doesn't take of it."""
+    lines = []
+    for engine in engines.ENGINES:
+        version = engines.SEEN.get(engine)
+        lines += [f"### {engine}" + (f" ({version})" if version else ""), ""]
+        shell: list[str] = []
+        said: dict[str, list[str]] = {}
+        for form in FORMS:
+            export = engines.Served(form, f"mine-{form.replace('_', '-')}")
+            way = next(way for way in engines.ways(export) if way.engine == engine)
+            if way.commands:
+                shell += ["", f"# {form}", *way.commands]
+            for words in filter(None, (*engines.limits(engine, form), way.note)):
+                said.setdefault(words, []).append(f"`{form}`")
+        lines += ["```sh", *shell[1:], "```", ""]
+        lines += [f"- {', '.join(forms)}: {words}" for words, forms in said.items()]
+        lines += [""] if said else []
+    return "\n".join(lines)
+
+
 def put(page: Path, name: str, table: str) -> None:
     """Put a table between the two comments that name it.
 
@@ -102,6 +128,7 @@ def main() -> int:
     for page in PAGES:
         put(page, "what serves it", rows.table())
     put(SERVING, "costs", costs())
+    put(SERVING, "commands", commands())
     return int(code)
 
 

@@ -165,3 +165,13 @@ def test_the_tables_are_of_these_tests(page):
     ]
     assert len(rows) == 5
     assert [line for line in table.splitlines() if line.startswith("| ")][2:] == rows
+
+
+def test_the_commands_are_those_of_the_cards(monkeypatch):
+    root = Path(__file__).parent.parent
+    monkeypatch.syspath_prepend(root / "docs")
+    import what_serves_it
+
+    text = (root / "docs/serving.md").read_text(encoding="utf-8")
+    written = text.split("<!-- commands -->\n")[1].split("<!-- end -->")[0]
+    assert written == what_serves_it.commands()

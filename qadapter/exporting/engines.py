@@ -93,6 +93,11 @@ def ways(export: Served) -> list[Way]:
     return found
 
 
+def limits(engine: str, form: str) -> list[str]:
+    """What an engine doesn't serve of a form, in words for all exports of it."""
+    return [limit.summary for limit in _LIMITS.get((engine, form), ()) if limit.summary]
+
+
 def vllm_rank(rank: int) -> int | None:
     """The least that vLLM takes as --max-lora-rank for a LoRA; None: there is none."""
     return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
@@ -107,14 +112,14 @@ class _Limit(NamedTuple):
     holds: Callable[[Served], bool]
     reason: Callable[[Served], str]
     summary: str
-    """The same for all exports of the form, in a table's cell; "no …" where it always holds."""
+    """The same for all exports of the form."""
 
 
 _MERGE = "take form merged"
 
 
 def _never(reason: str) -> _Limit:
-    return _Limit(lambda export: True, lambda export: reason, f"no: {reason}")
+    return _Limit(lambda export: True, lambda export: reason, f"not served: {reason}")
 
 
 def _tying(engine: str, what: str) -> _Limit:
@@ -123,7 +128,8 @@ def _tying(engine: str, what: str) -> _Limit:
         lambda export: export.model_type in types and not export.tied,
         lambda export: f"its {export.model_type} takes the input embedding for the output layer: "
         f"{what}. A LoRA in the trunk can be merged and served",
-        f"not a head adapter on {', '.join(types)}: there the output layer is the input embedding",
+        f"no linear head adapters of {', '.join(types)}, where the output layer is the input "
+        f"embedding: {what}",
     )
 
 
@@ -131,12 +137,13 @@ _BEYOND_LORA = _Limit(
     lambda export: bool(export.beyond_lora),
     lambda export: f"it reads LoRA's two matrices alone, not {', '.join(export.beyond_lora)}: "
     f"{_MERGE}",
-    "LoRA's two matrices alone: no DoRA, no other kinds of PEFT's",
+    "LoRA's two matrices alone: no DoRA, none of PEFT's other kinds",
 )
 _VLLM_RANK = _Limit(
     lambda export: vllm_rank(export.rank) is None,
     lambda export: f"rank {export.rank} is above {VLLM_RANKS[-1]}, its largest: {_MERGE}",
-    f"ranks to {VLLM_RANKS[-1]}",
+    f"ranks to {VLLM_RANKS[-1]}; what `--max-lora-rank` takes is "
+    f"{', '.join(map(str, VLLM_RANKS))}",
 )
 _LIMITS: dict[tuple[str, str], tuple[_Limit, ...]] = {
     **{
@@ -155,8 +162,8 @@ _LIMITS: dict[tuple[str, str], tuple[_Limit, ...]] = {
         _Limit(
             lambda export: export.model_type not in _VLLM_HEAD_LORA,
             lambda export: f"its {export.model_type} has no LoRA on the output layer: {_MERGE}",
-            f"architectures whose output layer takes a LoRA ({', '.join(_VLLM_HEAD_LORA[:5])}, …; "
-            "not mistral, gemma, qwen2, phi3)",
+            f"only {', '.join(_VLLM_HEAD_LORA[:6])} and a few others: not mistral, qwen2, phi3, "
+            "gemma",
         ),
         _Limit(
             lambda export: export.vocab_size > _VLLM_VOCABULARY,
@@ -176,8 +183,8 @@ _LIMITS: dict[tuple[str, str], tuple[_Limit, ...]] = {
         lambda export: export.tied,
         lambda export: "the base's output layer is its input embedding: the LoRA converts, and the "
         f"loader then refuses it: {_MERGE}",
-        "bases with an output layer of their own: where it is the input embedding, the LoRA "
-        "converts and is refused when it is loaded",
+        "only bases with an output layer of their own: where it is the input embedding, the LoRA "
+        f"converts and is refused when it is loaded: {_MERGE}",
     ), _Limit(
         lambda export: export.model_type in _TYING["llama.cpp"],
         lambda export: f"its {export.model_type} has no output layer of its own",
@@ -188,7 +195,7 @@ _LIMITS: dict[tuple[str, str], tuple[_Limit, ...]] = {
     ("Ollama", "peft"): (_BEYOND_LORA, _Limit(
         lambda export: export.model_type not in ("llama", "mistral", "mixtral", "gemma", "gemma2"),
         lambda export: f"it takes LoRA for Llama, Mistral and Gemma alone: {_MERGE}",
-        "bases of Llama, Mistral or Gemma",
+        "only bases of Llama, Mistral and Gemma",
     )),
     **{
         (engine, form): (_never(f"{_MERGE}, which a GGUF is made from"),)
@@ -307,12 +314,17 @@ def _gguf_of(export: Served) -> str:
 
 def _ollama(export: Served, *lines: str, fetched: tuple[str, ...] = ()) -> Way:
     name = _ollama_name(export)
-    lines = (*lines, f"PARAMETER temperature {export.temperature:.6g}")
+    lines += (f"PARAMETER temperature {export.temperature:.6g}", *_OLLAMA_UNCUT)
     return Way("", (
         *fetched, f"printf '%s\\n' {_words(*lines)} > Modelfile",
         _words("ollama", "create", name, "-f", "Modelfile"), _words("ollama", "run", name),
     ), name, note="It builds prompts by the Modelfile's TEMPLATE, not by the chat template: write "
        "one, unless it names one itself when it creates the model.")
+
+
+_OLLAMA_UNCUT = tuple(
+    f"PARAMETER {name}" for name in ("top_k 0", "top_p 1", "min_p 0", "repeat_penalty 1")
+)
 
 
 def _ollama_name(export: Served) -> str:
