@@ -98,7 +98,7 @@ def _check_head(
             return
         raise QAdapterError(
             f"an adapter of form {adapter.form!r} is not linear, so no lm_head equals it: "
-            f"{nearest_linear(words)}"
+            f'{nearest_linear(words)}; one that is trained in form "block" is exported exactly'
         )
     if not texts:
         raise QAdapterError(
