@@ -103,7 +103,9 @@ class TrunkExport:
 
     @property
     def rank(self) -> int:
-        return getattr(self.model.adapter_config, "r", 0)
+        """The largest of a layer."""
+        weights = self.model.adapter.state_dict()
+        return max((x.shape[0] for name, x in weights.items() if ".lora_A." in name), default=0)
 
     @property
     def beyond_lora(self) -> tuple[str, ...]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftConfig
+import torch.nn.functional as F
+from peft import LoraConfig, PeftConfig, PeftType
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -52,15 +53,49 @@ def merged_trunk(model: QAdapterModel) -> PreTrainedModel:
 def write_adapter(
     model: QAdapterModel, folder: Path, base_name: str | None, revision: str | None
 ) -> None:
-    """The adapter as PEFT writes it."""
-    weights = {
-        name: x.detach().to("cpu").contiguous() for name, x in model.adapter.state_dict().items()
-    }
-    save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    """The adapter as PEFT writes it, in the simplest words for it."""
+    weights = {name: x.detach().to("cpu") for name, x in model.adapter.state_dict().items()}
     config: PeftConfig = copy.deepcopy(model.adapter_config)
+    if config.peft_type == PeftType.LORA:
+        for name in _OF_THE_START:
+            if hasattr(config, name):
+                setattr(config, name, getattr(type(config)(), name))
+        if config.use_rslora or config.rank_pattern or config.alpha_pattern:
+            weights = _scaled_alike(weights, model, config)
+    weights = {name: x.contiguous() for name, x in weights.items()}
+    save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     config.inference_mode = True
     config.base_model_name_or_path, config.revision = base_name, revision
     config.save_pretrained(str(folder))
+
+
+_OF_THE_START = ("init_lora_weights", "loftq_config", "eva_config", "corda_config")
+"""Fields of LoRA's that are of training alone."""
+
+
+def _scaled_alike(
+    weights: dict[str, Tensor], model: QAdapterModel, config: LoraConfig
+) -> dict[str, Tensor]:
+    """The same adapter with one rank and the scale 1 for all layers, where it has others for some:
+    llama.cpp's converter, for one, takes lora_alpha/r for every layer without a word.
+
+    Args:
+        config: is changed accordingly.
+    """
+    layers = dict(model.adapter.peft_model.named_modules())
+    rank = max((x.shape[0] for name, x in weights.items() if ".lora_A." in name), default=0)
+    alike = {}
+    for name, x in weights.items():
+        module, kind, _ = name.rpartition(".lora_")
+        if not kind or x.dim() != 2 or not name.endswith(("_A.weight", "_B.weight")):
+            return weights  # embeddings, convolutions or more than two matrices: as they are
+        if name.endswith("_A.weight"):
+            alike[name] = F.pad(x, (0, 0, 0, rank - x.shape[0]))
+        else:
+            alike[name] = F.pad(x * layers[module].scaling["default"], (0, rank - x.shape[1]))
+    config.r = config.lora_alpha = rank
+    config.use_rslora, config.rank_pattern, config.alpha_pattern = False, {}, {}
+    return alike
 
 
 @torch.no_grad()

@@ -619,18 +619,36 @@ def test_files_have_the_modes_of_the_umask(umask, here, tmp_path):
 
 
 def test_an_adapters_configuration_has_the_fields_of_every_peft(here, tmp_path):
-    model = lora_model(use_dora=True, use_rslora=True)
+    model = lora_model(use_dora=True, init_lora_weights="gaussian")
     export(model, tmp_path / "out", "peft")
     fields = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert set(fields) == {
         "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "r",
         "lora_alpha", "lora_dropout", "target_modules", "bias", "fan_in_fan_out",
-        "modules_to_save", "use_dora", "use_rslora",
+        "modules_to_save", "use_dora",
     }
     found, given = peft.PeftConfig.from_pretrained(str(tmp_path / "out")), model.adapter_config
     changed = {name for name, x in given.to_dict().items() if found.to_dict()[name] != x}
-    assert changed <= {"inference_mode", "base_model_name_or_path", "revision", "peft_version"}
+    assert changed <= {"inference_mode", "base_model_name_or_path", "revision", "peft_version",
+                       "init_lora_weights"}
     assert "not by vLLM" in card(tmp_path / "out") and "DoRA" in card(tmp_path / "out")
+
+
+@pytest.mark.parametrize("changes", [
+    {"use_rslora": True, "lora_alpha": 6},
+    {"rank_pattern": {"q_proj": 6}, "alpha_pattern": {"layers.1.self_attn.v_proj": 24}},
+])
+def test_a_lora_whose_layers_differ_has_one_scale_for_all(changes, here, tmp_path):
+    model = lora_model(**changes)
+    expected = model(IDS).logits
+    export(model, tmp_path / "out", "peft")
+    torch.testing.assert_close(stock_logits(tmp_path / "out", tiny_llama()), expected)
+    fields = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert fields["r"] == fields["lora_alpha"]
+    assert not {"use_rslora", "rank_pattern", "alpha_pattern"} & set(fields)
+    shapes = [x.shape for x in load_file(tmp_path / "out/adapter_model.safetensors").values()]
+    assert all(fields["r"] in shape for shape in shapes)
+    assert "--max-lora-rank 8" in card(tmp_path / "out")
 
 
 def test_the_card_has_the_commands_of_its_own_folder(here, tmp_path):
