@@ -462,9 +462,9 @@ def test_adapters_by_name(browser, stub):
     assert len(stub.bodies(CHAT, model="base")) == 1
 
 
-@pytest.mark.parametrize("width", [320, 390])
-def test_narrow_screens(browser, stub, width):
-    browser.resize(width, 640)
+@pytest.mark.parametrize("width, height", [(320, 640), (390, 640), (667, 320)])
+def test_small_screens(browser, stub, width, height):
+    browser.resize(width, height)
     stub.adapters = {"a-name-without-any-space-" * 4: 1.0, "other": 1.0}
     stub.answer = lambda model, prompt, strength: "long" * 200
     browser.open(stub.url + "/")
@@ -474,12 +474,14 @@ def test_narrow_screens(browser, stub, width):
     wide = browser.run("""return [...document.querySelectorAll("body *")].filter((element) =>
         element.checkVisibility() && !element.closest(".unseen")
         && element.getBoundingClientRect().right > innerWidth).map((e) => e.outerHTML)""")
-    assert wide == [] and browser.run("return document.documentElement.scrollWidth") == width
+    assert wide == [] and browser.run("return document.documentElement.scrollWidth") <= width
     first, second = (
         browser.run("return document.querySelector(arguments[0]).getBoundingClientRect()", side)
         for side in (BASE, CUSTOM)
     )
     assert first["bottom"] < second["top"]  # one below the other
+    edge = browser.run("return document.querySelector('#ask textarea').getBoundingClientRect().x")
+    assert edge == first["left"] == second["left"]
 
 
 CONTRAST = """
