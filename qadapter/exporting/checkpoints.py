@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,6 +68,8 @@ _EVER_IN_PEFT = (
     "lora_alpha", "lora_dropout", "target_modules", "bias", "fan_in_fan_out", "modules_to_save",
 )
 """Fields that every version has, and engines look for."""
+_PIECES = "tokenizer.model"
+"""Sentencepiece's file."""
 _NAMING_CODE = ("auto_map", "custom_pipelines")
 """What names Python files beside a base, which an export doesn't have."""
 
@@ -91,9 +94,20 @@ def write_checkpoint(
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """``save_pretrained``, so that older versions of transformers read it too."""
+    """``save_pretrained``, so that older versions of transformers read it too; with the pieces that
+    it was made from, where they are beside it: llama.cpp's converter looks for them."""
     tokenizer.save_pretrained(folder)
     add_older_tokenizer(folder, tokenizer)
+    try:
+        pieces = tokenizer.name_or_path and cached_file(
+            tokenizer.name_or_path, _PIECES, local_files_only=True,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except (OSError, HFValidationError):  # a name of nothing
+        return
+    if pieces and not (folder / _PIECES).exists():
+        shutil.copyfile(pieces, folder / _PIECES)
 
 
 def leave_out_defaults(folder: Path) -> None:

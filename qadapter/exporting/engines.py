@@ -33,6 +33,7 @@ _VLLM_HEAD_LORA = (
 )
 """Architectures whose output layer takes a LoRA in vLLM."""
 _TYING = {
+    "SGLang": ("gemma", "gemma2", "cohere", "cohere2"),
     "vLLM": ("gemma2", "gemma3n_text", "cohere", "cohere2"),
     "llama.cpp": ("gemma", "gemma2", "cohere", "cohere2"),
 }
@@ -174,6 +175,12 @@ _LIMITS: dict[tuple[str, str], tuple[_Limit, ...]] = {
         _VLLM_RANK,
     ),
     ("vLLM", "peft"): (_BEYOND_LORA, _VLLM_RANK),
+    ("SGLang", "merged"): (_tying("SGLang", "one of its own is left out without a word"),),
+    ("SGLang", "lm_head_lora"): (_Limit(
+        lambda export: export.model_type in _TYING["SGLang"],
+        lambda export: f"its {export.model_type} has no output layer of its own",
+        "",
+    ),),
     ("SGLang", "peft"): (_BEYOND_LORA,),
     ("llama.cpp", "merged"): (_tying(
         "llama.cpp", "one of its own is left out by the converter without a word (Gemma), or "

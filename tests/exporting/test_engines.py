@@ -32,6 +32,7 @@ def test_a_lora_whose_base_is_tied_is_not_for_llama_cpp():
 
 @pytest.mark.parametrize("engine, model_type", [
     ("vLLM", "gemma2"), ("vLLM", "cohere"), ("llama.cpp", "gemma"), ("Ollama", "gemma2"),
+    ("SGLang", "gemma"),
 ])
 def test_a_head_that_an_engine_would_leave_out_is_not_served(engine, model_type):
     assert "input embedding" in way(engine, "merged", model_type=model_type).reason

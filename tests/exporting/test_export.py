@@ -604,6 +604,17 @@ def test_a_base_is_named_for_others(form, given, here, tmp_path, monkeypatch):
         assert peft.AutoPeftModelForCausalLM.from_pretrained("out") is not None
 
 
+def test_a_tokenizers_pieces_come_along(here, tmp_path):
+    save_tiny(tmp_path / "base")
+    (tmp_path / "base/tokenizer.model").write_bytes(b"pieces")
+    model = QAdapterModel.from_base(tmp_path / "base", AdapterConfig(rank=2), Q)
+    export(model, tmp_path / "out")
+    assert (tmp_path / "out/tokenizer.model").read_bytes() == b"pieces"
+    assert "tokenizer.model" in json.loads((tmp_path / "out/manifest.json").read_text())["files"]
+    export(model, tmp_path / "other", tokenizer=chatml())
+    assert not (tmp_path / "other/tokenizer.model").exists()
+
+
 @pytest.mark.parametrize("umask", [0o022, 0o077])
 def test_files_have_the_modes_of_the_umask(umask, here, tmp_path):
     before = os.umask(umask)
