@@ -405,10 +405,11 @@ def test_the_chat_template_is_in_the_file(here, tmp_path):
 @pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None, reason="needs llama-cpp-python"
 )
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_llama_cpp(architecture, tmp_path):
     folder = saved_base(tmp_path / "base", architecture)
-    for kind in ("f32", "f16", "bf16", "q8_0"):
+    for kind in ("f32", "q8_0"):
         write_gguf(folder, tmp_path / "x.gguf", kind, "x", [])
         found = check.check_gguf(
             tmp_path / "x.gguf", folder, tmp_path, kind, AutoTokenizer.from_pretrained(folder)
