@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
 import json
@@ -10,7 +11,9 @@ import re
 import shutil
 import subprocess
 import sys
+import typing
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -63,6 +66,107 @@ def test_every_line_of_the_page_is_held():
         assert [b for b in held if line.startswith(b)], f"no test holds: {line}"
     for beginning in held:
         assert [line for line in lines if line.startswith(beginning)], f"not there: {beginning}"
+
+
+# --- the server -----------------------------------------------------------------------------------
+
+
+def asked_of(guard, path="/v1/models", method="GET", **headers):
+    """The status that a guard answers with, and its headers; 200 is what stands behind it."""
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {
+        "type": "http", "method": method, "path": path,
+        "headers": [
+            (name.replace("_", "-").encode(), value.encode())
+            for name, value in ({"host": "127.0.0.1:8000"} | headers).items()
+        ],
+    }
+    asyncio.run(guard(scope, None, send))
+    return sent[0]["status"], dict(sent[0]["headers"])
+
+
+def guarded(key=None, host="127.0.0.1"):
+    from qadapter.serving.guard import Guard
+
+    async def application(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    return Guard(application, host, key, lambda: False)
+
+
+@holds("qadapter serve listens on this machine alone")
+def test_another_host_needs_a_key(tmp_path, capsys):
+    assert cli("serve", tmp_path, "--host", "0.0.0.0") == 2
+    assert "give --api_key_file" in capsys.readouterr().err
+    guard = guarded("0123456789abcdef", "0.0.0.0")
+    for path, open_to_all in (("/", True), ("/health", True), ("/v1/models", False),
+                              ("//v1/models", False), ("/v1/chat/completions", False),
+                              ("/health/", False), ("/anything", False)):
+        assert (asked_of(guard, path)[0] == 200) is open_to_all, path
+        assert asked_of(guard, path, authorization="Bearer 0123456789abcdef")[0] == 200
+    for wrong in ("Bearer 0123456789abcde", "bearer", "0123456789abcdef", "Bearer  ", "Bearer é"):
+        assert asked_of(guard, authorization=wrong)[0] == 401
+
+
+@holds("Pages of other sites that a browser shows")
+def test_pages_of_other_sites_cant_ask():
+    guard, json_body = guarded(), {"content_type": "application/json; charset=utf-8"}
+    ask = partial(asked_of, guard, "/v1/chat/completions", "POST")
+    assert ask(**json_body, origin="http://127.0.0.1:8000")[0] == 200
+    assert ask(**json_body, host="localhost:8000", origin="http://localhost:8000")[0] == 200
+    assert ask(**json_body, host="[::1]:8000")[0] == 200
+    for origin in ("http://evil.example", "null", "http://127.0.0.1:9000", "http://localhost:8000",
+                   "http://127.0.0.1:8000.evil.example", "http://127.0.0.1:8000@evil.example"):
+        status, headers = ask(**json_body, origin=origin)
+        assert status == 403, origin
+        assert not [name for name in headers if name.startswith(b"access-control")]
+    for host in ("evil.example", "127.0.0.1.evil.example", "", "localhost@evil.example", "[::1"):
+        assert ask(**json_body, host=host)[0] == 403, host
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""):
+        assert ask(content_type=kind)[0] == 415
+    assert asked_of(guard, "/v1/models", "OPTIONS", origin="http://evil.example")[0] == 403
+
+
+@holds("A request's bytes, tokens and seconds are limited")
+def test_a_request_is_limited(monkeypatch):
+    from qadapter.serving import app, requests
+
+    class Request:
+        headers: typing.ClassVar = {}
+
+        def __init__(self, parts, seconds=0.0):
+            self.parts, self.seconds = parts, seconds
+
+        async def stream(self):
+            for _ in range(self.parts):
+                await asyncio.sleep(self.seconds)
+                yield b"[1, 2, 3, 4, 5] "
+
+    def refused(work):
+        with pytest.raises(requests.RequestError) as found:
+            work()
+        return found.value.status
+
+    assert refused(lambda: asyncio.run(app._body(Request(10**9), 1000))) == 413
+    monkeypatch.setattr(app, "_BODY_SECONDS", 0.05)
+    assert refused(lambda: asyncio.run(app._body(Request(10, 1.0), 1000))) == 408
+    assert refused(lambda: requests._most_tokens(100, None, None, 100)) == 400
+
+    class Full:
+        max_concurrency = 2
+
+        def reserve(self, answers):
+            raise app.Busy
+
+    def reserve(answers):
+        with app._reserved(Full(), answers):
+            pass
+
+    assert [refused(lambda n=n: reserve(n)) for n in (1, 3)] == [429, 400]
 
 
 # --- the folders ----------------------------------------------------------------------------------
