@@ -23,6 +23,7 @@ Render = Callable[["Conversation"], str]
 Conversation = Sequence[tuple[str, str]]
 """(role, content): an optional system message, then user and assistant in turns."""
 
+_NEWLINES = {"\n", "\r"}
 _S, _U, _A, _V = (f"{name}0q{name}" for name in ("Sys", "Uno", "Ans", "Due"))
 _PROBES: tuple[Conversation, ...] = tuple(
     [*system, *turns]
@@ -276,14 +277,15 @@ def modelfile(
         found: how messages become a prompt; None: the prompt is what is given.
         stops: texts that end an answer.
     """
-    lines = [f"FROM ./{gguf_name}"]
+    place = f"./{gguf_name}"
+    lines = [f"FROM {_quoted(place) if set(place) & _NEWLINES else place}"]
     if found is None:
         lines.append('TEMPLATE """{{ .Prompt }}"""')
     else:
         lines.append(f'TEMPLATE """{found.template()}"""')
         if found.system_default:
             lines.append(f"SYSTEM {_quoted(found.system_default)}")
-    lines += [f"PARAMETER stop {_quoted(text)}" for text in stops]
+    lines += [f"PARAMETER stop {_quoted(text)}" for text in stops if '"""' not in text]
     lines += [
         f"PARAMETER temperature {temperature:.6g}", "PARAMETER top_k 0", "PARAMETER top_p 1",
         "PARAMETER min_p 0", "PARAMETER repeat_penalty 1",
@@ -293,7 +295,7 @@ def modelfile(
 
 def _quoted(text: str) -> str:
     """As Modelfiles quote: nothing is escaped in them."""
-    quotes = '"' if not {'"', "\n"} & set(text) else '"""'
+    quotes = '"""' if ({'"'} | _NEWLINES) & set(text) else '"'
     return f"{quotes}{text}{quotes}"
 
 

@@ -537,6 +537,10 @@ def test_options_and_bases_that_do_not_go_together(here, monkeypatch, tmp_path):
     ):
         with pytest.raises(QAdapterError, match=message):
             export(model, tmp_path / "out", **options)
+    model.base.config.quantization_config = {"quant_method": "bitsandbytes"}
+    with pytest.raises(QAdapterError, match="the base is quantized"):
+        export(model, tmp_path / "out", "gguf")
+    del model.base.config.quantization_config
     bare = head_model(tiny_base("llama"))
     with pytest.raises(QAdapterError, match="this base came without one"):
         export(bare, tmp_path / "out", "gguf")

@@ -163,6 +163,8 @@ def test_nothing_breaks_a_modelfiles_quotes():
     found = chat_format(with_template(TEMPLATES["what Go would read"]), adds_bos=False)
     text = modelfile("x.gguf", found, ['a"b'], 1.0)
     assert text.count('"""') == 4  # those of TEMPLATE, and of a text with a quote in it
+    lines = modelfile("a\nSYSTEM b.gguf", None, ['"""\nSYSTEM c'], 1.0).splitlines()
+    assert lines[:2] == ['FROM """./a', 'SYSTEM b.gguf"""'] and "c" not in "".join(lines[2:3])
     quoting = tiny.CHATML.replace("You are a helpful assistant", 'Say \\"hi\\"')
     assert chat_format(with_template(quoting), adds_bos=False) is None
 

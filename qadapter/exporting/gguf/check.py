@@ -28,7 +28,7 @@ _SETTINGS = (
     "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings",
 )
 """That transformers reads of every architecture's file."""
-_TEXT_TOKENS, _ALL_TOKENS = 256, 4096
+_TEXT_TOKENS, _ALL_TOKENS = 256, 2048
 """Of each text, and of all, that are measured on."""
 _MARGIN = 4.0
 """llama.cpp multiplies by weights of 16 bits in 16 bits, and has tables and other orders of sums.

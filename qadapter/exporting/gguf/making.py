@@ -55,6 +55,11 @@ def require_architecture(
     Raises:
         QAdapterError: they can't; the message says why, and what can be done.
     """
+    if getattr(config, "quantization_config", None) is not None:
+        raise QAdapterError(
+            "the base is quantized, and a GGUF file is made from plain weights: load it in 16 or "
+            "32 bits; gguf_type q8_0 is the file's own way to be small"
+        )
     converter = find_converter(llama_cpp_dir)
     try:
         layout = layout_of(config)
