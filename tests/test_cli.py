@@ -65,7 +65,7 @@ def test_help_shows_our_options_with_defaults_and_the_rest_on_demand(capsys, mon
     assert cli("train", "--help") == 0
     text = squeezed(capsys.readouterr().out)
     for part in ("--chi2_coef NUMBER Weight of the mean squared reward", "[default: 0.1]",
-                 "linear|mlp", "--test_fraction", "--learning_rate", "--help_all"):
+                 "linear|block|mlp", "--test_fraction", "--learning_rate", "--help_all"):
         assert part in text
     assert "--adam_beta1" not in text and "((" not in text
     assert cli("train", "--help_all") == 0

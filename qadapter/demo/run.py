@@ -62,7 +62,7 @@ DATA = Path(__file__).parent / "data"
 OBJECTIVE = ObjectiveConfig(alpha_0=0.1, alpha_tilde=0.1)
 """The answers written for the project are far from what the base would say: a small α lets the
 policy move towards them, and the retention term keeps it where it was everywhere else."""
-ADAPTER = AdapterConfig(form="mlp", rank=128)
+ADAPTER = AdapterConfig(form="block", rank=128)
 RETENTION_GENRES = ("story", "reference", "dialogue", "instructions")
 """Genres of unrelated text that the retention term sees; the others measure what was kept."""
 UNRELATED = "unrelated text"
@@ -236,7 +236,8 @@ def _run(
     console.print(
         f"wrote {folder} in {summary['seconds']:.0f} s, peak memory "
         f"{summary['peak_rss_bytes'] / 2**30:.2f} GiB; talk to it: "
-        f"qadapter generate {folder}", highlight=False,
+        f"qadapter generate {folder}, or on a page: qadapter serve {folder}; a plain checkpoint of "
+        f"it: qadapter export {folder} --output_dir {folder}-merged", highlight=False,
     )
     return summary
 
