@@ -21,6 +21,7 @@ _LOCAL = "rope_local_base_freq"
 """The base of the layers that see a window, where other layers have another."""
 _GPT_NEOX = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
 """What its kin calls these."""
+_OLDER_ROPE = ("rope_theta", "rope_scaling", "partial_rotary_factor", _LOCAL, *_GPT_NEOX.values())
 _OF_THE_CLASS = (
     "padding_side", "truncation_side", "model_input_names", "clean_up_tokenization_spaces",
 )
@@ -115,8 +116,10 @@ def _read(config: PretrainedConfig, fields: dict[str, Any]) -> dict[str, Any] | 
 def _same(found: Any, wanted: Any) -> bool:
     """Whether what is wanted was found; names that were never wanted may be there too."""
     if isinstance(wanted, dict):
+        # Beside the newer names, the older ones may be left over from a class's defaults.
+        skipped = {"_name_or_path", *(_OLDER_ROPE if "rope_parameters" in wanted else ())}
         return isinstance(found, dict) and all(
-            name == "_name_or_path" or _same(found.get(name), x) for name, x in wanted.items()
+            _same(found.get(name), x) for name, x in wanted.items() if name not in skipped
         )
     return found == wanted
 

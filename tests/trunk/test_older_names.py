@@ -111,18 +111,13 @@ def test_a_model_without_rotary_positions(tmp_path):
 
 
 def test_what_older_names_can_not_say(tmp_path):
-    """Two layers' kinds that have no older names: nothing is written that version 5 would read."""
-    config, _ = saved(tmp_path, "llama", rope("default"))
-    fields = json.loads((tmp_path / "config.json").read_text())
-    fields["layer_types"] = ["sliding_attention", "full_attention"]
-    fields["rope_parameters"] = {
-        "sliding_attention": {"rope_type": "default", "rope_theta": 3.0},
-        "full_attention": {"rope_type": "default", "rope_theta": 5.0},
-    }
-    (tmp_path / "config.json").write_text(json.dumps(fields))
-    expected = AutoConfig.from_pretrained(tmp_path).rope_parameters
+    """Positions stretched in the layers that see a window: version 5 still reads its own names."""
+    config, base = saved(tmp_path, "gemma3_text", {
+        "full_attention": rope("default"), "sliding_attention": rope("linear", factor=2.0),
+    })
     assert not add_older_names(tmp_path, type(config))
-    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == expected
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == config.rope_parameters
+    assert torch.equal(logits(tmp_path), base(IDS).logits)
 
 
 # --- tokenizers ---------------------------------------------------------------------------------
