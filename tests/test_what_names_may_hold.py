@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from pathlib import Path
 
@@ -95,6 +96,7 @@ def test_a_shell_reads_the_commands_of_an_exports_card(tmp_path):
     """They are there to be copied; a stranger's adapter names its base."""
     base = "x; touch pwned $(id) `id` '\"\n```\n<script> | y"
     model = tiny_adapter(trained=True)
+    model.base_identity = dataclasses.replace(model.base_identity, name=base)
     check = Check(1, 1, 1, 1, 0.0, 0.0, 0.0, "float32", {"torch": "1 | 2"})
     write_card(tmp_path, model, Served("lm_head_lora", "out <b>put", base=base, rank=8), check)
     seen = read_markdown(tmp_path / "README.md")

@@ -59,7 +59,7 @@ def write_card(
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {markdown_text(served.folder)}",
-        f"{markdown_code(served.base)} customised by a "
+        f"{markdown_code(_said_by_its_user(model, served))} customised by a "
         "[Q-Adapter](https://arxiv.org/abs/2407.03856) (a residual Q-function learned from "
         f"preference pairs). {_FORMS[form]}",
         *_missing(form, tokenizer, transformers_4),
@@ -86,6 +86,13 @@ def write_card(
     ]
     text = "\n\n".join(sections) + "\n"
     (folder / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def _said_by_its_user(model: QAdapterModel, served: Served) -> str:
+    """What the base was called when the adapter was trained, unless that is a place."""
+    name = model.base_identity.name
+    place = Path(name).is_absolute() or Path(name).expanduser().is_dir()
+    return served.base if place else name
 
 
 def _missing(form: str, tokenizer: bool, transformers_4: bool) -> Sequence[str]:
