@@ -84,7 +84,7 @@ class RequestBatches(PreTrainedModel, GenerationMixin):
             N tokens.
 
     Attributes: ``requests``: by the manager's ids, anything with a ``mixture``; ``lock``: held
-    while a step runs, for whoever else wants to run the base.
+    while a step runs.
     """
 
     _supports_sdpa = True
@@ -148,6 +148,21 @@ class RequestBatches(PreTrainedModel, GenerationMixin):
         drawn = torch.tensor(tokens, dtype=torch.int64, device=logits_RV.device)
         logits_RV[torch.arange(len(tokens), device=logits_RV.device), drawn] = 1.0
         return CausalLMOutputWithPast(logits=logits_RV[None])
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """Between two steps, for whoever else wants to run the base: inside, its attention is that
+        of a forward without a paged cache."""
+        with self.lock:
+            paged = self.base.config._attn_implementation
+            own = paged.removeprefix("paged|")
+            if own != paged:
+                self.base.set_attn_implementation(own)
+            try:
+                yield
+            finally:
+                if own != paged:
+                    self.base.set_attn_implementation(paged)
 
     def _gated(self, streams: Sequence[int], lengths: Sequence[int]) -> Any:
         if self.lora is None:

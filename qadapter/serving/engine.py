@@ -182,7 +182,7 @@ class Engine:
         """Runs work on the models in another thread, between two steps."""
 
         def locked() -> Any:
-            with self.batches.lock:
+            with self.batches.apart():
                 return work(*args)
 
         async with self._rewarding:

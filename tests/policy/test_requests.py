@@ -99,6 +99,8 @@ def test_head_adapters_of_all_forms_beside_each_other(architecture):
     ("llama", {}), ("gemma2", {}), ("mistral", {}),
     ("llama", {"use_dora": True}), ("llama", {"modules_to_save": ["norm"]}),
     ("qwen3_moe", {"target_modules": ["q_proj", "v_proj"]}),
+    ("qwen3_moe", {"target_modules": ["q_proj"],
+                   "target_parameters": ["mlp.experts.gate_up_proj"]}),
 ])
 def test_adapters_in_the_trunk_beside_each_other_and_a_head(architecture, options):
     def model_of(seed):

@@ -40,9 +40,9 @@ def save_adapters(folder: Path) -> Path:
 
 def service_of(
     folder: Path, names=tuple(ADAPTERS), *, max_length=200, max_concurrency=16, host="127.0.0.1",
-    key=None, preferences=None, max_body_bytes=10_000, strength=1.0, tokens_each=None,
+    key=None, preferences=None, max_body_bytes=10_000, strength=1.0, **loading,
 ) -> Service:
-    loaded = load_base(folder / "base", dtype="float32")
+    loaded = load_base(folder / "base", dtype="float32", **loading)
     adapters = {name: str(folder / name) for name in names}
     tokenizer = load_tokenizer(folder / "base")
     served = models.load(
