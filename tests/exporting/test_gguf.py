@@ -282,6 +282,7 @@ def test_a_window_that_llama_cpp_does_not_know_ends_the_context():
     ("llama", {"hidden_act": "gelu"}, "with the activation silu, this base has gelu"),
     ("gemma2", {"query_pre_attn_scalar": 99}, "query_pre_attn_scalar 16"),
     ("gemma3_text", {"layer_types": ["full_attention"] * 7}, "in every 6th layer"),
+    ("gemma3_text", {"use_bidirectional_attention": True}, "with causal attention"),
     ("phi", {"head_dim": None}, "'phi' is not written"),
 ])
 def test_what_llama_cpp_does_not_compute_is_refused(architecture, changes, message):

@@ -198,8 +198,10 @@ def _gemma3(config: PreTrainedConfig) -> Layout:
     settings, tensors = _rope(full, _head_dim(config))
     if tensors or local.get("rope_type", "default") != "default":
         raise NotWritten("this rope scaling of a Gemma 3 is not written as GGUF here")
-    if config.attn_logit_softcapping is not None:
-        raise QAdapterError("llama.cpp computes 'gemma3_text' without a cap in its attention")
+    if config.attn_logit_softcapping is not None or config.use_bidirectional_attention:
+        raise QAdapterError(
+            "llama.cpp computes 'gemma3_text' with causal attention and no cap in it"
+        )
     metadata = _common(config, "gelu_pytorch_tanh", config.max_position_embeddings) | settings | {
         "attention.sliding_window": config.sliding_window,
         "rope.freq_base_swa": float(local["rope_theta"]),
