@@ -20,7 +20,7 @@ import pytest
 
 CHROMIUM = shutil.which("chromium")
 DRIVER = shutil.which("chromedriver")
-HANGS_AFTER_S = 60
+HANGS_AFTER_S = 180
 """No test's condition: what isn't there by then never comes."""
 
 ENTER, ESCAPE, TAB, SHIFT, LEFT, RIGHT, HOME = (

@@ -17,7 +17,7 @@ class Stub(ThreadingHTTPServer):
     Attributes:
         asked: (path, body, headers) of every POST, in order.
         key: where not empty, what it wants as an API key.
-        failing: path → (status, message) it is answered with.
+        failing: path → (status, message) it is answered with; message None: no JSON at all.
         busy: so many requests for an answer are to be asked again in a moment.
         keeps: whether it saves preferences; ``saved`` are those.
         go: an answer's first piece goes out at once, the others when this is set.
@@ -40,7 +40,8 @@ class Stub(ThreadingHTTPServer):
         self.go.set()
         self.finish = "stop"
         self.breaks = ""
-        """"off": the stream ends in the middle; "error": an event says what went wrong."""
+        """"off": the stream ends in the middle; "error": an event says what went wrong;
+        "garbage": one says nothing at all."""
 
     def answer(self, model: str, prompt: str, strength: float | None) -> str:
         if model == "base":
@@ -94,7 +95,11 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.key and self.headers["Authorization"] != f"Bearer {self.server.key}":
             self._refuse(401, "this server wants another API key")
         elif self.path in self.server.failing:
-            self._refuse(*self.server.failing[self.path])
+            status, message = self.server.failing[self.path]
+            if message is None:  # something between us and the server
+                self._send(status, "<html>Bad Gateway</html>", "text/html")
+            else:
+                self._refuse(status, message)
         else:
             return False
         return True
@@ -150,6 +155,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(b": still here\n\n")  # by which a client that left is noticed
             if self.server.breaks == "error":
                 self._event(json.dumps({"error": {"message": "the model ran out of room"}}))
+            if self.server.breaks == "garbage":
+                self._event("<html>")
             if self.server.breaks:
                 return
             for begin in range(0, len(rest), 5):

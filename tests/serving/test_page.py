@@ -188,6 +188,10 @@ def test_tokens_by_their_rewards(browser, stub):
     browser.wait(lambda: not browser.sees("#tip"))
     browser.type(f"{BASE} .answer", RIGHT + RIGHT + RIGHT + LEFT)  # by keyboard
     assert browser.text("#tip") == "+0.500" and browser.text("#told") == "base: +0.500"
+    assert browser.sees("#tip")
+    browser.run("document.querySelector(arguments[0]).onclick()", f"{BASE} .edit")
+    assert not browser.sees("#tip")  # nor what it belongs to
+    browser.click(".cancel")
     browser.run("document.getElementById('colors').click()")
     browser.wait(lambda: not browser.sees(f"{BASE} .answer span"))
     assert browser.text(f"{BASE} .answer") == "The base says:\n\nHello?"
@@ -402,6 +406,7 @@ def test_an_api_key_is_asked_for(browser, stub):
 
 @pytest.mark.parametrize("breaks, told", [
     ("error", "the model ran out of room"), ("off", "The answer broke off."),
+    ("garbage", "The server's answer can't be read."),
 ])
 def test_an_answer_that_breaks_off(browser, stub, breaks, told):
     stub.breaks = breaks
@@ -430,10 +435,13 @@ def test_refusals_are_told_in_the_servers_words(browser, stub):
     browser.wait(lambda: browser.text(f"{BASE} .reward") == "no rewards: no rewards today")
 
 
-def test_a_server_that_is_not_there_yet(browser, stub):
-    stub.failing = {"/v1/models": (503, "the model is being loaded")}
+@pytest.mark.parametrize("said, told", [
+    ("the model is being loaded", "the model is being loaded"), (None, "The server answered 503."),
+])
+def test_a_server_that_is_not_there_yet(browser, stub, said, told):
+    stub.failing = {"/v1/models": (503, said)}
     browser.open(stub.url + "/")
-    browser.wait(lambda: browser.text("#trouble span") == "the model is being loaded")
+    browser.wait(lambda: browser.text("#trouble span") == told)
     assert not browser.sees("#send:enabled") and not browser.sees("#strength:enabled")
     stub.failing = {}
     browser.click("#trouble button")
@@ -520,3 +528,23 @@ def test_contrast_in_both_themes(browser, stub, theme):
     ground = browser.run("return getComputedStyle(document.body).backgroundColor")
     assert (ground == "rgb(255, 255, 255)") == (theme == "light")
     browser.command("Emulation.setEmulatedMedia", features=[])
+
+
+def test_whoever_can_not_see_it_is_told(browser, stub):
+    """Every control has a name, and an answer says whose it is."""
+    stub.adapters = {"polite": 1.0, "brief": 0.5}
+    browser.open(stub.url + "/")
+    ask(browser, "Hello?")
+    colored(browser)
+    browser.click("[popovertarget=settings]")
+    tree = browser.command("Accessibility.getFullAXTree")["nodes"]
+    named = {
+        (node["role"]["value"], node.get("name", {}).get("value", ""))
+        for node in tree if not node["ignored"]
+    }
+    controls = {"button", "textbox", "slider", "combobox", "checkbox", "spinbutton"}
+    assert {name for role, name in named if role in controls} >= {
+        "Prompt", "Strength", "Customised model", "System message", "This is better", "Ask again",
+    }
+    assert not any(name == "" for role, name in named if role in controls)
+    assert {("article", "Base"), ("article", "Customised"), ("group", "Base: answer")} <= named
