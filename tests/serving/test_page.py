@@ -247,7 +247,7 @@ def test_an_edited_answer_is_better_than_before(browser, stub):
     assert stub.saved == [{"prompt": [{"role": "user", "content": "Hello?"}], "chosen": mended,
                            "rejected": "polite at 1.00 says: Hello? ✓é"}]
     colored(browser)
-    assert stub.bodies(REWARDS, answer=mended)
+    assert stub.bodies(REWARDS, answer=mended)  # the new text's
     assert browser.text(f"{CUSTOM} .state") == "edited" and browser.sees(f"{CUSTOM}.kept")
 
 
