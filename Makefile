@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 TORCH := torch==2.13.0
 NATIVE := $(shell find kernels/csrc -type f 2>/dev/null)
 
-.PHONY: install demo test test-avx2 test-oldest test-newest test-tritons lint sanitize endurance bench clean
+.PHONY: install demo test test-avx2 test-oldest test-newest test-tritons test-transformers4 lint sanitize endurance bench clean
 
 install: $(STAMP)
 
@@ -59,6 +59,12 @@ test-newest:
 test-tritons: $(OLDEST)
 	tests/kernels/triton_versions.sh .venv-oldest/bin/python
 
+# Exports, read by transformers 4 in an environment of its own.
+test-transformers4: install
+	test -x .venv-transformers4/bin/python || $(PYTHON) -m venv .venv-transformers4
+	.venv-transformers4/bin/python -m pip install --quiet $(TORCH) 'transformers==4.57.*' peft
+	$(BIN)/python -m pytest tests/exporting/with_transformers4.py
+
 lint: install
 	$(BIN)/ruff check .
 
@@ -74,4 +80,4 @@ bench: install
 	$(BIN)/qadapter bench
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest build dist runs *.egg-info kernels/qadapter_kernels/lib
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-transformers4 build dist runs *.egg-info kernels/qadapter_kernels/lib
