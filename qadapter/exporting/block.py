@@ -19,8 +19,8 @@ from qadapter.adapters.head_adapter import BlockHeadAdapter
 from qadapter.errors import QAdapterError
 from qadapter.exporting.checkpoints import replace_head, scaled
 from qadapter.exporting.forms import nearest_linear
-from qadapter.exporting.trunk import reference_logits
-from qadapter.exporting.verification import Reference
+from qadapter.exporting.trunk import measured_tolerance
+from qadapter.exporting.verification import Reference, check_states
 from qadapter.trunk.lm_head import trunk
 from qadapter.trunk.loading import shell_of
 from qadapter.trunk.shells import blocks_of, evaluating, probes
@@ -28,6 +28,8 @@ from qadapter.trunk.shells import blocks_of, evaluating, probes
 if TYPE_CHECKING:
     from qadapter.policy.model import QAdapterModel
 
+_ROWS = 8192
+"""Rows of the vocabulary held in float64 at a time."""
 _MOST_RANK = 64
 _SCALES = 1e-3, 30.0
 """Sizes of the random states: where what is added to a mean square counts, and far from it."""
@@ -52,7 +54,12 @@ class BlockExport:
 
     @property
     def reference(self) -> Reference:
-        return lambda prompts, decoded, _: reference_logits(self.model, 1.0, prompts, decoded)
+        def reference(prompts, decoded, states):
+            model = self.model
+            check_states(model.base, model.feature_trunk, prompts, decoded, states.entering)
+            return exact_logits(model, states.entering)
+
+        return reference
 
     def checkpoint(self) -> PreTrainedModel:
         return merged_block(self.model)
@@ -96,6 +103,33 @@ def merged_block(model: QAdapterModel) -> PreTrainedModel:
     if p_a != 1:
         replace_head(shell, *scaled(model.head, p_a))
     return shell
+
+
+@torch.no_grad()
+def exact_logits(model: QAdapterModel, entering_KD: Tensor) -> tuple[Tensor, Tensor]:
+    """The policy's logits in float64, and how far rounding may take an export from them.
+
+    A layer and a norm round less than ten times an element, in whatever dtype, and so does the
+    model itself: the tolerance is a multiple of its own largest error at the same states.
+
+    Args:
+        entering_KD: states that enter the final norm, to the digits that the export computes from.
+
+    Returns:
+        (logits, tolerance), both [K, V] float64.
+    """
+    head, (p_a, _) = model.head, model.policy.stream_weights()
+    adapter = BlockHeadAdapter(head.weight.shape[1], model.adapter_config.rank).double()
+    adapter.load_state_dict(model.adapter.state_dict())
+    x_KD = entering_KD.to(torch.float64)
+    norm = model.adapter.final_norm
+    hidden_KD = p_a * norm(adapter.moved(x_KD, norm(x_KD)))
+    products = [
+        hidden_KD @ block.to("cpu", torch.float64).T for block in head.weight.split(_ROWS)
+    ]
+    exact_KV = head.finish(torch.cat(products, dim=-1).to(head.weight.device), p_a).cpu()
+    ours_KV = model.head_logits(entering_KD.to(head.weight)).to("cpu", torch.float64)
+    return exact_KV, measured_tolerance(exact_KV, ours_KV, head.weight.dtype)
 
 
 def _refusal(base: PreTrainedModel, reason: str) -> QAdapterError:

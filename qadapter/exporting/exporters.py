@@ -24,6 +24,7 @@ from qadapter.exporting.block import BlockExport, plan_block
 from qadapter.exporting.head import LinearPolicy
 from qadapter.exporting.trunk import merged_trunk, reference_logits, write_adapter
 from qadapter.exporting.verification import Reference, check_states
+from qadapter.trunk.lm_head import trunk
 from qadapter.trunk.loading import shell_of
 
 if TYPE_CHECKING:
@@ -54,9 +55,10 @@ class HeadExport:
     def reference(self) -> Reference:
         stored = self.model.base.dtype if self.form == "merged" else torch.float32
 
-        def reference(prompts, decoded, states_KD):
-            check_states(self.model.base, prompts, decoded, states_KD)
-            return self.policy.exact_logits(states_KD, stored)
+        def reference(prompts, decoded, states):
+            base = self.model.base
+            check_states(base, trunk(base), prompts, decoded, states.last)
+            return self.policy.exact_logits(states.last, stored)
 
         return reference
 

@@ -7,7 +7,8 @@ a checkpoint); ``dtype``, ``device``, ``attn_implementation``, ``threads``; ``pr
 token ids) and ``texts`` (the same as text, or null); ``max_new_tokens``.
 
 The answer, for prompt i: ``tokens.i`` [K]; ``logits.i`` [K, V], which each was chosen from;
-``states.i`` [K, D], the last hidden states those come from; ``prompt.i``, the text as the export's
+``states.i`` and ``entering.i`` [K, D], the last hidden states those come from and the states that
+entered the last layer; ``prompt.i``, the text as the export's
 own tokenizer reads it. Metadata: ``versions``; ``temperature``, of the export's
 generation_config.json.
 """
@@ -58,8 +59,9 @@ def answer(request):
         output = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt))
         tensors[f"tokens.{i}"] = output.sequences[0, prompt.shape[1]:].cpu()
         tensors[f"logits.{i}"] = torch.cat(output.logits).float().cpu()
-        states = [layers[-1][0, -1] for layers in output.hidden_states]
-        tensors[f"states.{i}"] = torch.stack(states).float().cpu()
+        for name, place in (("states", -1), ("entering", -2)):
+            states = [layers[place][0, -1] for layers in output.hidden_states]
+            tensors[f"{name}.{i}"] = torch.stack(states).float().cpu()
     if request["texts"] is not None:
         tokenizer = AutoTokenizer.from_pretrained(request["export"], trust_remote_code=False)
         for i, text in enumerate(request["texts"]):

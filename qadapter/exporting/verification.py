@@ -15,16 +15,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qadapter.errors import QAdapterError
 from qadapter.trunk.caches import name_of_cache
-from qadapter.trunk.lm_head import input_device, trunk
+from qadapter.trunk.lm_head import input_device
 
 if TYPE_CHECKING:
     from qadapter.policy.model import QAdapterModel
@@ -44,10 +44,20 @@ _STATES_MAY_DIFFER = 1024
 """Units of relative rounding by which another order of sums may move a trunk's output. (Where the
 processes align their memory alike, it is 0.)"""
 
-Reference = Callable[[list[list[int]], list[Tensor], Tensor], tuple[Tensor, Tensor]]
-"""(prompts, the tokens decoded after each, the export's last hidden states [K, D] they were chosen
-in) → the policy's logits there, and how far rounding may take the export's from them: [K, V]
-float64 each. May raise: the states themselves are wrong."""
+
+class States(NamedTuple):
+    """Of an export, where its tokens were chosen; [K, D] both."""
+
+    last: Tensor
+    """Its last hidden states."""
+    entering: Tensor
+    """What entered its last layer."""
+
+
+Reference = Callable[[list[list[int]], list[Tensor], States], tuple[Tensor, Tensor]]
+"""(prompts, the tokens decoded after each, the states they were chosen in) → the policy's logits
+there, and how far rounding may take the export's from them: [K, V] float64 each. May raise: the
+states themselves are wrong."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,16 +147,19 @@ def ask_stock(request: Mapping[str, Any], scratch: Path) -> tuple[dict[str, Tens
 
 @torch.no_grad()
 def check_states(
-    base: PreTrainedModel, prompts: list[list[int]], decoded: list[Tensor], states_KD: Tensor
+    base: PreTrainedModel, body: nn.Module, prompts: list[list[int]], decoded: list[Tensor],
+    states_KD: Tensor,
 ) -> None:
-    """Whether an export's trunk is the base's: the last hidden states its tokens were chosen in are
-    computed again as ``generate`` does, the prompt at once, then a token at a time from the cache.
+    """Whether an export's trunk is the base's: the states its tokens were chosen in are computed
+    again as ``generate`` does, the prompt at once, then a token at a time from the cache.
+
+    Args:
+        body: the base's trunk, as far as the states are its ``last_hidden_state``.
 
     Raises:
         QAdapterError: they differ by more than rounding.
     """
-    body, device = trunk(base), input_device(base)
-    name, rows = name_of_cache(body), []
+    device, name, rows = input_device(base), name_of_cache(body), []
     for prompt, tokens in zip(prompts, decoded, strict=True):
         fed, cache, length = torch.tensor([prompt], device=device), None, 0
         for token in tokens.tolist():
@@ -162,7 +175,7 @@ def check_states(
     allowed = min(0.25, _STATES_MAY_DIFFER * torch.finfo(base.dtype).eps)
     if not differences_K.max() <= allowed:
         raise _failed(
-            f"its last hidden states differ from the base's by {differences_K.max():.2g} of their "
+            f"its hidden states differ from the base's by {differences_K.max():.2g} of their "
             f"size; rounding explains {allowed:.2g} at most"
         )
 
@@ -183,8 +196,11 @@ def _compare(
     tokens_K1 = torch.cat(decoded)[:, None]
     stock_KV = torch.cat([tensors[f"logits.{i}"] for i in range(len(prompts))]).double()
     stock_KV *= logits_factor
-    states_KD = torch.cat([tensors[f"states.{i}"] for i in range(len(prompts))])
-    exact_KV, tolerance_KV = reference(prompts, decoded, states_KD)
+    states = (
+        torch.cat([tensors[f"{name}.{i}"] for i in range(len(prompts))])
+        for name in ("states", "entering")
+    )
+    exact_KV, tolerance_KV = reference(prompts, decoded, States(*states))
     if stock_KV.shape != exact_KV.shape:
         raise _failed(f"{stock_KV.shape[1]} logits a token, not {exact_KV.shape[1]}")
     error_KV = (stock_KV - exact_KV).abs().nan_to_num(nan=torch.inf)

@@ -107,18 +107,34 @@ def test_what_no_checkpoint_is_is_refused(tmp_path):
         export(authors, tmp_path / "out")
 
 
-def test_a_layer_that_is_off_is_not_kept(here, tmp_path, monkeypatch):
-    """The whole export is held against the policy, too."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factor", [0.0, 1.1])
+def test_a_layer_that_is_off_is_not_kept(factor, dtype, here, tmp_path, monkeypatch):
+    """The whole export is held against the policy, too, and rounding is no excuse."""
     from qadapter.exporting import block
 
-    def doubled(layer, adapter, config, fill=block._fill):
+    def wrong(layer, adapter, config, fill=block._fill):
         fill(layer, adapter, config)
         if layer.mlp.down_proj.weight.dtype == torch.float32:  # not the one that is checked
             with torch.no_grad():
-                layer.mlp.down_proj.weight.mul_(2)
+                layer.mlp.down_proj.weight.mul_(factor)
 
-    monkeypatch.setattr(block, "_fill", doubled)
+    monkeypatch.setattr(block, "_fill", wrong)
     with pytest.raises(QAdapterError, match="checked and is not kept"):
+        export(block_model(dtype=dtype), tmp_path / "out")
+
+
+def test_a_trunk_that_is_another_is_not_kept(here, tmp_path, monkeypatch):
+    from qadapter.exporting import block
+
+    def other(model, merged=block.merged_block):
+        shell = merged(model)
+        scaled = 1.01 * shell.model.layers[0].mlp.down_proj.weight
+        shell.model.layers[0].mlp.down_proj.weight = nn.Parameter(scaled, requires_grad=False)
+        return shell
+
+    monkeypatch.setattr(block, "merged_block", other)
+    with pytest.raises(QAdapterError, match="hidden states differ from the base's"):
         export(block_model(), tmp_path / "out")
 
 
