@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import io
 import json
@@ -129,6 +130,22 @@ def test_pages_of_other_sites_cant_ask():
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""):
         assert ask(content_type=kind)[0] == 415
     assert asked_of(guard, "/v1/models", "OPTIONS", origin="http://evil.example")[0] == 403
+
+
+@holds("The page at / fetches nothing but this server's answers")
+def test_the_servers_page_is_held_by_its_policy():
+    from qadapter.serving.page import page
+
+    html, headers = page()
+    policy = dict(
+        part.partition(" ")[::2] for part in headers["Content-Security-Policy"].split("; ")
+    )
+    assert policy["default-src"] == "'none'" and policy["connect-src"] == "'self'"
+    assert policy["require-trusted-types-for"] == "'script'"
+    [script] = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy["script-src"] == f"'sha256-{digest}'"
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|://", script)
 
 
 @holds("A request's bytes, tokens and seconds are limited")
@@ -717,7 +734,7 @@ def test_what_an_endpoint_gets_and_says(world, tmp_path, capsys, monkeypatch):
     assert kept and all(json.loads(line)["reply"] == evil for line in kept)
 
 
-@holds("Pages (HTML) hold no script", "Names, prompts, answers and tokens are text")
+@holds("Pages (HTML) that are written", "Names, prompts, answers and tokens are text")
 def test_pages_and_texts(world, tmp_path, monkeypatch, capsys):
     """The many texts and places are in system/test_markup.py, test_what_names_may_hold.py and
     compare/test_names_and_numbers.py; here is one of each."""

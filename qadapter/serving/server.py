@@ -66,6 +66,7 @@ async def _run(
 ) -> None:
     config = uvicorn.Config(
         build(service), log_level="warning", access_log=False, server_header=False, ws="none",
+        lifespan="off",
         timeout_graceful_shutdown=int(grace_seconds) + _AFTER_GRACE,
     )
     try:

@@ -76,7 +76,7 @@ class Running:
 
     async def _serve(self) -> None:
         config = uvicorn.Config(
-            build(self.service), log_level="warning", access_log=False, ws="none",
+            build(self.service), log_level="warning", access_log=False, ws="none", lifespan="off",
             timeout_graceful_shutdown=int(self.grace_seconds) + 5,
         )
         try:
