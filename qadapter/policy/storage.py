@@ -354,7 +354,7 @@ def _kind(x: Tensor | None) -> str:
     if x is None:
         return "not there"
     numbers = "numbers" if x.is_floating_point() else str(x.dtype).removeprefix("torch.")
-    return f"{' × '.join(map(str, x.shape))} {numbers}"
+    return f"{' × '.join(map(str, x.shape))} {numbers}".strip()
 
 
 def is_whole(adapter_dir: Place) -> bool:

@@ -91,6 +91,14 @@ def test_cap_is_not_linear():
     assert (model.policy_logits(hidden, adapted).log_softmax(-1) - one_product).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("form", ["linear", "block"])
+def test_recorded_states_are_the_bases(form):
+    model, inputs = head_model("gemma2", form), left_padded(ROWS)
+    ours, theirs = (m(**inputs, output_hidden_states=True) for m in (model, model.base))
+    assert len(ours.hidden_states) == len(theirs.hidden_states) == 3
+    assert all(map(torch.equal, ours.hidden_states, theirs.hidden_states))
+
+
 def test_untrained_adapter_is_the_base():
     base = tiny_base()
     model = QAdapterModel.from_base(base, AdapterConfig(rank=4))
