@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from qadapter.adapters.head_adapter import BlockHeadAdapter
 from qadapter.errors import QAdapterError
 from qadapter.exporting.checkpoints import replace_head, scaled
-from qadapter.exporting.forms import nearest_linear
+from qadapter.exporting.forms import ON_THE_COMMAND_LINE, nearest_linear
 from qadapter.exporting.trunk import measured_tolerance
 from qadapter.exporting.verification import Reference, check_states
 from qadapter.trunk.lm_head import trunk
@@ -135,7 +135,8 @@ def exact_logits(model: QAdapterModel, entering_KD: Tensor) -> tuple[Tensor, Ten
 def _refusal(base: PreTrainedModel, reason: str) -> QAdapterError:
     return QAdapterError(
         f"no decoder layer of {type(base).__name__} can be this adapter: {reason}; "
-        f"{nearest_linear()}; QAdapterModel itself serves the policy as it is"
+        f"{nearest_linear()} (on the command line {ON_THE_COMMAND_LINE.approximate} "
+        f"{ON_THE_COMMAND_LINE.texts}); QAdapterModel itself serves the policy as it is"
     )
 
 

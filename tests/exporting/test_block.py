@@ -68,7 +68,8 @@ def test_a_layer_more_is_the_adapter(architecture, here, tmp_path):
 def test_layers_that_cannot_be_it_are_refused(architecture, tmp_path):
     changes, reason = REFUSED[architecture]
     model = block_model(architecture, **changes)
-    with pytest.raises(QAdapterError, match=f"no decoder layer of .*{reason}.*approximate") as seen:
+    message = f"no decoder layer of .*{reason}.*--approximate --texts_file"
+    with pytest.raises(QAdapterError, match=message) as seen:
         export(model, tmp_path / "out")
     assert "\n" not in str(seen.value) and not (tmp_path / "out").exists()
 
