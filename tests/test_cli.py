@@ -56,7 +56,7 @@ def test_help_needs_no_heavy_import():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for name in ("demo", "train", "eval", "generate", "info"):
+    for name in ("demo", "train", "eval", "generate", "serve", "info"):
         assert name in done.stdout
 
 
