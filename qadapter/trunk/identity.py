@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from qadapter.errors import QAdapterError, shown
 from qadapter.trunk.lm_head import head_weight
@@ -62,17 +63,16 @@ class BaseIdentity:
     def of(cls, base: LoadedBase) -> BaseIdentity:
         """Raises QAdapterError where the head can't be read."""
         model = base.model
-        head = head_weight(model).detach().to("cpu", torch.bfloat16)
         packed = getattr(model, "is_quantized", False)
         state = {} if packed else _in_reach(model)
         unreadable = packed or any(x.is_meta for x in state.values())
         return cls(
             name=base.name,
             revision=getattr(model.config, "_commit_hash", None),
-            head_sha256=hashlib.sha256(head.contiguous().view(torch.uint8).numpy()).hexdigest(),
+            head_sha256=digest_of_head(head_weight(model)),
             layout_sha256=None if packed else _layout(state),
             weights_sha256=None if unreadable else sampled(state.items(), torch.bfloat16),
-            config=_numbers(model.config.get_text_config().to_dict()),
+            config=numbers_of(model.config),
             content=_content(model, packed),
         )
 
@@ -116,6 +116,17 @@ class BaseIdentity:
         known = None not in (self.weights_sha256, found.weights_sha256)
         alike = known and self.layout_sha256 == found.layout_sha256
         return alike and self.weights_sha256 != found.weights_sha256
+
+
+def digest_of_head(weight: Tensor) -> str:
+    """SHA-256 of an lm_head [V, D], rounded to bfloat16."""
+    rounded = weight.detach().to("cpu", torch.bfloat16).contiguous()
+    return hashlib.sha256(rounded.view(torch.uint8).numpy()).hexdigest()
+
+
+def numbers_of(config: PretrainedConfig) -> dict[str, Any]:
+    """A text model's configuration, without what changes no number."""
+    return _numbers(config.get_text_config().to_dict())
 
 
 def summed(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None) -> str:
