@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 TORCH := torch==2.13.0
 NATIVE := $(shell find kernels/csrc -type f 2>/dev/null)
 
-.PHONY: install demo test test-avx2 test-oldest test-newest test-tritons test-transformers4 lint sanitize endurance bench clean
+.PHONY: install demo test test-avx2 test-oldest test-newest test-tritons test-transformers4 test-engines lint sanitize endurance bench clean
 
 install: $(STAMP)
 
@@ -65,6 +65,32 @@ test-transformers4: install
 	.venv-transformers4/bin/python -m pip install --quiet $(TORCH) 'transformers==4.57.*' peft
 	$(BIN)/python -m pytest tests/exporting/with_transformers4.py
 
+# What we export, served by the engines people use and compared with our own answers, into
+# benchmarks/results/engines.json and the tables of README.md and docs/serving.md: half an hour.
+# ENGINES="vllm or llama.cpp" asks some of them (pytest's -k). Nothing is skipped: an engine that
+# can't be installed is an error.
+ENGINES ?=
+VLLM := .venv-vllm/.installed
+LLAMA := .venv-llama/.installed
+ENGINE_STAMPS := $(if $(ENGINES),$(if $(findstring vllm,$(ENGINES)),$(VLLM)) \
+	$(if $(findstring llama,$(ENGINES)),$(LLAMA)),$(VLLM) $(LLAMA))
+$(VLLM): pyproject.toml setup.py tests/engines/vllm_name/pyproject.toml $(NATIVE)
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet $(TORCH)
+	.venv-vllm/bin/python -m pip install --quiet $(TORCH) tests/engines/vllm_name -e .
+# Built for CUDA's torch, they fail to load; models of text need none of them.
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+$(LLAMA): tests/engines/llama_cpp.sh
+	test -x .venv-llama/bin/python || $(PYTHON) -m venv .venv-llama
+	tests/engines/llama_cpp.sh .venv-llama 0.3.36
+	touch $@
+
+test-engines: install $(ENGINE_STAMPS)
+	$(BIN)/python -m pytest tests/engines/every_engine.py $(if $(ENGINES),-k '$(ENGINES)')
+	$(BIN)/python docs/what_serves_it.py
+
 lint: install
 	$(BIN)/ruff check .
 
@@ -80,4 +106,4 @@ bench: install
 	$(BIN)/qadapter bench
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest .venv-transformers4 build dist runs *.egg-info kernels/qadapter_kernels/lib
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-transformers4 .venv-vllm .venv-llama build dist runs *.egg-info kernels/qadapter_kernels/lib

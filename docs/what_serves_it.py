@@ -1,22 +1,18 @@
-"""Rewrites the tables of README.md and docs/serving.md, each between two comments.
+"""Rewrites the tables of README.md and docs/serving.md, each between two comments, from committed
+results.
 
     python docs/what_serves_it.py
 
-The engines' commands: those of qadapter/exporting/engines.py.
-
-What serves an export: runs tests/test_serving.py; a test marked ``serves(engine, form)`` is a row,
-with its outcome. What decoding costs: the last records of benchmarks/generation.py on a CPU.
+The engines' commands: those of qadapter/exporting/engines.py. What serves an export: the last run
+of ``make test-engines``. What decoding costs: the last records of benchmarks/generation.py on a
+CPU.
 """
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
-import platform
+import json
 import sys
 from pathlib import Path
-
-import pytest
 
 from qadapter.exporting import engines
 from qadapter.exporting.forms import FORMS
@@ -25,38 +21,34 @@ ROOT = Path(__file__).parent.parent
 SERVING = ROOT / "docs/serving.md"
 PAGES = (ROOT / "README.md", SERVING)
 GENERATION = ROOT / "benchmarks/results/generation.jsonl"
-PACKAGES = ("transformers", "peft", "torch")
+ENGINES = ROOT / "benchmarks/results/engines.json"
 
 
-class Rows:
-    """A pytest plugin: collects (engine, form, test, outcome)."""
-
-    def __init__(self) -> None:
-        self.marks: dict[str, tuple[str, str]] = {}
-        self.outcomes: dict[str, str] = {}
-
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        for item in items:
-            if mark := item.get_closest_marker("serves"):
-                self.marks[item.nodeid] = mark.args
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "call" or report.outcome != "passed":
-            self.outcomes[report.nodeid] = report.outcome
-
-    def table(self) -> str:
-        versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-        lines = [
-            f"{datetime.date.today():%Y-%m-%d}, {versions}, Python {platform.python_version()}, "
-            "on a CPU:",
-            "",
-            "| engine | form | test | outcome |",
-            "| --- | --- | --- | --- |",
-        ]
-        for test, (engine, form) in self.marks.items():
-            name = test.rpartition("::")[2]
-            lines.append(f"| {engine} | {form} | `{name}` | {self.outcomes.get(test, 'not run')} |")
-        return "\n".join(lines) + "\n"
+def served() -> str:
+    """A row for each engine and form: how much of its answers is ours."""
+    found = json.loads(ENGINES.read_text(encoding="utf-8"))
+    dates = sorted({engine["date"] for engine in found["engines"].values()})
+    lines = [
+        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, {found['base']} in "
+        f"{found['dtype']}, {found['prompts']} chat prompts, up to {found['tokens']} tokens each, "
+        f"greedy, {found['cores']} cores of {found['processor']}; ours: transformers "
+        f"{found['versions']['transformers']}, torch {found['versions']['torch']}:",
+        "",
+        "| engine | form | same tokens | largest difference of a log-probability | gap where they "
+        "part |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    for name, engine in found["engines"].items():
+        for row in engine["rows"]:
+            difference, gap = row["difference"], max(row["gaps"], default=None)
+            cells = (
+                f"{name} {engine['version']}", row["form"],
+                f"{row['same']} of {row['compared']}" + (" **wrong**" if row["wrong"] else ""),
+                "not told" if difference is None else f"{difference:.1g}",
+                "–" if gap is None else f"{gap:.1g}",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def costs() -> str:
@@ -121,16 +113,13 @@ def put(page: Path, name: str, table: str) -> None:
     page.write_text(before + begin + table + end + rest.partition(end)[2], encoding="utf-8")
 
 
-def main() -> int:
-    """Run the tests, write the tables; the tests' exit code."""
-    rows = Rows()
-    code = pytest.main(["-q", str(ROOT / "tests/test_serving.py")], plugins=[rows])
+def main() -> None:
+    """Write all tables."""
     for page in PAGES:
-        put(page, "what serves it", rows.table())
+        put(page, "what serves it", served())
     put(SERVING, "costs", costs())
     put(SERVING, "commands", commands())
-    return int(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,5 +1,5 @@
-"""Engines that know nothing of us answer as we do, greedily. docs/what_serves_it.py makes the
-tables of README.md and docs/serving.md from the tests marked ``serves``."""
+"""Libraries that know nothing of us answer as we do, greedily, on a tiny model. (Engines with
+environments of their own, on a real one: tests/engines.)"""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
 import peft
 import pytest
@@ -65,26 +64,22 @@ def piped(folder) -> str:
     return output[0]["generated_text"][-1]["content"].strip()
 
 
-@pytest.mark.serves("transformers, pipeline", "merged (head)")
 def test_pipeline_with_the_merged_head(exports):
     folder, answer, _ = exports
     assert piped(folder / "merged") == answer
 
 
-@pytest.mark.serves("transformers, pipeline", "merged (LoRA)")
 def test_pipeline_with_the_merged_trunk(exports):
     folder, _, answer = exports
     assert piped(folder / "merged_lora") == answer
 
 
-@pytest.mark.serves("transformers + PEFT, pipeline", "lm_head_lora")
 def test_pipeline_with_a_peft_folder(exports, monkeypatch):
     folder, answer, _ = exports
     monkeypatch.chdir(folder)  # where the base has the name that the adapter gives it
     assert piped(folder / "lm_head_lora") == answer
 
 
-@pytest.mark.serves("PEFT, AutoPeftModelForCausalLM", "peft")
 def test_peft_with_the_trunks_lora(exports, monkeypatch):
     folder, _, answer = exports
     monkeypatch.chdir(folder)
@@ -146,32 +141,8 @@ def ask(url: str, model, **body) -> dict:
         return json.load(response)
 
 
-@pytest.mark.serves("transformers serve, OpenAI API", "merged (head)")
 def test_transformers_serve_answers_as_we_do(server, exports):
     folder, answer, _ = exports
     reply = ask(server, folder / "merged", temperature=0, max_tokens=TOKENS)
     assert reply["object"] == "chat.completion"
     assert reply["choices"][0]["message"]["content"].strip() == answer
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/serving.md"])
-def test_the_tables_are_of_these_tests(page):
-    text = (Path(__file__).parent.parent / page).read_text(encoding="utf-8")
-    table = text.split("<!-- what serves it -->")[1].split("<!-- end -->")[0]
-    rows = [
-        f"| {' | '.join(mark.args)} | `{name}` | passed |"
-        for name, test in globals().items() if name.startswith("test_")
-        for mark in getattr(test, "pytestmark", ()) if mark.name == "serves"
-    ]
-    assert len(rows) == 5
-    assert [line for line in table.splitlines() if line.startswith("| ")][2:] == rows
-
-
-def test_the_commands_are_those_of_the_cards(monkeypatch):
-    root = Path(__file__).parent.parent
-    monkeypatch.syspath_prepend(root / "docs")
-    import what_serves_it
-
-    text = (root / "docs/serving.md").read_text(encoding="utf-8")
-    written = text.split("<!-- commands -->\n")[1].split("<!-- end -->")[0]
-    assert written == what_serves_it.commands()

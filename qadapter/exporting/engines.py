@@ -280,7 +280,7 @@ def _base_folder(export: Served) -> tuple[tuple[str, ...], str]:
 
 def _to_gguf(export: Served, folder: str, gguf: str) -> str:
     return _words(
-        "python", "convert_hf_to_gguf.py", folder, f"--outfile={gguf}", "--outtype",
+        "python", "convert_hf_to_gguf.py", folder, "--outfile", gguf, "--outtype",
         _GGUF_TYPES.get(export.dtype, "auto"),
     )
 
@@ -294,25 +294,25 @@ def _llama_server(export: Served, *words: str) -> Way:
 
 
 def _llama_merged(export: Served) -> Way:
-    gguf = f"{export.folder}.gguf"
-    served = _llama_server(export, f"--model={gguf}")
+    gguf = f"{_place(export)}.gguf"
+    served = _llama_server(export, "--model", gguf)
     return replace(served, commands=(_to_gguf(export, _place(export), gguf), *served.commands))
 
 
 def _llama_lora(export: Served) -> Way:
-    gguf = f"{export.folder}.gguf"
+    gguf = f"{_place(export)}.gguf"
     fetched, base = _base_folder(export)
-    served = _llama_server(export, "--model=base.gguf", f"--lora={gguf}")
+    served = _llama_server(export, "--model", "base.gguf", "--lora", gguf)
     return replace(served, commands=(
         *fetched, _to_gguf(export, base, "base.gguf"),
         _words("python", "convert_lora_to_gguf.py", _place(export), "--base", base,
-               f"--outfile={gguf}"),
+               "--outfile", gguf),
         *served.commands,
     ))
 
 
 def _llama_gguf(export: Served) -> Way:
-    return _llama_server(export, f"--model={_gguf_of(export)}")
+    return _llama_server(export, "--model", _gguf_of(export))
 
 
 def _gguf_of(export: Served) -> str:
