@@ -189,7 +189,8 @@ class Engine:
             return await asyncio.to_thread(locked)
 
     def end_all(self, reason: str) -> None:
-        """Ends every answer that is being written."""
+        """Ends every answer that is being written; none is begun after."""
+        self._stopped = True
         for writing in list(self.batches.requests.values()):
             writing.drawn.put_nowait(EngineFailed(reason))
 

@@ -96,15 +96,12 @@ class _Server(uvicorn.Server):
             self.ready()
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        if self.should_exit:  # a second one: at once
-            self.force_exit = True
+        grace_seconds = 0.0 if self.should_exit else self.grace_seconds  # a second one: at once
         super().handle_exit(sig, frame)
-        self._loop.call_soon_threadsafe(self._drain)
+        self._loop.call_soon_threadsafe(self._drain, grace_seconds)
 
-    def _drain(self) -> None:
-        service = self.service
-        if not service.draining:
-            service.draining = True
-            self._loop.call_later(
-                self.grace_seconds, service.engine.end_all, "the server was shut down meanwhile"
-            )
+    def _drain(self, grace_seconds: float) -> None:
+        self.service.draining = True
+        self._loop.call_later(
+            grace_seconds, self.service.engine.end_all, "the server was shut down meanwhile"
+        )

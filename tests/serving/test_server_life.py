@@ -84,15 +84,17 @@ def test_answers_are_finished_after_a_signal_and_new_ones_refused(folder):
 
 
 @batches_continuously
-@pytest.mark.parametrize("stream", [True, False])
-def test_answers_that_take_too_long_after_a_signal_say_so(folder, stream):
-    with running(service_of(folder, ["gated"]), grace_seconds=0.5) as server:
+@pytest.mark.parametrize("stream, signals", [(True, 1), (False, 1), (False, 2)])
+def test_answers_that_take_too_long_after_a_signal_say_so(folder, stream, signals):
+    grace = 0.5 if signals == 1 else 600.0  # a second one ends at once
+    with running(service_of(folder, ["gated"]), grace_seconds=grace) as server:
         unending(server, 0.1)
         with ThreadPoolExecutor(1) as pool:
             begun = pool.submit(post, server, json=body(max_tokens=150, stream=stream))
             while not server.service.engine.running:
                 time.sleep(0.01)
-            server.server.handle_exit(signal.SIGTERM, None)
+            for _ in range(signals):
+                server.server.handle_exit(signal.SIGTERM, None)
             answer = begun.result()
         said = answer.json() if not stream else json.loads(
             answer.text.strip().splitlines()[-1].removeprefix("data: ")
