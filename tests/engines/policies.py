@@ -125,8 +125,8 @@ class Policies:
         """A policy: the drawn adapter on a base."""
         config, std = _DRAWN[adapter]
         base = load_base(self.untied if untied else self.tied, dtype="float32")
+        torch.manual_seed(7)  # before the fresh adapter, whose other weights are drawn too
         model = QAdapterModel.from_base(base, config).eval()
-        torch.manual_seed(7)
         for name, parameter in model.named_parameters():
             if "adapter.up." in name or "lora_B." in name:
                 torch.nn.init.normal_(parameter, std=std)
