@@ -25,7 +25,7 @@ from qadapter.errors import QAdapterError, beginning
 from qadapter.policy.decoding import CONTINUOUS_BATCHING
 from qadapter.policy.requests import Mixture, RequestBatches
 from qadapter.serving.models import ServedModel, ServedModels
-from qadapter.serving.sampling import Drawn, Sampling, draw
+from qadapter.serving.sampling import Drawing, Drawn, Sampling, draw
 
 _PAGE = 32
 """Tokens of a block of keys and values; flash attention on a GPU wants its own size."""
@@ -65,11 +65,8 @@ class Writing:
 
     key: str
     mixture: Mixture
-    sampling: Sampling
+    drawing: Drawing
     drawn: asyncio.Queue[Drawn | EngineFailed] = dataclasses.field(default_factory=asyncio.Queue)
-
-    def __post_init__(self) -> None:
-        self.generator = self.sampling.generator()
 
 
 class Engine:
@@ -129,7 +126,7 @@ class Engine:
             EngineFailed: it can't be finished.
         """
         manager = self._started()
-        writing = Writing(f"answer-{next(self._numbers)}", mixture, sampling)
+        writing = Writing(f"answer-{next(self._numbers)}", mixture, Drawing(sampling, prompt))
         self.batches.requests[writing.key] = writing
         finished = False
         try:
@@ -251,7 +248,7 @@ class Engine:
         asked = [found[i] for i in rows]
         if len(rows) < len(found):
             logits_NV = logits_NV[torch.tensor(rows, device=logits_NV.device)]
-        drawn = draw(logits_NV, [w.sampling for w in asked], [w.generator for w in asked])
+        drawn = draw(logits_NV, [writing.drawing for writing in asked])
         tokens = [0] * len(found)
         for row, one in zip(rows, drawn, strict=True):
             tokens[row] = 0 if one is None else one.token

@@ -171,13 +171,14 @@ def _served(
 
 
 def _sampling_of(model: QAdapterModel) -> Sampling:
-    """What the base's generation configuration asks for, where it samples."""
+    """What the base's generation configuration asks for; its filters only where it samples."""
     config = model.generation_config
+    penalty = 1.0 if config.repetition_penalty is None else config.repetition_penalty
     if not config.do_sample:
-        return Sampling()
+        return Sampling(repetition_penalty=penalty)
     temperature = 1.0 if config.temperature is None else config.temperature
     top_p = 1.0 if config.top_p is None else config.top_p
-    return Sampling(temperature, top_p, config.top_k or 0)
+    return Sampling(temperature, top_p, config.top_k or 0, repetition_penalty=penalty)
 
 
 class _OfStream(QAdapterModel):

@@ -73,16 +73,17 @@ class Asked:
 _LEFT_ALONE = {"user", "metadata", "safety_identifier", "prompt_cache_key"}
 """They say who asks, or where it is filed."""
 _ONLY: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "store": (False,),
+    "logit_bias": ({},), "store": (False,),
     "response_format": ({"type": "text"},), "tools": ([],), "tool_choice": ("none", "auto"),
     "functions": ([],), "function_call": ("none", "auto"), "modalities": (["text"],),
     "service_tier": ("auto", "default"), "echo": (False,), "suffix": ("",), "best_of": (1,),
-    "parallel_tool_calls": (True, False), "repetition_penalty": (1,), "min_p": (0,),
+    "parallel_tool_calls": (True, False), "min_p": (0,),
 }
 """Fields of which only what asks for nothing is taken."""
 _SHARED = {
     "model", "max_tokens", "temperature", "top_p", "top_k", "n", "stop", "stream",
-    "stream_options", "logprobs", "seed", "strength",
+    "stream_options", "logprobs", "seed", "strength", "presence_penalty", "frequency_penalty",
+    "repetition_penalty",
 }
 _CHAT = _SHARED | {"messages", "max_completion_tokens", "top_logprobs"}
 _COMPLETION = _SHARED | {"prompt"}
@@ -247,6 +248,10 @@ def _asked(
                           lambda value: 0 < value <= 1)),
         max(0, fields.whole("top_k", -1, 2**31 - 1, defaults.top_k)),
         fields.whole("seed", -(2**63), 2**63 - 1, None), top,
+        float(fields.take("repetition_penalty", (int, float), "a number above 0, up to 10",
+                          defaults.repetition_penalty, lambda value: 0 < value <= 10)),
+        float(fields.number("presence_penalty", -2, 2, 0.0)),
+        float(fields.number("frequency_penalty", -2, 2, 0.0)),
     )
     if 0 < sampling.temperature < 1e-5:  # its inverse would leave float32
         sampling = dataclasses.replace(sampling, temperature=0.0)

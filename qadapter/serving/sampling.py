@@ -6,6 +6,7 @@ A request's draws depend on its own logits and its own seed alone, whatever else
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -27,7 +28,12 @@ class Sampling:
         top_p: in (0, 1]; top_k: 0 for all tokens.
         seed: None draws by numbers that nobody can ask for again.
         top_logprobs: how many alternatives are told with every token; None tells no
-            log-probabilities at all. They are the policy's own, before temperature and filters.
+            log-probabilities at all. They are the policy's own, before penalties, temperature and
+            filters.
+        repetition_penalty: transformers': divides the positive logits of all tokens of prompt and
+            answer, multiplies the negative ones; 1 for none.
+        presence_penalty, frequency_penalty: OpenAI's: taken from the logits of the answer's tokens,
+            once and as often as they came.
     """
 
     temperature: float = 1.0
@@ -35,17 +41,55 @@ class Sampling:
     top_k: int = 0
     seed: int | None = None
     top_logprobs: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
-    def generator(self) -> torch.Generator | None:
+    @property
+    def penalises(self) -> bool:
+        penalties = self.repetition_penalty - 1, self.presence_penalty, self.frequency_penalty
+        return any(penalties)
+
+
+class Drawing:
+    """One answer's draws: its random numbers, and the tokens that its penalties are for.
+
+    Args:
+        prompt: token ids.
+    """
+
+    def __init__(self, sampling: Sampling, prompt: Sequence[int] = ()):
+        self.sampling = sampling
+        self.generator = self._generator()
+        self.read = frozenset(prompt) if sampling.penalises else frozenset()
+        self.written: Counter[int] = Counter()
+
+    def _generator(self) -> torch.Generator | None:
         """Random numbers on the CPU, the same on every device; None where nothing is drawn."""
-        if self.temperature == 0:
+        if self.sampling.temperature == 0:
             return None
         generator = torch.Generator()
-        if self.seed is None:
+        if self.sampling.seed is None:
             generator.seed()
         else:
-            generator.manual_seed(self.seed)
+            generator.manual_seed(self.sampling.seed)
         return generator
+
+    def penalise(self, logits_V: Tensor) -> None:
+        """In place."""
+        sampling, device = self.sampling, logits_V.device
+        if sampling.repetition_penalty != 1:
+            seen = torch.tensor(sorted(self.read | self.written.keys()), device=device)
+            if len(seen):
+                logits = logits_V[seen]
+                logits_V[seen] = torch.where(
+                    logits < 0, logits * sampling.repetition_penalty,
+                    logits / sampling.repetition_penalty,
+                )
+        if self.written:
+            seen = torch.tensor(list(self.written), device=device)
+            counts = torch.tensor(list(self.written.values()), device=device)
+            logits_V[seen] -= sampling.presence_penalty + sampling.frequency_penalty * counts
 
 
 class Drawn(NamedTuple):
@@ -57,29 +101,43 @@ class Drawn(NamedTuple):
     """The likeliest tokens, best first."""
 
 
-def draw(
-    logits_NV: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator | None]
-) -> list[Drawn | None]:
-    """One token for each request; None where its logits are NaN, or nothing but −inf.
+def draw(logits_NV: Tensor, drawings: Sequence[Drawing]) -> list[Drawn | None]:
+    """The next token of each answer; None where its logits are NaN, or nothing but −inf.
 
     Args:
         logits_NV: float32 [N, V].
     """
     sound = logits_NV.amax(-1).isfinite().tolist()  # NaN is its own maximum
-    tokens_N = logits_NV.argmax(-1)
-    sampled = [i for i, g in enumerate(generators) if g is not None and sound[i]]
+    samplings = [drawing.sampling for drawing in drawings]
+    scores_NV = _penalised(logits_NV, drawings)
+    tokens_N = scores_NV.argmax(-1)
+    sampled = [i for i, d in enumerate(drawings) if d.generator is not None and sound[i]]
     if sampled:
         rows = torch.tensor(sampled, device=logits_NV.device)
-        uniform = [torch.rand((), generator=generators[i], dtype=torch.float64) for i in sampled]
+        uniform = [
+            torch.rand((), generator=drawings[i].generator, dtype=torch.float64) for i in sampled
+        ]
         tokens_N[rows] = draw_by_lookup(
-            _filtered(logits_NV[rows], [samplings[i] for i in sampled]),
+            _filtered(scores_NV[rows], [samplings[i] for i in sampled]),
             torch.stack(uniform).to(logits_NV.device),
         )
     tokens = tokens_N.tolist()
+    for drawing, token in zip(drawings, tokens, strict=True):
+        if drawing.sampling.penalises:
+            drawing.written[token] += 1
     told = _logprobs(logits_NV, tokens, samplings)
     return [
         told.get(i, Drawn(token)) if sound[i] else None for i, token in enumerate(tokens)
     ]
+
+
+def _penalised(logits_NV: Tensor, drawings: Sequence[Drawing]) -> Tensor:
+    rows = [i for i, drawing in enumerate(drawings) if drawing.sampling.penalises]
+    if rows:
+        logits_NV = logits_NV.clone()
+    for i in rows:
+        drawings[i].penalise(logits_NV[i])
+    return logits_NV
 
 
 def _filtered(scores_NV: Tensor, samplings: Sequence[Sampling]) -> Tensor:

@@ -3,10 +3,15 @@
 import pytest
 import torch
 from data.tiny import chatml
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from qadapter.serving.answers import TextOfTokens
-from qadapter.serving.sampling import Sampling, _filtered, draw
+from qadapter.serving.sampling import Drawing, Sampling, _filtered, draw
 
 
 def filtered_by_transformers(scores, sampling):
@@ -38,9 +43,9 @@ def test_every_request_is_drawn_as_if_it_were_alone():
     logits = torch.randn(4, 300)
     samplings = [Sampling(1.0, seed=1), Sampling(0.0), Sampling(0.5, 0.8, seed=2),
                  Sampling(1.3, seed=3, top_logprobs=2)]
-    together = draw(logits, samplings, [s.generator() for s in samplings])
+    together = draw(logits, [Drawing(s) for s in samplings])
     for i, sampling in enumerate(samplings):
-        [alone] = draw(logits[i : i + 1], [sampling], [sampling.generator()])
+        [alone] = draw(logits[i : i + 1], [Drawing(sampling)])
         assert alone.token == together[i].token
     assert together[1].token == logits[1].argmax()
     assert together[0].logprob is None
@@ -52,11 +57,37 @@ def test_every_request_is_drawn_as_if_it_were_alone():
 def test_draws_follow_the_distribution():
     logits = torch.tensor([[0.0, 1.0, 2.0]])
     sampling = Sampling(1.0, seed=0)
-    generator, counts = sampling.generator(), torch.zeros(3)
+    drawing, counts = Drawing(sampling), torch.zeros(3)
     for _ in range(4000):
-        counts[draw(logits, [sampling], [generator])[0].token] += 1
+        counts[draw(logits, [drawing])[0].token] += 1
     # Four standard deviations of a share of 4,000 draws: 4·√(1/4/4000).
     assert (counts / 4000 - logits[0].softmax(-1)).abs().max() < 0.032
+
+
+def test_the_penalty_for_repetitions_is_transformers():
+    torch.manual_seed(0)
+    prompt, drawing = [3, 5, 5], Drawing(Sampling(0.0, repetition_penalty=1.7), [3, 5, 5])
+    other = Drawing(Sampling(0.0), prompt)
+    penalty = RepetitionPenaltyLogitsProcessor(1.7)
+    for _ in range(12):
+        logits = torch.randn(2, 9)
+        expected = penalty(torch.tensor([prompt]), logits[:1].clone()).argmax(-1)
+        penalised, plain = draw(logits, [drawing, other])
+        assert penalised.token == expected and plain.token == logits[1].argmax()
+        prompt.append(penalised.token)
+
+
+def test_penalties_count_the_tokens_of_the_answer():
+    logits = torch.tensor([[2.0, 1.9, 0.0]])
+    drawing = Drawing(Sampling(0.0, presence_penalty=0.2, top_logprobs=1), [0, 0])
+    found = [draw(logits, [drawing])[0] for _ in range(3)]
+    assert [one.token for one in found] == [0, 1, 0]  # the prompt's don't count; 1.8 against 1.9
+    # What is told is the policy's own.
+    assert found[1].logprob == pytest.approx(float(logits[0].log_softmax(-1)[1]))
+    drawing = Drawing(Sampling(0.0, frequency_penalty=0.6))
+    assert [draw(logits, [drawing])[0].token for _ in range(5)] == [0, 1, 0, 1, 0]
+    drawing = Drawing(Sampling(0.0, frequency_penalty=1.2))
+    assert [draw(logits, [drawing])[0].token for _ in range(5)] == [0, 1, 0, 1, 2]
 
 
 @pytest.mark.parametrize("spoil", [float("nan"), float("-inf"), float("inf")])
@@ -64,7 +95,7 @@ def test_a_row_that_cant_be_drawn_is_alone_in_it(spoil):
     logits = torch.zeros(3, 8)
     logits[1] = spoil
     samplings = [Sampling(0.0), Sampling(1.0, seed=1), Sampling(1.0, seed=1, top_logprobs=0)]
-    found = draw(logits, samplings, [s.generator() for s in samplings])
+    found = draw(logits, [Drawing(s) for s in samplings])
     assert found[1] is None and found[0] is not None and found[2].logprob is not None
 
 

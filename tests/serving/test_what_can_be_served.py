@@ -6,6 +6,7 @@ import requests
 import torch
 from running import running, service_of
 from tiny_models import batches_continuously, save_tiny, tiny_llama
+from transformers import GenerationConfig
 
 from qadapter import AdapterConfig, QAdapterModel
 from qadapter.composition import compose
@@ -25,6 +26,25 @@ def trained(model, seed):
     for parameter in model.adapter.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model
+
+
+def test_the_bases_own_penalty_is_the_servers(tmp_path):
+    save_tiny(tmp_path / "base")
+    GenerationConfig(repetition_penalty=1.8).save_pretrained(tmp_path / "base")
+    model = trained(QAdapterModel.from_base(tmp_path / "base", AdapterConfig(rank=2)), 3)
+    model.save_pretrained(tmp_path / "head")
+    body = {"model": "head", "prompt": [5, 6, 7], "max_tokens": 12, "temperature": 0}
+    with running(service_of(tmp_path, ["head"])) as server:
+        tokenizer = server.service.models.by_name["base"].tokenizer
+        for change, penalty in (({}, 1.8), ({"repetition_penalty": 1}, 1.0)):
+            answer = requests.post(server.url + "/v1/completions", timeout=60, json=body | change)
+            ids = model.generate(
+                torch.tensor([[5, 6, 7]]), max_new_tokens=12, do_sample=False,
+                repetition_penalty=penalty,
+            )[0, 3:]
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            assert answer.json()["choices"][0]["text"] == text
+            assert (len(set(ids.tolist())) == 12) == (penalty == 1.8)
 
 
 def test_a_composition_of_loras_and_a_head_beside_it(tmp_path):
