@@ -130,7 +130,7 @@ def test_bad_retention_file(place, tmp_path, fails, name, text, message):
     (["--lerning_rate", "1"], ["--lerning_rate", "--learning_rate"]),
     (["--learning_rate", "fast"], ["--learning_rate", "a number", "'fast'"]),
     (["--max_steps", "1.5"], ["--max_steps", "a whole number"]),
-    (["--adapter_form", "liner"], ["--adapter_form", "linear, mlp", "did you mean 'linear'"]),
+    (["--adapter_form", "liner"], ["--adapter_form", "linear, block, mlp", "did you mean 'linear'"]),
     (["--adapter_kind", "lora"], ["adapter_rank is for adapter_kind head, and this is lora"]),
     (["--lora_r", "0"], ["lora_r must be at least 1"]),
     (["--lora_r", "4"], ["lora_r is for adapter_kind lora, and this is head"]),

@@ -29,7 +29,8 @@ CPU_SECONDS, WALL_SECONDS = 40, 400
 """A run that takes longer hangs: all of them take about a second of a processor."""
 MEMORY = 4 << 30
 """Bytes of its own that a run may take before the system refuses it more."""
-_LEFT_OUT = ("qadapter.integrations.lm_eval",)
+_LEFT_OUT = ("qadapter.exporting.gguf.in_llama_cpp", "qadapter.integrations.lm_eval")
+"""They need packages that qadapter does without."""
 _IMPORTED_LATE = (
     "matplotlib.backends.backend_agg", "matplotlib.figure",
     "peft.utils.transformers_weight_conversion",
