@@ -100,13 +100,13 @@ def run(options: ServeArguments, model_args: args.AdapterArguments, given: set[s
     strength = 1.0 if model_args.strength is None else model_args.strength
     if strength > MAX_STRENGTH:
         raise QAdapterError(f"strength must be at most {MAX_STRENGTH:g}, got {strength:g}")
-    engine.require_batching()
     key = None if options.api_key_file is None else guard.read_key(options.api_key_file)
     if key is None and not guard.is_loopback(options.host):
         raise QAdapterError(
             f"{options.host} can be reached from elsewhere: give --api_key_file, or stay on "
             "127.0.0.1"
         )
+    engine.require_batching()
     preferences = None
     if options.preferences_file is not None:
         preferences = PreferenceFile(options.preferences_file)
