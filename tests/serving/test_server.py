@@ -447,7 +447,8 @@ def test_logits_that_are_no_numbers_end_their_answer_alone(server, client, expec
     choose = batches.choose
 
     def spoiled(found, logits):
-        hit = [i for i, one in enumerate(found) if one is not None and one.sampling.seed == 99]
+        seeds = [None if one is None else one.drawing.sampling.seed for one in found]
+        hit = [i for i, seed in enumerate(seeds) if seed == 99]
         logits[hit] = torch.nan
         return choose(found, logits)
 
