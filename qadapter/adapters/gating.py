@@ -29,9 +29,8 @@ class RowsOfStreams:
         self.rows, self.tokens = rows, tokens
         self.own_T1: dict[int, Tensor] = {}
 
-    def set_tokens(self, stream_T: Tensor) -> None:
-        """Each token of one packed row [1, T] has a stream of its own."""
-        streams = stream_T.unique().tolist()
+    def set_tokens(self, streams: Sequence[int], stream_T: Tensor) -> None:
+        """Each token of one packed row [1, T] has one of the streams of its own."""
         self.set(streams, 1, len(stream_T))
         self.own_T1 = {stream: (stream_T == stream)[:, None] for stream in streams}
 

@@ -184,7 +184,7 @@ class LoraAdapter:
             return
         self._check_apart()
         self._activate(streams)
-        self._rows.set_tokens(stream_T)
+        self._rows.set_tokens(streams, stream_T)
         try:
             yield
         finally:

@@ -38,7 +38,8 @@ _TYING = {
     "llama.cpp": ("gemma", "gemma2", "cohere", "cohere2"),
 }
 """Architectures whose output layer is the input embedding there, whatever a checkpoint says."""
-_GGUF_TYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+GGUF_TYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+"""That hold weights of a dtype as they are."""
 
 
 @dataclass(frozen=True)
@@ -281,7 +282,7 @@ def _base_folder(export: Served) -> tuple[tuple[str, ...], str]:
 def _to_gguf(export: Served, folder: str, gguf: str) -> str:
     return _words(
         "python", "convert_hf_to_gguf.py", folder, "--outfile", gguf, "--outtype",
-        _GGUF_TYPES.get(export.dtype, "auto"),
+        GGUF_TYPES.get(export.dtype, "auto"),
     )
 
 
@@ -321,7 +322,7 @@ def _gguf_of(export: Served) -> str:
 
 def _ollama(export: Served, *lines: str, fetched: tuple[str, ...] = ()) -> Way:
     name = _ollama_name(export)
-    lines += (f"PARAMETER temperature {export.temperature:.6g}", *_OLLAMA_UNCUT)
+    lines += (f"PARAMETER temperature {export.temperature:.6g}", *OLLAMA_UNCUT)
     return Way("", (
         *fetched, f"printf '%s\\n' {_words(*lines)} > Modelfile",
         _words("ollama", "create", name, "-f", "Modelfile"), _words("ollama", "run", name),
@@ -329,9 +330,10 @@ def _ollama(export: Served, *lines: str, fetched: tuple[str, ...] = ()) -> Way:
        "one, unless it names one itself when it creates the model.")
 
 
-_OLLAMA_UNCUT = tuple(
+OLLAMA_UNCUT = tuple(
     f"PARAMETER {name}" for name in ("top_k 0", "top_p 1", "min_p 0", "repeat_penalty 1")
 )
+"""Lines of a Modelfile that leave sampling as it is: by default Ollama cuts and penalises."""
 
 
 def _ollama_name(export: Served) -> str:

@@ -22,7 +22,7 @@ from qadapter.exporting import checkpoints
 from qadapter.exporting.approximation import Approximation, fit_linear
 from qadapter.exporting.block import BlockExport, plan_block
 from qadapter.exporting.head import LinearPolicy
-from qadapter.exporting.trunk import merged_trunk, reference_logits, write_adapter
+from qadapter.exporting.trunk import largest_rank, merged_trunk, reference_logits, write_adapter
 from qadapter.exporting.verification import Reference, check_states
 from qadapter.trunk.lm_head import trunk
 from qadapter.trunk.loading import shell_of
@@ -106,8 +106,7 @@ class TrunkExport:
     @property
     def rank(self) -> int:
         """The largest of a layer."""
-        weights = self.model.adapter.state_dict()
-        return max((x.shape[0] for name, x in weights.items() if ".lora_A." in name), default=0)
+        return largest_rank(self.model.adapter.state_dict())
 
     @property
     def beyond_lora(self) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from qadapter.data.templates import default_of
+from qadapter.exporting.engines import OLLAMA_UNCUT
 
 Render = Callable[["Conversation"], str]
 Conversation = Sequence[tuple[str, str]]
@@ -286,10 +287,7 @@ def modelfile(
         if found.system_default:
             lines.append(f"SYSTEM {_quoted(found.system_default)}")
     lines += [f"PARAMETER stop {_quoted(text)}" for text in stops if '"""' not in text]
-    lines += [
-        f"PARAMETER temperature {temperature:.6g}", "PARAMETER top_k 0", "PARAMETER top_p 1",
-        "PARAMETER min_p 0", "PARAMETER repeat_penalty 1",
-    ]
+    lines += [f"PARAMETER temperature {temperature:.6g}", *OLLAMA_UNCUT]
     return "\n".join(lines) + "\n"
 
 

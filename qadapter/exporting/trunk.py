@@ -69,6 +69,11 @@ def write_adapter(
     config.save_pretrained(str(folder))
 
 
+def largest_rank(weights: dict[str, Tensor]) -> int:
+    """Of a LoRA's layers, from its state dict; 0 of one that has none of its matrices."""
+    return max((x.shape[0] for name, x in weights.items() if ".lora_A." in name), default=0)
+
+
 _OF_THE_START = ("init_lora_weights", "loftq_config", "eva_config", "corda_config")
 """Fields of LoRA's that are of training alone."""
 
@@ -83,7 +88,7 @@ def _scaled_alike(
         config: is changed accordingly.
     """
     layers = dict(model.adapter.peft_model.named_modules())
-    rank = max((x.shape[0] for name, x in weights.items() if ".lora_A." in name), default=0)
+    rank = largest_rank(weights)
     alike = {}
     for name, x in weights.items():
         module, kind, _ = name.rpartition(".lora_")

@@ -11,18 +11,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qadapter.errors import QAdapterError
+from qadapter.exporting import processes
 from qadapter.trunk.caches import name_of_cache
 from qadapter.trunk.lm_head import input_device
 
@@ -129,20 +127,12 @@ def check_export(
 
 def ask_stock(request: Mapping[str, Any], scratch: Path) -> tuple[dict[str, Tensor], dict]:
     """Run ``stock.py`` in a process of its own; its tensors and metadata."""
-    question, answer = scratch / "request.json", scratch / "answer.safetensors"
-    question.write_text(json.dumps(request), encoding="utf-8")
-    command = [
-        sys.executable, "-P", str(Path(__file__).with_name("stock.py")), str(question), str(answer)
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode != 0 or not answer.is_file():
-        lines = [line for line in result.stderr.splitlines() if line.strip()]
-        raise QAdapterError(
+    return processes.ask(
+        Path(__file__).with_name("stock.py"), request, scratch, lambda reason: QAdapterError(
             "the export was checked and is not kept: stock libraries can't load it "
-            f"({lines[-1][:500] if lines else f'exit code {result.returncode}'})"
-        )
-    with safe_open(answer, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+            f"({reason})"
+        ),
+    )
 
 
 @torch.no_grad()

@@ -108,7 +108,8 @@ def build(service: Service) -> Guard:
         length = service.engine.max_length
         asked = await service.read(read_rewards, body, models, length)
         with _reserved(service.engine, 1):
-            found = await _unless_gone(request, service.engine.alone(rewards, models, asked))
+            work = service.engine.alone(rewards, models, asked)
+            found = await _unless_gone(request.receive, work)
         return _GONE if found is None else JSONResponse(found)
 
     @app.post("/v1/qadapter/preferences")
@@ -218,7 +219,7 @@ async def _answer(
 
     with _reserved(engine, asked.answers):
         try:
-            found = await _unless_gone(request, collect())
+            found = await _unless_gone(request.receive, collect())
         except EngineFailed as error:
             raise failure(error) from error
     return _GONE if found is None else JSONResponse(found)
@@ -245,26 +246,22 @@ def _reserved(engine: Engine, answers: int):
         engine.release(answers)
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
+async def _unless_gone(receive: Callable[[], Any], work: Coroutine[Any, Any, Any]) -> Any:
     """What work finds; None where the client left before, which ends it."""
     working = asyncio.create_task(work)
-    leaving = asyncio.create_task(_left(request.receive))
+    leaving = asyncio.create_task(_left(receive))
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         return working.result() if working.done() else None
     finally:
-        await _ended(working, leaving)
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
 
 
 async def _left(receive: Callable[[], Any]) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def _ended(*tasks: asyncio.Task) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class _Events(Response):
@@ -280,14 +277,7 @@ class _Events(Response):
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         with self._room:
-            sending = asyncio.create_task(self._send_all(send))
-            leaving = asyncio.create_task(_left(receive))
-            try:
-                await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
-                if sending.done():
-                    sending.result()
-            finally:
-                await _ended(sending, leaving)
+            await _unless_gone(receive, self._send_all(send))
 
     async def _send_all(self, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [

@@ -9,18 +9,16 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from qadapter.data.templates import default_of
 from qadapter.errors import QAdapterError
+from qadapter.exporting import processes
 from qadapter.exporting.verification import PROMPTS, TOKENS
 
 _SETTINGS = (
@@ -200,20 +198,12 @@ def _conversation(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def _ask(script: str, request: Mapping, scratch: Path) -> tuple[dict[str, Tensor], dict]:
-    """Run a script in a process of its own; its tensors and metadata."""
-    question, answer = scratch / f"{script}.json", scratch / f"{script}.safetensors"
-    question.write_text(json.dumps(request), encoding="utf-8")
-    command = [
-        sys.executable, "-P", str(Path(__file__).with_name(script)), str(question), str(answer)
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode != 0 or not answer.is_file():
-        lines = [line for line in result.stderr.splitlines() if line.strip()]
-        reason = lines[-1][:500] if lines else f"exit code {result.returncode}"
-        raise _failed(f"{script} can't run it ({reason})")
-    with safe_open(answer, "pt") as file:
-        metadata = {key: json.loads(value) for key, value in file.metadata().items()}
-        return {name: file.get_tensor(name) for name in file.keys()}, metadata
+    """Run a script of this folder; its tensors, and its metadata, which are JSON."""
+    found, metadata = processes.ask(
+        Path(__file__).with_name(script), request, scratch,
+        lambda reason: _failed(f"{script} can't run it ({reason})"),
+    )
+    return found, {key: json.loads(value) for key, value in metadata.items()}
 
 
 def _failed(what: str) -> QAdapterError:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 from qadapter.errors import QAdapterError
+from qadapter.exporting import processes
 
 SCRIPT = "convert_hf_to_gguf.py"
 
@@ -33,13 +32,7 @@ def convert(script: Path, checkpoint: Path, file: Path, kind: str) -> None:
     Raises:
         QAdapterError: it refuses; its last line says why.
     """
-    command = [
-        sys.executable, str(script), str(checkpoint), "--outfile", str(file), "--outtype", kind
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode != 0 or not file.is_file():
-        lines = [line for line in result.stderr.splitlines() if line.strip()]
-        raise QAdapterError(
-            f"{script} can't convert the checkpoint "
-            f"({lines[-1][:500] if lines else f'exit code {result.returncode}'})"
-        )
+    processes.run(
+        [str(script), str(checkpoint), "--outfile", str(file), "--outtype", kind], file,
+        lambda reason: QAdapterError(f"{script} can't convert the checkpoint ({reason})"),
+    )

@@ -11,19 +11,20 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from qadapter.errors import QAdapterError
+from qadapter.exporting.engines import GGUF_TYPES
 from qadapter.exporting.forms import FROM_MERGED
 from qadapter.exporting.gguf.architectures import ARCHITECTURES, NotWritten, layout_of
 from qadapter.exporting.gguf.converter import SCRIPT, convert, find_converter
 from qadapter.exporting.gguf.vocabulary import vocabulary
+from qadapter.trunk.base_dtype import dtype_name
 
 TYPES = ("f32", "f16", "bf16", "q8_0")
 """Of the weights. Vectors (norms, biases) are float32 in all of them, as in llama.cpp's files."""
-_OWN_TYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 def own_type(dtype: torch.dtype) -> str:
     """The type that holds weights of a dtype as they are."""
-    return _OWN_TYPES.get(dtype, "f32")
+    return GGUF_TYPES.get(dtype_name(dtype), "f32")
 
 
 def require_options(form: str, gguf_type: str, llama_cpp_dir: str | Path | None) -> None:
