@@ -49,6 +49,7 @@ from torch import Tensor
 
 from qadapter import AdapterConfig, ObjectiveConfig, QAdapterModel
 from qadapter.data import load_preferences, split_by_prompt, tokenize_preferences
+from qadapter.data.passages import passages
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.bootstrap import ClusterBootstrap
 from qadapter.evaluation.preference import wins
@@ -58,10 +59,7 @@ from qadapter.training.feature_store import load_or_compute
 from qadapter.trunk.loading import cache_dir, load_tokenizer
 
 DATA = ROOT.parent / "shared" / "data"
-UNRELATED = ROOT / "qadapter" / "demo" / "data" / "unrelated.jsonl"
 HELPFUL_FILE, HELPFUL_PAIRS = "hh_rlhf_helpful_transcripts.jsonl", 20
-RETENTION_GENRES = ("story", "reference", "dialogue", "instructions")
-"""Of the unrelated texts: these for the retention term, the others for measuring."""
 SPLIT_SEED, SEARCH_SEED, FINAL_SEEDS = 1, 0, (1, 2, 3)
 FOLDS, FINALISTS = 3, 2
 """Every configuration is trained without the first fold and scored on it; the best few of those
@@ -151,9 +149,8 @@ class Bench:
             "helpful": helpful.select(range(min(HELPFUL_PAIRS, len(helpful)))),
         }
         self.rows = report.summary()
-        texts = [json.loads(line) for line in UNRELATED.read_text(encoding="utf-8").splitlines()]
-        self.retention_texts = [t["text"] for t in texts if t["genre"] in RETENTION_GENRES]
-        self.unrelated_texts = [t["text"] for t in texts if t["genre"] not in RETENTION_GENRES]
+        self.retention_texts = passages(held_to=True)
+        self.unrelated_texts = passages(held_to=False)
         self.fresh = QAdapterModel.from_base(options.base)
         """Untrained: its log-probabilities are the base's."""
         self._features: dict[str, FeatureSet] = {}

@@ -66,11 +66,6 @@ def test_the_measure(text, ended, kept):
     assert keeps_manner(_answer(text, ended)) is kept
 
 
-def test_texts_to_hold_and_texts_to_measure_share_no_genre():
-    seen, unseen = demo.load_unrelated()
-    assert len(seen) >= 20 and len(unseen) >= 20 and not set(seen) & set(unseen)
-
-
 def test_a_cut_sample_has_no_end_of_turn():
     tokenizer = chatml()
     pairs = [

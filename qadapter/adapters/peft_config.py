@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from transformers import PretrainedConfig
 
 from qadapter.errors import QAdapterError, beginning, nearest, shown
 from qadapter.system.documents import MAX_CONFIG_BYTES, read_json
@@ -174,3 +175,18 @@ def _as_text(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return " or ".join(map(repr, arguments))
     return "null" if hint is type(None) else str(getattr(hint, "__name__", hint))
+
+
+def upper_blocks(number: int, base: PretrainedConfig, option: str) -> list[int]:
+    """The numbers of a base's upper blocks, as ``layers_to_transform`` takes them.
+
+    Args:
+        option: what asks for so many, for the message.
+
+    Raises:
+        QAdapterError: the base has fewer.
+    """
+    depth = base.get_text_config().num_hidden_layers
+    if number > depth:
+        raise QAdapterError(f"{option}={number}: the base has {depth} blocks")
+    return list(range(depth - number, depth))

@@ -15,6 +15,8 @@ from qadapter.objective import ObjectiveConfig
 BASE = "base"
 """Name of the row that every comparison has: the base as it is."""
 SPLITS = ("validation", "test")
+OWN = "own"
+"""Of texts that retention is held to: the base's own answers to the training prompts."""
 CONFIG_NAME, TOUCHED_NAME = "config.json", "test_touched.jsonl"
 FIRST_NAME, ANSWERS_NAME = "first", "base_answers"
 OTHER_FILES = (
@@ -58,7 +60,10 @@ class AdapterSpec:
     r: int = 8
     lora_alpha: int = 16
     lora_dropout: float = 0.0
-    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+    target_modules: list[str] | str = field(default_factory=lambda: ["q_proj", "v_proj"])
+    """Names, or all-linear."""
+    layers: int | None = None
+    """Of a LoRA: so many of the upper blocks get one; none for all."""
 
     def check(self) -> None:
         """Raises ValueError for options that can't be."""
@@ -66,6 +71,11 @@ class AdapterSpec:
             AdapterConfig(form=self.form, rank=self.rank)
         elif self.kind != "lora":
             raise ValueError(f"kind must be head or lora, got {self.kind!r}")
+        if self.layers is not None and (self.kind != "lora" or self.layers < 1):
+            raise ValueError(
+                f"layers is a number of upper blocks that get a LoRA, got {self.layers} for "
+                f"kind {self.kind}"
+            )
         if self.r < 1 or self.lora_alpha < 1 or not 0 <= self.lora_dropout < 1:
             raise ValueError(
                 "r and lora_alpha must be at least 1 and lora_dropout in [0, 1), got "
@@ -108,7 +118,9 @@ class RetentionTexts:
 
     name: str
     file: str
-    """.txt (one a line) or .jsonl (key: text); "built-in" for the passages of the demo."""
+    """.txt (one a line) or .jsonl (key: text); "built-in" for the library's own passages."""
+    unseen: bool | None = None
+    """Of the built-in passages only the genres that no retention term is held to."""
     max_texts: int | None = None
     preferred: bool = False
     """The file holds preferences instead: the preferred answer of each prompt is scored."""
@@ -195,13 +207,21 @@ class DPO(Method):
 
     kind: ClassVar[str] = "dpo"
     beta: float = 0.1
+    nll_coef: float | None = None
+    """Weight of the preferred answers' cross-entropy, in nats a token (RPO; TRL's "sft" loss)."""
     retention_coef: float = 0.0
+    retention_dataset_name: list[str] | str | None = None
+    """As Q-Adapter's."""
 
     def check(self, training: TrainingSpec) -> None:
         super().check(training)
         if not self.beta > 0:
             raise ValueError(f"beta must be positive, got {self.beta}")
-        _check_retention(self.retention_coef)
+        if self.nll_coef is not None and not 0 < self.nll_coef < math.inf:
+            raise ValueError(f"nll_coef must be positive, got {self.nll_coef}")
+        if self.nll_coef is not None and self.retention_coef > 0:
+            raise ValueError("nll_coef and retention_coef are not trained together")
+        _check_retention(self)
 
 
 @dataclass(frozen=True)
@@ -239,20 +259,36 @@ class QAdapter(Method):
     length_normalization: str = ObjectiveConfig.length_normalization
     mask_alignment: str = ObjectiveConfig.mask_alignment
     retention_coef: float = 0.0
+    retention_dataset_name: list[str] | str | None = None
+    """Texts that retention is held to: a file of texts, built-in (passages that come with the
+    library) or own (the base's own answers to the training prompts), or several of these. None for
+    its answers to the old data's training prompts, or where there are none, own."""
 
     def check(self, training: TrainingSpec) -> None:
         super().check(training)
         self.objective()
-        _check_retention(self.retention_coef)
+        _check_retention(self)
 
     def objective(self) -> ObjectiveConfig:
         names = [f.name for f in dataclasses.fields(ObjectiveConfig)]
         return ObjectiveConfig(**{name: getattr(self, name) for name in names})
 
 
-def _check_retention(coef: float) -> None:
-    if not 0 <= coef < math.inf:
-        raise ValueError(f"retention_coef must not be negative, got {coef}")
+def _check_retention(method: DPO | QAdapter) -> None:
+    if not 0 <= method.retention_coef < math.inf:
+        raise ValueError(f"retention_coef must not be negative, got {method.retention_coef}")
+    if method.retention_dataset_name is None:
+        return
+    if method.retention_coef == 0:
+        raise ValueError("retention_dataset_name has no say where retention_coef is 0")
+    if not retention_names(method):
+        raise ValueError("retention_dataset_name is empty")
+
+
+def retention_names(method: Method) -> list[str]:
+    """The texts that a method is held to, by name; empty where it says nothing of its own."""
+    named = getattr(method, "retention_dataset_name", None)
+    return [named] if isinstance(named, str) else list(named or ())
 
 
 @dataclass(frozen=True)
@@ -360,7 +396,7 @@ class CompareConfig:
         _, in_adapter, name = option.rpartition("adapter.")
         if in_adapter:
             spec = method.adapter or self.adapter
-            kind = type(getattr(spec, name))
+            kind = typing.get_type_hints(AdapterSpec)[name]
             spec = dataclasses.replace(spec, **{name: _converted(kind, option, value)})
             return dataclasses.replace(method, adapter=None if spec == self.adapter else spec)
         kinds = typing.get_type_hints(type(method))
@@ -380,6 +416,8 @@ class CompareConfig:
 
 def _converted(kind: Any, name: str, value: float | str) -> float | str:
     """A sweep's value as an option of this type takes it."""
+    kinds = typing.get_args(kind) or (kind,)
+    kind = str if isinstance(value, str) and str in kinds else kinds[0]
     if isinstance(value, str) != (kind is str):
         raise ValueError(f"{name} must be {'text' if kind is str else 'a number'}")
     if kind is not int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from datasets import Dataset
@@ -21,9 +20,8 @@ from qadapter.data import (
     tokenize_preferences,
     without_prompts,
 )
+from qadapter.data.passages import BUILT_IN, PATH, passages
 from qadapter.errors import QAdapterError
-
-BUILT_IN = Path(__file__).parents[1] / "demo" / "data" / "unrelated.jsonl"
 
 
 class Part(NamedTuple):
@@ -137,7 +135,10 @@ def load_texts(
     """
     if texts.preferred:
         return _preferred(texts, file, tokenizer)
-    lines = read_texts(str(BUILT_IN) if texts.file == "built-in" else file)
+    if texts.file == BUILT_IN and texts.unseen:
+        lines = passages(held_to=False)
+    else:
+        lines = read_texts(str(PATH) if texts.file == BUILT_IN else file)
     return Texts(lines[: texts.max_texts])
 
 

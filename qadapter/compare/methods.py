@@ -1,9 +1,9 @@
 """Training one row of a comparison: every method ends in a ``QAdapterModel``.
 
 The same adapter on the same base, the same pairs, the same number of tokens seen. Q-Adapter trains
-with ``QAdapterTrainer``. SFT, replay and RLOO train with TRL, on ``PolicyForCausalLM``. DPO trains
-with TRL's ``DPOTrainer`` for LoRA; a head adapter's runs on cached features with
-``QAdapterTrainer``, whose loss at α₀ = α̃ = β, γ = 1 and no χ² term is DPO's (design §2, fact 1).
+with ``QAdapterTrainer``, and DPO too: at α₀ = α̃ = β, γ = 1 and no χ² term its loss is DPO's (design
+§2, fact 1), on cached features or states and without padding. With a term of TRL's own (NLL) DPO
+trains with ``DPOTrainer``. SFT, replay and RLOO train with TRL, on ``PolicyForCausalLM``.
 """
 
 from __future__ import annotations
@@ -86,22 +86,22 @@ def _objective(method: Method) -> ObjectiveConfig:
     return ObjectiveConfig(alpha_0=alpha, alpha_tilde=alpha, chi2_coef=0.0)
 
 
-def trains_with_trl(method: Method, adapts_trunk: bool) -> bool:
-    """Whether TRL trains it: all but Q-Adapter, and DPO where ours is the same and faster."""
+def trains_with_trl(method: Method) -> bool:
+    """Whether TRL trains it: all but Q-Adapter, and DPO's own loss, where ours is the same and
+    faster."""
     if isinstance(method, DPO):
-        return adapts_trunk and method.retention_coef == 0
+        return method.nll_coef is not None
     return isinstance(method, SFT | Replay | RLOO)
 
 
-def require_trl(config: CompareConfig, methods: Iterable[Method]) -> None:
+def require_trl(methods: Iterable[Method]) -> None:
     """Refuse what trains with TRL where there is none, before anything is run.
 
     Raises:
         QAdapterError: it does, and TRL is not installed.
     """
     for method in methods:
-        lora = (method.adapter or config.adapter).kind == "lora"
-        if trains_with_trl(method, lora) and importlib.util.find_spec("trl") is None:
+        if trains_with_trl(method) and importlib.util.find_spec("trl") is None:
             raise QAdapterError(f"{method.kind} trains with TRL: pip install 'qadapter[compare]'")
 
 
@@ -117,7 +117,7 @@ def _trainer(
     }
     if isinstance(method, QAdapter):
         return _qadapter_trainer(bench, method, model, shared), "QAdapterTrainer"
-    if not trains_with_trl(method, model.adapts_trunk):
+    if not trains_with_trl(method):
         name = "QAdapterTrainer at chi2_coef 0, alpha_0 = alpha_tilde = beta: DPO's loss"
         return _qadapter_trainer(bench, method, model, shared), name
     import trl
@@ -143,11 +143,9 @@ def _qadapter_trainer(
         per_device_train_batch_size=spec.per_device_train_batch_size, cache_features="disk",
         retention_coef=method.retention_coef,
     )
-    # Held to what replay rehearses: the base's own answers to the old data's prompts.
-    texts = bench.replayed if method.retention_coef > 0 and bench.old is not None else None
     return QAdapterTrainer(
         model, args, train_dataset=bench.new.train.tokens, processing_class=bench.tokenizer,
-        retention_dataset=texts,
+        retention_dataset=bench.retention_texts(method),
     )
 
 
@@ -207,11 +205,13 @@ def _dpo(bench: Workbench, method: DPO, model: QAdapterModel, shared: dict[str, 
     spec = bench.config.training
     if "chosen_mask" in bench.new.train.tokens.column_names:
         raise QAdapterError(
-            "dpo of a LoRA trains with TRL, which takes every token of an answer for the "
-            "assistant's: these answers hold turns of others; use a head adapter"
+            "dpo with nll_coef trains with TRL, which takes every token of an answer for the "
+            "assistant's: these answers hold turns of others"
         )
     args = trl.DPOConfig(
-        **shared, beta=method.beta, num_train_epochs=spec.num_train_epochs, max_length=None,
+        **shared, beta=method.beta, loss_type=["sigmoid", "sft"],
+        loss_weights=[1.0, method.nll_coef], max_length=None,
+        num_train_epochs=spec.num_train_epochs,
         per_device_train_batch_size=spec.per_device_train_batch_size,
         precompute_ref_log_probs=True,  # before the first step the policy is the base
     )

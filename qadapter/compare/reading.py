@@ -26,6 +26,7 @@ from qadapter.compare.config import (
     Replay,
     Reversed,
     folder_name,
+    retention_names,
     swept,
 )
 from qadapter.errors import QAdapterError, nearest, shown
@@ -98,7 +99,7 @@ def _check(config: CompareConfig, path: str) -> CompareConfig:
             refuse(f"sweeps.{name}.of", f"{method.kind} is not trained")
         known = {f.name for f in dataclasses.fields(method)} - {"seeds", "adapter"}
         known |= {f"adapter.{f.name}" for f in dataclasses.fields(AdapterSpec)
-                  if f.type in ("str", "int", "float")}
+                  if f.type in ("str", "int", "float", "int | None")}
         missing = [n for n in swept(sweep.option) if n not in known]
         if missing:
             refuse(f"sweeps.{name}.option", f"{method.kind} has no {missing[0]!r}"
@@ -296,6 +297,9 @@ def fingerprint_files(config: CompareConfig) -> dict[str, str]:
         named["chat_template"] = config.chat_template
     for texts in config.evaluation.retention:
         named[f"evaluation.retention.{texts.name}"] = texts.file
+    for name, method in config.methods.items():
+        for i, file in enumerate(retention_names(method)):
+            named[f"methods.{name}.retention_dataset_name[{i}]"] = file
     found = {key: Path(config.find(name)) for key, name in named.items()}
     return {key: _sha256(path) for key, path in found.items() if path.exists()}
 

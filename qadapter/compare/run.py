@@ -98,7 +98,7 @@ def run_comparison(
         _claim(written, folder)
         say(f"everything is measured on the {split} split already")
         return folder
-    require_trl(config, _to_train(config, folder, todo))
+    require_trl(_to_train(config, folder, todo))
     # From then on several processes may work on it, each at its own rows.
     first = contextlib.nullcontext() if base_file.is_file() else _alone(folder)
     with first:

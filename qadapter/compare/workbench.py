@@ -12,18 +12,24 @@ from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
 
 from qadapter.adapters.head_adapter import AdapterConfig
+from qadapter.adapters.peft_config import upper_blocks
 from qadapter.compare.config import (
     ANSWERS_NAME,
+    DPO,
     FIRST_NAME,
+    OWN,
     AdapterSpec,
     CompareConfig,
     DataConfig,
     Method,
     Prompted,
+    QAdapter,
+    retention_names,
 )
 from qadapter.compare.data import PreferenceData, load_texts, prepare
 from qadapter.compare.first import teach_first
-from qadapter.data import Prompt, check_pairs, use_chat_template
+from qadapter.data import Prompt, check_pairs, read_texts, use_chat_template
+from qadapter.data.passages import BUILT_IN, passages
 from qadapter.data.templates import PLAIN
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.answers import encode_prompt, with_system
@@ -38,6 +44,7 @@ from qadapter.evaluation.judges import (
 from qadapter.evaluation.judges.contest import AnswerStore, Draws, texts
 from qadapter.objective import ObjectiveConfig
 from qadapter.policy.model import QAdapterModel
+from qadapter.training.own_samples import Sample, load_or_sample
 from qadapter.trunk.loading import LoadedBase, load_base, load_tokenizer, resolve_base
 from qadapter.trunk.memo import TrunkMemo
 
@@ -119,7 +126,14 @@ class Workbench:
             return AdapterConfig(form=spec.form, rank=spec.rank)
         return LoraConfig(
             r=spec.r, lora_alpha=spec.lora_alpha, lora_dropout=spec.lora_dropout,
-            target_modules=list(spec.target_modules), task_type="CAUSAL_LM",
+            target_modules=spec.target_modules, task_type="CAUSAL_LM",
+            layers_to_transform=self._blocks(spec),
+        )
+
+    def _blocks(self, spec: AdapterSpec) -> list[int] | None:
+        """The upper blocks that a LoRA is put into; None for all."""
+        return None if spec.layers is None else upper_blocks(
+            spec.layers, self.loaded.model.config, "adapter.layers"
         )
 
     def base(self, method: Method) -> LoadedBase:
@@ -234,6 +248,34 @@ class Workbench:
         prompts = list(seen.values())
         [draw] = self.base_answers("replay", prompts, 1, self.config.evaluation.seed + 10_000)
         return [(p, a.token_ids) for p, a in zip(prompts, draw, strict=True)]
+
+    def retention_texts(self, method: DPO | QAdapter) -> list[str | Sample] | None:
+        """What a method is held to; None for the trainer's own choice, the base's own answers to
+        the training prompts.
+
+        Raises:
+            QAdapterError: a file that is missing or no file of texts.
+        """
+        names = retention_names(method)
+        if method.retention_coef == 0 or not names:
+            # Held to what replay rehearses: the base's own answers to the old data's prompts.
+            return self.replayed if method.retention_coef > 0 and self.old is not None else None
+        found: list[str | Sample] = []
+        for name in names:
+            if name == OWN:
+                found += self.own_samples
+            elif name == BUILT_IN:
+                found += passages(held_to=True)
+            else:
+                found += read_texts(self.config.find(name))
+        return found
+
+    @functools.cached_property
+    def own_samples(self) -> list[Sample]:
+        """The base's own answers to training prompts, as the trainer draws them."""
+        prompts = {tuple(ids): None for ids in self.new.train.tokens["prompt_ids"]}
+        return load_or_sample(self.fresh, [list(ids) for ids in prompts], self.tokenizer,
+                              say=self.say)
 
     @functools.cached_property
     def budget(self) -> float:

@@ -24,6 +24,7 @@ from qadapter.console.folders import RUN_FILES, output_folder, remove_files, tel
 from qadapter.console.progress import TrainingProgress, progress_bar, saying
 from qadapter.console.terminal import Terminal
 from qadapter.data import tokenize_preferences
+from qadapter.data.passages import passages
 from qadapter.demo.manner import DESCRIPTION, keeps_manner
 from qadapter.errors import QAdapterError
 from qadapter.evaluation import (
@@ -63,8 +64,6 @@ OBJECTIVE = ObjectiveConfig(alpha_0=0.1, alpha_tilde=0.1)
 """The answers written for the project are far from what the base would say: a small α lets the
 policy move towards them, and the retention term keeps it where it was everywhere else."""
 ADAPTER = AdapterConfig(form="block", rank=128)
-RETENTION_GENRES = ("story", "reference", "dialogue", "instructions")
-"""Genres of unrelated text that the retention term sees; the others measure what was kept."""
 UNRELATED = "unrelated text"
 SUMMARY_NAME, RUN = "summary.json", "demo"
 SHOWN = 3
@@ -100,14 +99,6 @@ def load_pairs(size: Size = FULL) -> DemoPairs:
     train = [pair for pair in pairs if pair["split"] == "train"]
     test = [pair for pair in pairs if pair["split"] == "test"]
     return DemoPairs(_spread(train, size.train_pairs), _spread(test, size.test_pairs))
-
-
-def load_unrelated() -> tuple[list[str], list[str]]:
-    """(texts for the retention term, texts to measure on); no genre is in both."""
-    passages = _read_jsonl(DATA / "unrelated.jsonl")
-    seen = [p["text"] for p in passages if p["genre"] in RETENTION_GENRES]
-    unseen = [p["text"] for p in passages if p["genre"] not in RETENTION_GENRES]
-    return seen, unseen
 
 
 def tokenize_pairs(
@@ -159,7 +150,8 @@ def _run(
     set_seed(seed)  # the adapter's start is random too
     model = QAdapterModel.from_base(loaded, ADAPTER, OBJECTIVE)
 
-    pairs, (retention_texts, unrelated) = load_pairs(size), load_unrelated()
+    pairs = load_pairs(size)
+    retention_texts, unrelated = passages(held_to=True), passages(held_to=False)
     console.print(
         f"{len(pairs.train)} training pairs, {len(pairs.test)} held-out pairs, over "
         f"{len({p['kind'] for p in pairs.train})} kinds of task; preferred: {DESCRIPTION}",

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from transformers import PretrainedConfig, TrainingArguments
 
 from qadapter.adapters.head_adapter import AdapterConfig
+from qadapter.adapters.peft_config import upper_blocks
 from qadapter.errors import QAdapterError
 from qadapter.objective import ObjectiveConfig
 from qadapter.training import checks
@@ -331,12 +332,8 @@ class QAdapterConfig(TrainingArguments):
 
     def _lora_blocks(self, base: PretrainedConfig) -> list[int] | None:
         """The blocks that ``lora_layers`` names; None for all."""
-        number, depth = self._upper_blocks(), base.get_text_config().num_hidden_layers
-        if number is None:
-            return None
-        if number > depth:
-            raise QAdapterError(f"lora_layers={self.lora_layers}: the base has {depth} blocks")
-        return list(range(depth - number, depth))
+        number = self._upper_blocks()
+        return None if number is None else upper_blocks(number, base, "lora_layers")
 
     def _upper_blocks(self) -> int | None:
         if self.lora_layers in (None, "all"):

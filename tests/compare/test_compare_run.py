@@ -302,7 +302,7 @@ def test_without_trl_nothing_is_run_that_needs_it(tmp_path, monkeypatch):
     with pytest.raises(QAdapterError, match=r"sft trains with TRL: pip install 'qadapter\[comp"):
         run_comparison(config, folder / "out", only=["q", "sft"], say=said.append)
     assert not said and not (folder / "out").exists()
-    require_trl(config, [config.methods["q"], config.methods["dpo"]])
+    require_trl([config.methods["q"], config.methods["dpo"]])
 
 
 def test_without_trl_a_reversed_head_that_it_must_train_is_refused(tmp_path, monkeypatch):

@@ -1,0 +1,19 @@
+"""Passages of plain English in eight genres that come with the library: a policy can be held to
+some, and what it kept is measured on the others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+BUILT_IN = "built-in"
+"""Names them where a file of texts could stand."""
+PATH = Path(__file__).with_name("passages.jsonl")
+HELD_TO = ("story", "reference", "dialogue", "instructions")
+"""Genres that a retention term may be held to; the others are for measuring."""
+
+
+def passages(*, held_to: bool) -> list[str]:
+    """Those that a policy may be held to, or those that are for measuring; no genre is in both."""
+    rows = map(json.loads, PATH.read_text(encoding="utf-8").splitlines())
+    return [row["text"] for row in rows if (row["genre"] in HELD_TO) == held_to]
