@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from qadapter.compare import Comparison, read_config, read_results
-from qadapter.compare.page import Column, columns
-from qadapter.compare.results import Against, Result, Spread, against, judged, retention
+from qadapter.compare.against import Against, against
+from qadapter.compare.page import Column, columns, equal_gain_cells, equal_gains
+from qadapter.compare.results import Result, Spread, judged, retention
 from qadapter.evaluation.bootstrap import Estimate
 from qadapter.evaluation.report import format_value
 
@@ -116,6 +117,28 @@ def dial(found: Comparison) -> str:
     return "\n".join(lines) + "\n"
 
 
+def equal_gain(found: Comparison) -> str:
+    """KL of every row where its dial gains what the reference gains as trained."""
+    rows = equal_gains(found)
+    if not rows:
+        return ""
+    lines = [
+        "", f"At {found.reference.row.name}'s gain as trained: the setting of each dial that gains "
+        "as much, and KL there over its; log KL taken as linear in the gain between two settings, "
+        "95% intervals over prompts, texts and seeds:", "",
+        "| | strength | KL ratio, " + " | KL ratio, ".join(found.texts) + " |",
+        "| --- |" + " ---: |" * (1 + len(found.texts)),
+    ]
+    lines += [f"| {name} | {' | '.join(equal_gain_cells(x))} |" for name, x in rows.items()]
+    return "\n".join(lines) + "\n"
+
+
+def frontier_table(name: str, split: str = "test") -> str:
+    """A committed comparison's rows at their settings of the dial, and at the reference's gain."""
+    found = comparison(name, split)
+    return dial(found) + equal_gain(found)
+
+
 def cell(result: Result, column: Column) -> str:
     value: Spread | None = result.number(column.measure)
     if value is None:
@@ -155,7 +178,7 @@ def tables() -> dict[str, str]:
         found = comparison(name, "test")
         blocks[name] = table(found, found.main) + differences(found)
         if found.judged:
-            blocks[name] += dial(found)
+            blocks[name] += frontier_table(name)
     for name in CHOICES:
         found = comparison(name, "validation")
         blocks[f"{name} validation"] = table(found, found.results)

@@ -20,7 +20,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from qadapter.compare.config import DPO, RLOO, SFT, CompareConfig, Method, QAdapter, Replay
+from qadapter.compare.config import DPO, RLOO, SFT, Method, QAdapter, Replay
 from qadapter.compare.workbench import Workbench
 from qadapter.data import PlainText, Prompt, messages_of
 from qadapter.errors import QAdapterError

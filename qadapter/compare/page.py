@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,14 +10,13 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from qadapter.compare.against import Against, EqualGain, against, at_equal_gain
 from qadapter.compare.pictures import Picture, draw_all
 from qadapter.compare.results import (
-    Against,
     Comparison,
     Measure,
     Result,
     Spread,
-    against,
     answers,
     judged,
     policy_accuracy,
@@ -134,6 +134,9 @@ def summary(comparison: Comparison) -> dict[str, Any]:
             r.row.name: _against_as_dict(against(r, reference))
             for r in comparison.results if r is not reference
         },
+        "at_equal_gain": {
+            name: _equal_as_dict(found) for name, found in equal_gains(comparison).items()
+        },
     }
 
 
@@ -142,6 +145,40 @@ def _against_as_dict(found: Against) -> dict[str, Any]:
     for name, ratio in found.kl_ratio.items():
         flat |= ratio.as_dict(f"kl_ratio:{name}")
     return flat
+
+
+def equal_gains(comparison: Comparison) -> dict[str, EqualGain]:
+    """Row → its KL at the reference's gain; without the rows of which nothing can be said."""
+    if comparison.reference is None:
+        return {}
+    found = {
+        r.row.name: at_equal_gain(r, comparison.reference)
+        for r in comparison.results if r is not comparison.reference
+    }
+    return {name: x for name, x in found.items() if x is not None}
+
+
+def _equal_as_dict(found: EqualGain) -> dict[str, Any]:
+    reached = math.isfinite(found.strength)
+    flat = {
+        "reached": reached, "strength": found.strength if reached else None,
+        "at_most": found.at_most,
+    }
+    for name, ratio in found.kl_ratio.items():
+        flat |= ratio.as_dict(f"kl_ratio:{name}")
+    return flat
+
+
+def equal_gain_cells(found: EqualGain) -> list[str]:
+    """The setting of the dial and the ratio of KL on each text, as a table shows them."""
+    if math.isinf(found.strength):
+        return ["not reached", *("—" for _ in found.kl_ratio)]
+    bound = "≤ " if found.at_most else ""
+    return [f"{bound}{found.strength:.2f}", *(
+        bound + (f"{x.value:.2f} [{x.low:.2f}, not reached]" if math.isinf(x.high)
+                 else format_value(x, 2))
+        for x in found.kl_ratio.values()
+    )]
 
 
 def _length_baseline(comparison: Comparison) -> dict[str, Any]:
@@ -165,6 +202,7 @@ def page(comparison: Comparison, pictures: Sequence[Picture]) -> str:
         ]),
         f'<p class="dim">{html_text(_note(comparison))}</p>',
         *_against(comparison),
+        *_equal_gain(comparison),
         *(_figure(p) for p in pictures),
         *(["<h2>Each judge apart</h2>", _judges(comparison)] if comparison.judged else []),
         "<h2>The dial</h2>", _dial(comparison, shown),
@@ -246,6 +284,22 @@ def _against(comparison: Comparison) -> list[str]:
         '<p class="dim">Differences, and ratios of KL(base‖customised), pair by pair and prompt by '
         "prompt; means over seeds; brackets: 95% intervals, bootstrap over prompts or texts. The "
         "noise of the training is not in them: see ± above.</p>",
+    ]
+
+
+def _equal_gain(comparison: Comparison) -> list[str]:
+    found, reference = equal_gains(comparison), comparison.reference
+    if not found:
+        return []
+    header = ["", "strength", *(f"KL ratio, {name}" for name in comparison.texts)]
+    return [
+        f"<h2>At the gain of {html_text(reference.row.name)}</h2>",
+        _table(header, [[name, *equal_gain_cells(x)] for name, x in found.items()]),
+        '<p class="dim">Where each row\'s dial gains what the reference gains as trained: between '
+        "the two settings where it does so first, log KL taken as linear in the gain; ≤: its "
+        "lowest setting gains more already. Brackets: 95% intervals, bootstrap over prompts, texts "
+        "and training seeds; not reached: in more than 2.5% of the resamples no setting gains as "
+        "much.</p>",
     ]
 
 

@@ -324,6 +324,14 @@ def changes(before: Any, now: Any, key: str = "") -> list[str]:
             line for name in sorted(names) if not (growing and name not in now)
             for line in changes(before.get(name), now.get(name), f"{key}.{name}".strip("."))
         ]
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now) and all(
+        isinstance(x, dict) for x in (*before, *now)
+    ):
+        # One by one, as an option that came later is none in what was written before it.
+        return [
+            line for number, pair in enumerate(zip(before, now, strict=True), 1)
+            for line in changes(*pair, f"{key}.{number}")
+        ]
     if key.split(".")[-1] in ("seeds", "dial_seeds", "title", "reference") or before == now:
         return []
     return [f"{key}: {shown(before)} → {shown(now)}"]

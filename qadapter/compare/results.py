@@ -11,13 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from qadapter.compare.config import BASE, TOUCHED_NAME, CompareConfig, Prompted, Row, swept
 from qadapter.compare.run import TRAINING_NAME, require_same, run_folder
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.bootstrap import ClusterBootstrap, Estimate
-from qadapter.evaluation.preference import wins
 from qadapter.system.documents import parse_json
 from qadapter.system.sealed import opened
 from qadapter.system.textfiles import read_text, split_lines
@@ -192,79 +188,6 @@ def _damaged(where: object) -> Iterator[None]:
         raise QAdapterError(
             f"{where} is damaged ({error}): delete it, and what it held is measured again"
         ) from error
-
-
-# --- one row against another --------------------------------------------------------------------
-
-
-class Against(NamedTuple):
-    """What one row has over another's trained policy, means over seeds: pair by pair and prompt by
-    prompt, so that what both owe to an easy prompt or to a draw of the base's cancels. Intervals:
-    95%, bootstrap over prompts or texts; noise of the training is not in them."""
-
-    accuracy: Estimate
-    """Difference in accuracy by implicit reward, new preference."""
-    gain: Estimate
-    """Difference in judged gain, new preference, mean of the judges; NaN where there are none."""
-    kl_ratio: dict[str, Estimate]
-    """Texts → KL(base‖customised) over the other's; NaN where the other is the base."""
-
-
-def against(result: Result, reference: Result, strength: float | None = None) -> Against:
-    """Compare two rows of one comparison.
-
-    Args:
-        strength: a setting of ``result``'s dial, over the seeds that were measured there and the
-            reference's runs of the same seeds; none for both trained policies, over all seeds.
-    """
-    ours = _points(result, result.trained if strength is None else strength)
-    theirs = _points(reference, reference.trained)
-    if strength is not None:
-        seeds = {run["seed"] for run, _ in ours}
-        theirs = [(run, point) for run, point in theirs if run["seed"] in seeds]
-
-    def both(values: Callable[[dict, dict], Any]) -> list[np.ndarray]:
-        # As floats: None, which stands for what is no number, is NaN.
-        return [np.mean([np.array(values(*at), float) for at in side], axis=0)
-                for side in (ours, theirs)]
-
-    def difference(
-        values: Callable[[dict, dict], Any], clusters: list[str] | None = None
-    ) -> Estimate:
-        found = np.subtract(*both(values))
-        return ClusterBootstrap(clusters or range(len(found))).mean(found)
-
-    def kl_ratio(name: str) -> Estimate:
-        kl, reference_kl = both(lambda run, point: point["retention"][name]["kl_by_text"])
-        if not np.nan_to_num(reference_kl).any():
-            return Estimate(math.nan, math.nan, math.nan)
-        return ClusterBootstrap(range(len(kl))).mean(kl / reference_kl, reference_kl)
-
-    def gain_by_prompt(run: dict[str, Any], point: dict[str, Any]) -> np.ndarray:
-        judges = point["answers"].get("new", {"judged": {}})["judged"].values()
-        # None where the base's scores had no spread to measure by.
-        found = [judge["gain_by_prompt"] for judge in judges if judge["gain"] is not None]
-        return np.mean(np.array(found, float), axis=0) if found else np.array([math.nan])
-
-    first = result.runs[0]
-    return Against(
-        difference(
-            lambda run, point: wins(
-                np.array(run["preferences"]["new"]["reward_margins"], float)
-            ),
-            first["preferences"]["new"]["prompt_ids"],
-        ),
-        difference(gain_by_prompt),
-        {name: kl_ratio(name) for name in first["dial"][0]["retention"]},
-    )
-
-
-def _points(result: Result, strength: float) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """(run, its point of the dial), one a seed that was measured at this strength."""
-    return [
-        (run, point) for run in result.runs for point in run["dial"]
-        if point["strength"] == strength
-    ]
 
 
 # --- measures -----------------------------------------------------------------------------------

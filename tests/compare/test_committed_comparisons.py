@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from qadapter.compare.against import against
 from qadapter.compare.config import SPLITS
 from qadapter.compare.reading import changes, read_config
-from qadapter.compare.results import against
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results/compare"

@@ -182,10 +182,21 @@ def test_a_comparison_may_grow_and_not_change(tmp_path):
     other = copy.deepcopy(before)
     other["methods"]["dpo"]["beta"] = 0.1
     other["evaluation"]["prompts"] = 4
+    other["evaluation"]["retention"][1]["max_texts"] = 6
     del other["methods"]["sft"]
     assert changes(before, other) == [
-        "evaluation.prompts: 3 → 4", "methods.dpo.beta: 0.3 → 0.1",
+        "evaluation.prompts: 3 → 4", "evaluation.retention.2.max_texts: 5 → 6",
+        "methods.dpo.beta: 0.3 → 0.1",
     ]
+    # An option that came later, in a text as in a method.
+    earlier = copy.deepcopy(before)
+    for parts in (earlier["evaluation"]["retention"][0], earlier["adapter"]):
+        del parts["unseen" if "file" in parts else "layers"]
+    assert changes(earlier, before) == changes(before, earlier) == []
+    fewer = copy.deepcopy(before)
+    fewer["evaluation"]["retention"].pop()
+    [line] = changes(before, fewer)
+    assert line.startswith("evaluation.retention: ")
     (tmp_path / "new.jsonl").write_text("{} \n")
     changed = config.as_dict() | {"files_sha256": fingerprint_files(config)}
     [line] = changes(before, changed)

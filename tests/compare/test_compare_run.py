@@ -21,10 +21,11 @@ from tiny_models import cli, preference_rows, write_jsonl
 
 from qadapter import QAdapterError, QAdapterModel
 from qadapter.compare import read_config, read_results, run_comparison
+from qadapter.compare.against import against
 from qadapter.compare.methods import require_trl, train
 from qadapter.compare.page import columns
 from qadapter.compare.pictures import draw_all, draw_frontier, draw_retention
-from qadapter.compare.results import against, judged, preference, retention
+from qadapter.compare.results import judged, preference, retention
 from qadapter.compare.run import run_folder
 from qadapter.compare.workbench import Workbench
 from qadapter.data import as_preferences

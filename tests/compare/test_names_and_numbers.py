@@ -140,6 +140,20 @@ def test_a_report_of_numbers_that_are_none(tmp_path, numbers):
     json.loads((tmp_path / "out/summary-validation.json").read_text(), parse_constant=pytest.fail)
 
 
+def test_a_report_says_what_moves_at_equal_gain(tmp_path):
+    """Rows with a dial, beside the reference; every setting here gains as much as it does."""
+    methods = {name: settings()["methods"][name] for name in ("dpo", "q", "asked")}
+    path = write_config(tmp_path, methods=methods)
+    write_results(read_config(path), tmp_path / "out")
+    assert cli("compare", path, "--output_dir", tmp_path / "out", "--report_only") == 0
+    page = (tmp_path / "out/report-validation.html").read_text()
+    table = page.split("<h2>At the gain of dpo</h2>")[1].split("</table>")[0]
+    assert "<td>q</td><td>≤ 1.00</td><td>≤ 1.00 [1.00, 1.00]</td>" in table
+    assert "asked" not in table
+    found = json.loads((tmp_path / "out/summary-validation.json").read_text())["at_equal_gain"]
+    assert found["q"]["at_most"] and found["q"]["kl_ratio:texts_ci"] == [1.0, 1.0]
+
+
 @pytest.mark.parametrize(("changes", "message"), [
     ({"methods": {"a\nb": {"method": "sft"}}}, r"methods: 'a\\nb' can't be a name"),
     ({"methods": {"a\x1b[2J": {"method": "sft"}}}, r"methods: 'a\\x1b\[2J' can't be a name"),
