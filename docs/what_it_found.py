@@ -13,6 +13,7 @@ from typing import Any
 
 from qadapter.compare import Comparison, read_config, read_results
 from qadapter.compare.against import Against, against
+from qadapter.compare.measure import LEAST_ACCURACY, trusted
 from qadapter.compare.page import Column, columns, equal_gain_cells, equal_gains
 from qadapter.compare.results import Result, Spread, judged, retention
 from qadapter.evaluation.bootstrap import Estimate
@@ -109,12 +110,17 @@ def dial(found: Comparison) -> str:
             for _, (gain, *kls) in result.dial(*measures)
         ]
         lines.append(f"| {result.row.name} | {' | '.join(cells)} |")
-    judges = ", ".join(
-        f"{name} {x['accuracy']:.3f} [{x['accuracy_ci'][0]:.3f}, {x['accuracy_ci'][1]:.3f}]"
-        for name, x in found.judges["new"].items()
-    )
+    judges = "; ".join(f"{kind} preference, {', '.join(map(judge, of.items()))}"
+                       for kind, of in found.judges.items())
     lines += ["", f"The judges rank so many of these prompts' own pairs right: {judges}."]
     return "\n".join(lines) + "\n"
+
+
+def judge(found: tuple[str, dict[str, Any]]) -> str:
+    """A judge's name and accuracy."""
+    name, accuracy = found
+    use = "" if trusted(accuracy) else f" (below {LEAST_ACCURACY:g}, not used)"
+    return f"{name} {_interval(accuracy, 'accuracy')}{use}"
 
 
 def equal_gain(found: Comparison) -> str:

@@ -27,8 +27,17 @@ from qadapter.evaluation.judges import judged_gain, score_draws
 from qadapter.evaluation.judges.contest import texts as texts_of
 from qadapter.policy.model import QAdapterModel
 
+LEAST_ACCURACY = 0.6
+"""A judge that ranks fewer of the split's own held-out pairs right is used for no gain and no win
+rate: it is too near to a coin."""
 _PLAIN = ("reliability_bins",)
 """Of ``PreferenceResult.as_dict``, what is too much for a table of many runs."""
+
+
+def trusted(judge: dict[str, Any]) -> bool:
+    """Whether a judge is used, by its accuracy on the split's own pairs (as JSON types)."""
+    accuracy = judge["accuracy"]
+    return accuracy is not None and accuracy >= LEAST_ACCURACY
 
 
 def probe(bench: Workbench, model: QAdapterModel) -> dict[str, Any]:

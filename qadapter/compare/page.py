@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from qadapter.compare.against import Against, EqualGain, against, at_equal_gain
+from qadapter.compare.measure import LEAST_ACCURACY, trusted
 from qadapter.compare.pictures import Picture, draw_all
 from qadapter.compare.results import (
     Comparison,
@@ -71,14 +72,14 @@ def columns(comparison: Comparison) -> list[Column]:
     if "old" in kinds:
         found.append(Column("old_accuracy_policy_mean", "… on the old preference",
                             policy_accuracy("old")))
-    asked = [kind for kind in kinds if comparison.judges[kind]]
+    heard = comparison.judged_kinds
     found += [Column(f"{kind}_win_rate", f"win rate, {kind}", judged(kind, "win_rate"))
-              for kind in asked]
+              for kind in heard]
     found += [Column(f"{kind}_gain", f"judged gain, {kind} [SD]", judged(kind, "gain"), 2)
-              for kind in asked]
+              for kind in heard]
     for name in texts:
         found.append(Column(f"kl:{name}", f"KL, {name}", retention(name, "kl_per_token"), 4))
-    if asked:
+    if comparison.sampled:
         found.append(
             Column("kl_new_answers", "KL, its own answers", answers("new", "kl_of_own_answers"), 4)
         )
@@ -87,7 +88,7 @@ def columns(comparison: Comparison) -> list[Column]:
                retention(texts[0], "top1_agreement")),
         Column(f"perplexity:{texts[0]}", f"perplexity, {texts[0]}", _perplexity(texts[0]), 2),
     ]
-    if asked:
+    if comparison.sampled:
         found += [
             Column("words", "words an answer", answers("new", "statistics", "words_mean"), 1),
             Column("distinct_3", "distinct word triples",
@@ -119,7 +120,9 @@ def summary(comparison: Comparison) -> dict[str, Any]:
     shown, reference = columns(comparison), comparison.reference
     return {
         "title": comparison.title, "split": comparison.split,
-        "judges": comparison.judges, "test_touched": comparison.touched,
+        "judges": comparison.judges,
+        "judges_left_out": [[kind, name] for kind, name, _ in comparison.left_out],
+        "test_touched": comparison.touched,
         "rows": {
             r.row.name: {
                 "method": r.row.method.kind if r.row.method else "base",
@@ -204,7 +207,7 @@ def page(comparison: Comparison, pictures: Sequence[Picture]) -> str:
         *_against(comparison),
         *_equal_gain(comparison),
         *(_figure(p) for p in pictures),
-        *(["<h2>Each judge apart</h2>", _judges(comparison)] if comparison.judged else []),
+        *(["<h2>Each judge apart</h2>", _judges(comparison)] if comparison.sampled else []),
         "<h2>The dial</h2>", _dial(comparison, shown),
     ]
     if comparison.config["sweeps"]:
@@ -241,10 +244,24 @@ def _note(comparison: Comparison) -> str:
         "Means over training seeds; ± standard deviation between them; brackets: the mean of the "
         "runs' 95% intervals, bootstrap over prompts or texts. KL is KL(base‖customised) in nats a "
         "token (of its own answers: KL(customised‖base) at their states). Win rate and gain are "
-        "over the base's own answers, by two judges together, trained on pairs no policy saw; a "
+        "over the base's own answers, by the judges together, trained on pairs no policy saw; a "
         "gain is in standard deviations of the base's scores. The row base is another draw of the "
-        f"base's: what no change at all looks like. Without any model: {lengths}."
+        f"base's: what no change at all looks like. {_left_out(comparison)}Without any model: "
+        f"{lengths}."
     )
+
+
+def _left_out(comparison: Comparison) -> str:
+    """Which judges are not used, and why; empty where all are."""
+    if not comparison.left_out:
+        return ""
+    names = "; ".join(
+        f"{name} ({kind} preference), which ranks "
+        f"{'no' if accuracy is None else f'{accuracy:.3f}'} of the split's own pairs right"
+        for kind, name, accuracy in comparison.left_out
+    )
+    none = "" if comparison.judged else ", so that no gain is shown"
+    return f"Judges below {LEAST_ACCURACY:g} are not used{none}: {names}. "
 
 
 def _judges(comparison: Comparison) -> str:
@@ -258,10 +275,12 @@ def _judges(comparison: Comparison) -> str:
                 for r in comparison.main
             ]
             ranked = spread([(accuracy["accuracy"], accuracy["accuracy_ci"])])
-            blocks += [
-                f"<p>{html_text(kind)} preference, {html_text(judge)}: ranks "
-                f"{_cell(ranked, 3)} of the split's own pairs right.</p>", _table(header, rows),
-            ]
+            told = (f"{html_text(kind)} preference, {html_text(judge)}: ranks "
+                    f"{_cell(ranked, 3)} of the split's own pairs right")
+            if trusted(accuracy):
+                blocks += [f"<p>{told}.</p>", _table(header, rows)]
+            else:
+                blocks.append(f"<p>{told}: less than {LEAST_ACCURACY:g}, so it is not used.</p>")
     return "\n".join(blocks)
 
 

@@ -112,7 +112,7 @@ def draw_retention(comparison: Comparison) -> Figure | None:
 def draw_win_rates(comparison: Comparison) -> Figure | None:
     if not comparison.judged:
         return None
-    kinds = [kind for kind in ("new", "old") if kind in comparison.judges]
+    kinds = comparison.judged_kinds
     rows = [r for r in comparison.main if r.number(judged(kinds[0], "win_rate")) is not None]
     if not rows:
         return None

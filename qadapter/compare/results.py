@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qadapter.compare.config import BASE, TOUCHED_NAME, CompareConfig, Prompted, Row, swept
+from qadapter.compare.measure import trusted
 from qadapter.compare.run import TRAINING_NAME, require_same, run_folder
 from qadapter.errors import QAdapterError
 from qadapter.system.documents import parse_json
@@ -73,13 +74,32 @@ class Comparison:
     """The base first."""
     config: dict[str, Any]
     judges: dict[str, dict[str, dict[str, Any]]]
-    """Kind of preference → judge → its accuracy on the split's own pairs."""
+    """Kind of preference → judge → its accuracy on the split's own pairs; results hold what those
+    say that are ``trusted``."""
     touched: list[dict[str, Any]]
 
     @property
-    def judged(self) -> bool:
-        """Whether answers were sampled and judged."""
+    def sampled(self) -> bool:
+        """Whether answers were sampled."""
         return bool(self.judges["new"])
+
+    @property
+    def judged(self) -> bool:
+        """Whether they were, and a judge is trusted that scored them."""
+        return "new" in self.judged_kinds
+
+    @property
+    def judged_kinds(self) -> list[str]:
+        """Kinds of preference that a trusted judge scored the answers by."""
+        return [kind for kind, judges in self.judges.items() if any(map(trusted, judges.values()))]
+
+    @property
+    def left_out(self) -> list[tuple[str, str, float | None]]:
+        """Judges that are not trusted: kind of preference, name, accuracy."""
+        return [
+            (kind, name, judge["accuracy"]) for kind, judges in self.judges.items()
+            for name, judge in judges.items() if not trusted(judge)
+        ]
 
     @property
     def main(self) -> list[Result]:
@@ -125,7 +145,11 @@ def read_results(config: CompareConfig, folder: str | Path, split: str) -> Compa
     if base is None:
         raise QAdapterError(f"{folder}: nothing is measured on the {split} split")
     require_same(written, folder)
-    results = [Result(Row(BASE, None, ()), [], [base])]
+    heard = {
+        kind: {name for name, judge in judges.items() if trusted(judge)}
+        for kind, judges in base["judges"].items()
+    }
+    results = [Result(Row(BASE, None, ()), [], [_hear(base, heard)])]
     for row in config.rows():
         found = [
             (_read(where / TRAINING_NAME, "seed"), _read(where / f"{split}.json", "dial"))
@@ -134,7 +158,8 @@ def read_results(config: CompareConfig, folder: str | Path, split: str) -> Compa
         found = [(t, run) for t, run in found if run and (t or not row.method.trained)]
         if found:
             trainings, runs = zip(*found, strict=True)
-            results.append(Result(row, [t for t in trainings if t], list(runs)))
+            runs = [_hear(run, heard) for run in runs]
+            results.append(Result(row, [t for t in trainings if t], runs))
     touched = folder / TOUCHED_NAME
     lines = split_lines(read_text(touched)) if touched.is_file() else []
     touches = []
@@ -142,6 +167,18 @@ def read_results(config: CompareConfig, folder: str | Path, split: str) -> Compa
         with _damaged(f"{touched}:{number}"):
             touches.append(opened(parse_json(line, "the line")))
     return Comparison(config.title, split, results, written, base["judges"], touches)
+
+
+def _hear(run: dict[str, Any], judges: dict[str, set[str]]) -> dict[str, Any]:
+    """A run with what these judges say of its answers, and no others."""
+    dial = [
+        {**point, "answers": {
+            kind: {**found, "judged": {
+                name: said for name, said in found["judged"].items() if name in judges[kind]
+            }} for kind, found in point["answers"].items()
+        }} for point in run["dial"]
+    ]
+    return {**run, "dial": dial}
 
 
 def _at(runs: list[dict[str, Any]], strength: float, measure: Measure) -> Spread | None:
@@ -236,8 +273,8 @@ def answers(kind: str, *keys: str) -> Measure:
 
 
 def judged(kind: str, name: str, judge: str | None = None) -> Measure:
-    """"gain" or "win_rate" over the base by one judge, or the mean of all judges; its interval is
-    the mean of theirs."""
+    """"gain" or "win_rate" over the base by one judge, or the mean of all that are trusted; its
+    interval is the mean of theirs."""
 
     def number(run, point):
         by_judge = point["answers"].get(kind, {}).get("judged", {})

@@ -32,13 +32,13 @@ from qadapter.compare.config import (
     Row,
     folder_name,
 )
-from qadapter.compare.measure import evaluate, evaluate_row, probe
+from qadapter.compare.measure import evaluate, evaluate_row, probe, trusted
 from qadapter.compare.methods import require_trl, reversed_head, train
 from qadapter.compare.reading import changes, fingerprint_files
 from qadapter.compare.workbench import Workbench
 from qadapter.errors import QAdapterError, nearest
 from qadapter.evaluation.judges import pair_accuracy, preference_texts
-from qadapter.evaluation.report import write_json
+from qadapter.evaluation.report import format_value, write_json
 from qadapter.policy import storage
 from qadapter.policy.model import QAdapterModel
 from qadapter.system.documents import parse_json
@@ -131,8 +131,14 @@ def _prepare(
     if not base_file.is_file():
         say("measuring the base")
         found = evaluate(bench, bench.fresh, split, [0.0], bench.config.evaluation.seed)
+        judges = _judges(bench, split)
+        for kind, found_by in judges.items():
+            for name, judge in found_by.items():
+                say(f"{kind} preference, judge by {name}: accuracy "
+                    f"{format_value(judge['accuracy'])} on held-out pairs"
+                    f"{'' if trusted(judge) else ', not used'}")
         write_json(base_file, sealed({
-            "name": BASE, **found, "judges": _judges(bench, split), "environment": environment,
+            "name": BASE, **found, "judges": judges, "environment": environment,
         }))
 
 
