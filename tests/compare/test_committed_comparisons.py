@@ -11,6 +11,8 @@ import pytest
 
 from qadapter.compare.against import against
 from qadapter.compare.config import SPLITS
+from qadapter.compare.page import page as report
+from qadapter.compare.page import summary
 from qadapter.compare.reading import changes, read_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,10 +140,29 @@ def test_the_untouched_base_is_the_base_to_the_last_digit(page, name):
         assert base.runs[0]["preferences"]["new"]["preference_accuracy"] == 0.5
 
 
+MEASURED = sorted((path.parents[1].name, path.stem) for path in RESULTS.glob("*/base/*.json"))
+
+
+@pytest.mark.parametrize(("name", "split"), MEASURED)
+def test_reports_are_written_from_what_is_committed(page, name, split):
+    """Their numbers are those committed, and no page names a place on a machine."""
+    found = page.comparison(name, split)
+    committed = (RESULTS / name / f"summary-{split}.json").read_text(encoding="utf-8")
+    now = json.loads(json.dumps(summary(found)), parse_float=rounded)
+    assert json.loads(committed, parse_float=rounded)["rows"] == now["rows"]
+    assert not places(report(found, []))
+
+
 def test_no_file_names_a_place_on_a_machine_or_holds_weights():
-    files = [path for path in RESULTS.rglob("*") if path.is_file()]
+    files = [path for path in RESULTS.rglob("*.json") if path.is_file()]
     assert files
     for path in files:
-        if path.suffix in (".json", ".html"):
-            text = path.read_text(encoding="utf-8")
-            assert not any(place in text for place in ("/work/", "/tmp/", "/root/", "/home/")), path
+        assert not places(path.read_text(encoding="utf-8")), path
+
+
+def rounded(number: str) -> str:
+    return f"{float(number):.6g}"
+
+
+def places(text: str) -> list[str]:
+    return [place for place in ("/work/", "/tmp/", "/root/", "/home/") if place in text]
