@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from qadapter.adapters.head_adapter import AdapterConfig
-from qadapter.objective import ObjectiveConfig
+from qadapter.compare.kinds import AdapterSpec, Method, TrainingSpec
 
 BASE = "base"
 """Name of the row that every comparison has: the base as it is."""
@@ -51,39 +49,6 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class AdapterSpec:
-    """The trainable parameters, the same for all methods: a head adapter, or LoRA in the trunk."""
-
-    kind: str = "head"
-    form: str = "mlp"
-    rank: int = 128
-    r: int = 8
-    lora_alpha: int = 16
-    lora_dropout: float = 0.0
-    target_modules: list[str] | str = field(default_factory=lambda: ["q_proj", "v_proj"])
-    """Names, or all-linear."""
-    layers: int | None = None
-    """Of a LoRA: so many of the upper blocks get one; none for all."""
-
-    def check(self) -> None:
-        """Raises ValueError for options that can't be."""
-        if self.kind == "head":
-            AdapterConfig(form=self.form, rank=self.rank)
-        elif self.kind != "lora":
-            raise ValueError(f"kind must be head or lora, got {self.kind!r}")
-        if self.layers is not None and (self.kind != "lora" or self.layers < 1):
-            raise ValueError(
-                f"layers is a number of upper blocks that get a LoRA, got {self.layers} for "
-                f"kind {self.kind}"
-            )
-        if self.r < 1 or self.lora_alpha < 1 or not 0 <= self.lora_dropout < 1:
-            raise ValueError(
-                "r and lora_alpha must be at least 1 and lora_dropout in [0, 1), got "
-                f"{self.r}, {self.lora_alpha} and {self.lora_dropout}"
-            )
-
-
-@dataclass(frozen=True)
 class FirstSpec:
     """What the base learns before anything is compared: the old preference, by DPO, through a
     linear head adapter that is then merged into it. The merged model is the base of all rows."""
@@ -94,22 +59,6 @@ class FirstSpec:
     num_train_epochs: float = 1.0
     per_device_train_batch_size: int = 8
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class TrainingSpec:
-    """What all methods share. The budget is the tokens, prompts included, of both answers of all
-    training pairs, times ``num_train_epochs``; every method stops when it has seen as many."""
-
-    num_train_epochs: float = 1.0
-    per_device_train_batch_size: int = 8
-    """Pairs; a method without pairs gets twice as many sequences."""
-    learning_rate: float = 1e-3
-    lr_scheduler_type: str = "linear"
-    warmup_steps: float = 0.1
-    max_grad_norm: float = 1.0
-    curve_points: int = 4
-    """Steps at which retention is measured during training, the last one included."""
 
 
 @dataclass(frozen=True)
@@ -158,165 +107,6 @@ class EvaluationSpec:
     seed: int = 0
 
 
-# --- methods ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Method:
-    """One row of the comparison."""
-
-    kind: ClassVar[str]
-    trained: ClassVar[bool] = True
-    seeds: list[int] | None = None
-    """Instead of the comparison's own."""
-    learning_rate: float | None = None
-    """Instead of the one all methods share."""
-    adapter: AdapterSpec | None = None
-    """Instead of the comparison's own: to compare adapters; budgets are no longer equal then."""
-
-    def check(self, training: TrainingSpec) -> None:
-        """Raises ValueError for options that can't be."""
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
-
-
-@dataclass(frozen=True)
-class SFT(Method):
-    """Supervised fine-tuning on the preferred answers."""
-
-    kind: ClassVar[str] = "sft"
-
-
-@dataclass(frozen=True)
-class Replay(Method):
-    """SFT on the preferred answers, mixed with the base's own answers to the old data's prompts."""
-
-    kind: ClassVar[str] = "replay"
-    replay_fraction: float = 0.5
-    """Share of the sequences that are the base's own."""
-
-    def check(self, training: TrainingSpec) -> None:
-        super().check(training)
-        if not 0 < self.replay_fraction < 1:
-            raise ValueError(f"replay_fraction must be in (0, 1), got {self.replay_fraction}")
-
-
-@dataclass(frozen=True)
-class DPO(Method):
-    """Direct preference optimization, sigmoid loss."""
-
-    kind: ClassVar[str] = "dpo"
-    beta: float = 0.1
-    nll_coef: float | None = None
-    """Weight of the preferred answers' cross-entropy, in nats a token (RPO; TRL's "sft" loss)."""
-    retention_coef: float = 0.0
-    retention_dataset_name: list[str] | str | None = None
-    """As Q-Adapter's."""
-
-    def check(self, training: TrainingSpec) -> None:
-        super().check(training)
-        if not self.beta > 0:
-            raise ValueError(f"beta must be positive, got {self.beta}")
-        if self.nll_coef is not None and not 0 < self.nll_coef < math.inf:
-            raise ValueError(f"nll_coef must be positive, got {self.nll_coef}")
-        if self.nll_coef is not None and self.retention_coef > 0:
-            raise ValueError("nll_coef and retention_coef are not trained together")
-        _check_retention(self)
-
-
-@dataclass(frozen=True)
-class RLOO(Method):
-    """Reinforcement learning on a reward model with a KL penalty: what stands in for PPO."""
-
-    kind: ClassVar[str] = "rloo"
-    beta: float = 0.05
-    num_generations: int = 4
-    max_completion_length: int = 64
-
-    def check(self, training: TrainingSpec) -> None:
-        super().check(training)
-        batch = 2 * training.per_device_train_batch_size
-        if self.num_generations < 2 or batch % self.num_generations:
-            raise ValueError(
-                f"num_generations must be at least 2 and divide a batch of {batch} answers "
-                f"(twice per_device_train_batch_size), got {self.num_generations}"
-            )
-        if self.beta < 0 or self.max_completion_length < 1:
-            raise ValueError("beta must not be negative, and max_completion_length at least 1")
-
-
-@dataclass(frozen=True)
-class QAdapter(Method):
-    """Q-Adapter; all fields of ``ObjectiveConfig``."""
-
-    kind: ClassVar[str] = "q_adapter"
-    alpha_0: float = ObjectiveConfig.alpha_0
-    alpha_tilde: float = ObjectiveConfig.alpha_tilde
-    gamma: float = ObjectiveConfig.gamma
-    chi2_coef: float = ObjectiveConfig.chi2_coef
-    parametrization: str = ObjectiveConfig.parametrization
-    bootstrap: str = ObjectiveConfig.bootstrap
-    length_normalization: str = ObjectiveConfig.length_normalization
-    mask_alignment: str = ObjectiveConfig.mask_alignment
-    retention_coef: float = 0.0
-    retention_dataset_name: list[str] | str | None = None
-    """Texts that retention is held to: a file of texts, built-in (passages that come with the
-    library) or own (the base's own answers to the training prompts), or several of these. None for
-    its answers to the old data's training prompts, or where there are none, own."""
-
-    def check(self, training: TrainingSpec) -> None:
-        super().check(training)
-        self.objective()
-        _check_retention(self)
-
-    def objective(self) -> ObjectiveConfig:
-        names = [f.name for f in dataclasses.fields(ObjectiveConfig)]
-        return ObjectiveConfig(**{name: getattr(self, name) for name in names})
-
-
-def _check_retention(method: DPO | QAdapter) -> None:
-    if not 0 <= method.retention_coef < math.inf:
-        raise ValueError(f"retention_coef must not be negative, got {method.retention_coef}")
-    if method.retention_dataset_name is None:
-        return
-    if method.retention_coef == 0:
-        raise ValueError("retention_dataset_name has no say where retention_coef is 0")
-    if not retention_names(method):
-        raise ValueError("retention_dataset_name is empty")
-
-
-def retention_names(method: Method) -> list[str]:
-    """The texts that a method is held to, by name; empty where it says nothing of its own."""
-    named = getattr(method, "retention_dataset_name", None)
-    return [named] if isinstance(named, str) else list(named or ())
-
-
-@dataclass(frozen=True)
-class Prompted(Method):
-    """A control that is not trained: the base, asked for the new preference in words."""
-
-    kind: ClassVar[str] = "prompted"
-    trained: ClassVar[bool] = False
-    system: str = ""
-    """The system message; judges see the prompt without it."""
-
-
-@dataclass(frozen=True)
-class Reversed(Method):
-    """A control that is not trained: another row's head adapter with its change turned round,
-    h_a = h_b − f(h_b). What is learned should be lost; what gains here too is no gain."""
-
-    kind: ClassVar[str] = "reversed"
-    trained: ClassVar[bool] = False
-    of: str = ""
-    """Name of that row."""
-
-
-METHODS: dict[str, type[Method]] = {
-    m.kind: m for m in (SFT, Replay, DPO, RLOO, QAdapter, Prompted, Reversed)
-}
-
-
 @dataclass(frozen=True)
 class Sweep:
     """One method at several values of an option; each is a row of its own, drawn as one curve."""
@@ -358,8 +148,8 @@ class CompareConfig:
     """What the base had learned before: answered, judged and replayed; no method trains on it."""
     first: FirstSpec | None = None
     """Teach the base the old preference first; none to take the base as it is."""
-    adapter: AdapterSpec = AdapterSpec()
-    training: TrainingSpec = TrainingSpec()
+    adapter: AdapterSpec = field(default_factory=AdapterSpec)
+    training: TrainingSpec = field(default_factory=TrainingSpec)
     evaluation: EvaluationSpec = EvaluationSpec()
     sweeps: dict[str, Sweep] = field(default_factory=dict)
     reference: str | None = None

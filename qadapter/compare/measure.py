@@ -8,13 +8,16 @@ base's.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 
-from qadapter.compare.config import Prompted, Row
+from qadapter.compare.config import Row
 from qadapter.compare.data import Texts
+from qadapter.compare.kinds import Interpolated, Prompted
+from qadapter.compare.methods import interpolated
 from qadapter.compare.workbench import Workbench
 from qadapter.data import PromptEncoder
 from qadapter.evaluation import (
@@ -27,6 +30,8 @@ from qadapter.evaluation.judges import judged_gain, score_draws
 from qadapter.evaluation.judges.contest import texts as texts_of
 from qadapter.policy.model import QAdapterModel
 
+Dial = Callable[[QAdapterModel, float], AbstractContextManager[float]]
+"""A model and a setting → inside, the model so turned; gives the strength to decode it with."""
 LEAST_ACCURACY = 0.6
 """A judge that ranks fewer of the split's own held-out pairs right is used for no gain and no win
 rate: it is too near to a coin."""
@@ -49,13 +54,16 @@ def probe(bench: Workbench, model: QAdapterModel) -> dict[str, Any]:
 def evaluate_row(
     bench: Workbench, model: QAdapterModel, row: Row, split: str, seed: int
 ) -> dict[str, Any]:
-    """All measures of one run: the first seeds of a method at every setting of the dial, other
+    """All measures of one run: the first seeds of a method at every setting of its dial, other
     seeds, controls and the rows of a sweep at their own alone."""
     spec = bench.config.evaluation
     if isinstance(row.method, Prompted):
         return evaluate(bench, model, split, [0.0], seed, system=row.method.system)
-    alone = row.sweep is not None or not row.method.trained
-    if alone or row.seeds.index(seed) >= spec.dial_seeds:
+    has_dial = row.sweep is None and row.seeds.index(seed) < spec.dial_seeds
+    if isinstance(row.method, Interpolated):
+        weights = sorted({*row.method.weights, 1.0}) if has_dial else [1.0]
+        return evaluate(bench, model, split, weights, seed, dial=interpolated)
+    if not (has_dial and row.method.trained):
         kinds = ("new", "old") if row.sweep is None else ("new",) if spec.ask_sweeps else ()
         return evaluate(bench, model, split, [1.0], seed, asked=kinds)
     return evaluate(bench, model, split, sorted({*spec.strengths, 1.0}), seed)
@@ -63,7 +71,7 @@ def evaluate_row(
 
 def evaluate(
     bench: Workbench, model: QAdapterModel, split: str, strengths: list[float], seed: int, *,
-    asked: Collection[str] = ("new", "old"), system: str | None = None,
+    asked: Collection[str] = ("new", "old"), system: str | None = None, dial: Dial | None = None,
 ) -> dict[str, Any]:
     """All measures of one model, as JSON types.
 
@@ -74,6 +82,7 @@ def evaluate(
         asked: kinds of prompts to sample answers to; old ones only where the model is what was
             trained or the base, since at no other setting of the dial they are shown.
         system: a system message to answer with.
+        dial: what a setting is of; none for the strength.
     """
     spec = bench.config.evaluation
     found: dict[str, Any] = {"split": split, "preferences": {}, "dial": []}
@@ -87,19 +96,21 @@ def evaluate(
             "prompt_ids": result.pairs.prompt_id.tolist(),
             "reward_margins": _short(result.pairs.margin("reward")),
         }
-    for strength in strengths:
-        found["dial"].append({
-            "strength": strength,
-            "retention": {
-                name: _retention(bench, model, texts, strength)
-                for name, texts in bench.texts.items()
-            },
-            "answers": {
-                kind: _answers(bench, model, kind, split, strength, seed, system)
-                for kind in bench.kinds if spec.prompts > 0 and kind in asked
-                and (kind == "new" or strength in (0.0, 1.0))
-            },
-        })
+    for setting in strengths:
+        turned = nullcontext(setting) if dial is None else dial(model, setting)
+        with turned as strength:
+            found["dial"].append({
+                "strength": setting,
+                "retention": {
+                    name: _retention(bench, model, texts, strength)
+                    for name, texts in bench.texts.items()
+                },
+                "answers": {
+                    kind: _answers(bench, model, kind, split, strength, seed, system)
+                    for kind in bench.kinds if spec.prompts > 0 and kind in asked
+                    and (kind == "new" or setting in (0.0, 1.0))
+                },
+            })
     return found
 
 

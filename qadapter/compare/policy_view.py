@@ -54,15 +54,18 @@ class PolicyForCausalLM(PreTrainedModel, GenerationMixin):
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         labels: Tensor | None = None, fused_lm_head: bool = False,
-        num_items_in_batch: Tensor | None = None, **kwargs: Any,
+        num_items_in_batch: Tensor | None = None, logits_to_keep: int | Tensor = 0, **kwargs: Any,
     ) -> CausalLMOutputWithPast | FusedCausalLMOutput:
-        """Logits; or, with ``fused_lm_head``, the log-probabilities [B, T − 1] of ``labels`` alone,
-        with gradient. (What TRL logs beside them, entropy and such, is not computed: NaN.)"""
+        """Logits in float32, of the ``logits_to_keep`` last positions alone where that is not 0;
+        or, with ``fused_lm_head``, the log-probabilities [B, T − 1] of ``labels`` alone, with
+        gradient. (What TRL logs beside them, entropy and such, is not computed: NaN.)"""
         if not fused_lm_head:
-            return self.model.customised(
+            outputs = self.model.customised(
                 input_ids=input_ids, attention_mask=attention_mask, labels=labels,
-                strength=float(not self.model.reference), **kwargs,
+                strength=float(not self.model.reference), logits_to_keep=logits_to_keep, **kwargs,
             )
+            outputs.logits = outputs.logits.float()  # what TRL makes of them is no 16-bit matter
+            return outputs
         hidden = self.model(input_ids, attention_mask).last_hidden_state
         targets = labels[:, 1:]
         scored = targets != -100

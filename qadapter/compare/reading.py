@@ -15,19 +15,19 @@ from typing import Any
 import torch
 from transformers import SchedulerType
 
-from qadapter.compare.config import (
-    BASE,
+from qadapter.compare.config import BASE, OTHER_FILES, CompareConfig, folder_name, swept
+from qadapter.compare.kinds import (
     METHODS,
-    OTHER_FILES,
     AdapterSpec,
-    CompareConfig,
+    BestOfN,
+    Interpolated,
     Method,
+    OfAnother,
     Prompted,
+    QAdapter,
     Replay,
     Reversed,
-    folder_name,
     retention_names,
-    swept,
 )
 from qadapter.errors import QAdapterError, nearest, shown
 from qadapter.system.documents import read_yaml
@@ -80,8 +80,10 @@ def _check(config: CompareConfig, path: str) -> CompareConfig:
             refuse(f"methods.{name}.system", "is missing")
         if isinstance(method, Prompted) and config.evaluation.prompts == 0:
             refuse(f"methods.{name}", "nothing is asked where evaluation.prompts is 0")
-        if isinstance(method, Reversed):
-            _check_reversed(config, name, method, refuse)
+        if not method.trained and (method.adapter or method.learning_rate is not None):
+            refuse(f"methods.{name}", "what is not trained takes no adapter and no learning_rate")
+        if isinstance(method, OfAnother):
+            _check_of(config, name, method, refuse)
         try:
             method.check(config.training)
         except ValueError as error:
@@ -97,7 +99,7 @@ def _check(config: CompareConfig, path: str) -> CompareConfig:
         method = config.methods[sweep.of]
         if not method.trained:
             refuse(f"sweeps.{name}.of", f"{method.kind} is not trained")
-        known = {f.name for f in dataclasses.fields(method)} - {"seeds", "adapter"}
+        known = {f.name for f in dataclasses.fields(method)} - {"seeds", "adapter", "of"}
         known |= {f"adapter.{f.name}" for f in dataclasses.fields(AdapterSpec)
                   if f.type in ("str", "int", "float", "int | None")}
         missing = [n for n in swept(sweep.option) if n not in known]
@@ -121,6 +123,12 @@ def _check(config: CompareConfig, path: str) -> CompareConfig:
             refuse(f"methods.{row.name}", "no folder can have this name; choose another")
         if (other := taken.setdefault(folder, row.name)) != row.name:
             refuse(f"methods.{row.name}", f"its folder would be that of {other!r}; rename one")
+        if isinstance(row.method, OfAnother):
+            of = config.methods[row.method.of]
+            missing = set(row.seeds) - set(config.seeds if of.seeds is None else of.seeds)
+            if missing:
+                key = f"methods.{row.name}" if row.sweep is None else f"sweeps.{row.sweep}"
+                refuse(f"{key}.seeds", f"{row.method.of} has no seed {min(missing)}")
     names = [BASE, *(row.name for row in config.rows())]
     if config.reference is not None and config.reference not in names:
         refuse("reference", f"no row is called {config.reference!r}"
@@ -200,22 +208,22 @@ def _check_ranges(config: CompareConfig, refuse: Callable[[str, str], typing.NoR
                        f"must be at least 1, got {value}")
 
 
-def _check_reversed(
-    config: CompareConfig, name: str, method: Reversed,
+def _check_of(
+    config: CompareConfig, name: str, method: OfAnother,
     refuse: Callable[[str, str], typing.NoReturn],
 ) -> None:
-    of = config.methods.get(method.of)
+    key, of = f"methods.{name}.of", config.methods.get(method.of)
     if of is None or not of.trained:
-        refuse(f"methods.{name}.of", f"no trained method is called {method.of!r}"
+        refuse(key, f"no trained method is called {method.of!r}"
                + nearest(method.of, [n for n, m in config.methods.items() if m.trained]))
-    if (of.adapter or config.adapter).kind != "head":
-        refuse(f"methods.{name}.of", "only a head adapter can be reversed")
-    if method.adapter is not None or method.learning_rate is not None:
-        refuse(f"methods.{name}", "what is not trained takes no adapter and no learning_rate")
-    seeds = config.seeds if method.seeds is None else method.seeds
-    missing = set(seeds) - set(config.seeds if of.seeds is None else of.seeds)
-    if missing:
-        refuse(f"methods.{name}.seeds", f"{method.of} has no seed {min(missing)}")
+    if isinstance(method, BestOfN) and isinstance(of, BestOfN):
+        refuse(key, f"{method.of} is best_of_n itself: name the row that rewards")
+    if isinstance(method, Reversed) and (of.adapter or config.adapter).kind != "head":
+        refuse(key, "only a head adapter can be reversed")
+    if (isinstance(method, Interpolated) and isinstance(of, QAdapter)
+            and of.parametrization != "policy"):
+        refuse(key, f"at weight 0 {method.of} is not the base: its stream is no policy "
+               f"(parametrization {of.parametrization})")
 
 
 def _build(cls: type, written: Any, path: str, key: str) -> Any:

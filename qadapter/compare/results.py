@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qadapter.compare.config import BASE, TOUCHED_NAME, CompareConfig, Prompted, Row, swept
+from qadapter.compare.config import BASE, TOUCHED_NAME, CompareConfig, Row, swept
+from qadapter.compare.kinds import Prompted
 from qadapter.compare.measure import trusted
 from qadapter.compare.run import TRAINING_NAME, require_same, run_folder
 from qadapter.errors import QAdapterError

@@ -26,12 +26,10 @@ from qadapter.compare.config import (
     SPLITS,
     TOUCHED_NAME,
     CompareConfig,
-    Method,
-    Prompted,
-    Reversed,
     Row,
     folder_name,
 )
+from qadapter.compare.kinds import BestOfN, Interpolated, Method, OfAnother, Prompted, Reversed
 from qadapter.compare.measure import evaluate, evaluate_row, probe, trusted
 from qadapter.compare.methods import require_trl, reversed_head, train
 from qadapter.compare.reading import changes, fingerprint_files
@@ -46,6 +44,7 @@ from qadapter.system.locking import RUN_LOCK_NAME, lock_of, remove_stale, sole_r
 from qadapter.system.scratch import remove_abandoned
 from qadapter.system.sealed import sealed
 from qadapter.system.textfiles import read_text
+from qadapter.training.own_samples import Sample
 from qadapter.trunk.base_dtype import dtype_of
 
 TRAINING_NAME = "training.json"
@@ -192,40 +191,52 @@ def _is_trained(where: Path) -> bool:
 def _to_train(
     config: CompareConfig, folder: Path, todo: Iterable[tuple[Row, int]]
 ) -> Iterator[Method]:
-    """The methods that runs still have to be trained by; a reversed head is another row's."""
+    """The methods that runs still have to be trained by; of what is made of another row, that
+    row's too."""
     for row, seed in todo:
         name, method = row.name, row.method
-        if isinstance(method, Reversed):
+        while not (method.trained and _is_trained(run_folder(folder, name, seed))):
+            if method.trained:
+                yield method
+            if not isinstance(method, OfAnother):
+                break
             name, method = method.of, config.methods[method.of]
-        if method.trained and not _is_trained(run_folder(folder, name, seed)):
-            yield method
 
 
 def _model(
     bench: Workbench, row: Row, seed: int, folder: Path, environment: dict[str, Any],
     say: Callable[[str], None],
 ) -> QAdapterModel:
-    """The run's model: loaded if it was trained and its weights are here, else trained now; a
-    control's is made of what there is."""
+    """The run's model: loaded if it was trained and its weights are here, else trained now; of
+    what is not trained, made of what there is."""
     if isinstance(row.method, Prompted):
         return bench.fresh
-    if isinstance(row.method, Reversed):
+
+    def of_another() -> QAdapterModel:
         of = next(r for r in bench.config.rows() if r.name == row.method.of)
-        return reversed_head(_model(bench, of, seed, folder, environment, say))
+        return _model(bench, of, seed, folder, environment, say)
+
+    if isinstance(row.method, Reversed):
+        return reversed_head(of_another())
+    if isinstance(row.method, Interpolated):
+        return of_another()
     where = run_folder(folder, row.name, seed)
     with _alone(where):
-        return _trained(bench, row, seed, where, environment, say)
+        if _is_trained(where):
+            return bench.load(row.method, where)
+        best = None
+        if isinstance(row.method, BestOfN):
+            best = bench.best_answers(of_another(), row.method.n)
+        return _trained(bench, row, seed, where, best, environment, say)
 
 
 def _trained(
-    bench: Workbench, row: Row, seed: int, where: Path, environment: dict[str, Any],
-    say: Callable[[str], None],
+    bench: Workbench, row: Row, seed: int, where: Path, best: list[Sample] | None,
+    environment: dict[str, Any], say: Callable[[str], None],
 ) -> QAdapterModel:
-    if _is_trained(where):
-        return bench.load(row.method, where)
     known = (where / TRAINING_NAME).is_file()
     say("its weights are not here, or not whole: training again" if known else "training")
-    trained = train(bench, row.method, seed, lambda model: probe(bench, model))
+    trained = train(bench, row.method, seed, lambda model: probe(bench, model), best)
     trained.model.save_pretrained(where)
     facts = trained._asdict()
     del facts["model"]

@@ -13,21 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from qadapter.adapters.head_adapter import AdapterConfig
 from qadapter.adapters.peft_config import upper_blocks
-from qadapter.compare.config import (
-    ANSWERS_NAME,
-    DPO,
-    FIRST_NAME,
-    OWN,
-    AdapterSpec,
-    CompareConfig,
-    DataConfig,
-    Method,
-    Prompted,
-    QAdapter,
-    retention_names,
-)
+from qadapter.compare.config import ANSWERS_NAME, FIRST_NAME, OWN, CompareConfig, DataConfig
 from qadapter.compare.data import PreferenceData, load_texts, prepare
 from qadapter.compare.first import teach_first
+from qadapter.compare.kinds import DPO, AdapterSpec, Method, Prompted, QAdapter, retention_names
 from qadapter.data import Prompt, check_pairs, read_texts, use_chat_template
 from qadapter.data.passages import BUILT_IN, passages
 from qadapter.data.templates import PLAIN
@@ -42,6 +31,7 @@ from qadapter.evaluation.judges import (
     score_draws,
 )
 from qadapter.evaluation.judges.contest import AnswerStore, Draws, texts
+from qadapter.evaluation.token_rewards import reward_answers
 from qadapter.objective import ObjectiveConfig
 from qadapter.policy.model import QAdapterModel
 from qadapter.training.own_samples import Sample, load_or_sample
@@ -249,6 +239,22 @@ class Workbench:
         [draw] = self.base_answers("replay", prompts, 1, self.config.evaluation.seed + 10_000)
         return [(p, a.token_ids) for p, a in zip(prompts, draw, strict=True)]
 
+    def best_answers(self, judge: QAdapterModel, n: int) -> list[Sample]:
+        """(prompt ids, answer ids): to each training prompt, of the base's n answers the one that
+        a trained model rewards most."""
+        prompts = self._training_prompts
+        seed = self.config.evaluation.seed + 20_000
+        found = []
+        for prompt, *answers in zip(
+            prompts, *self.base_answers("training", prompts, n, seed), strict=True
+        ):
+            rewarded = reward_answers(
+                judge, self.tokenizer, prompt, [answer.token_ids for answer in answers],
+                batch_size=self.config.evaluation.batch_size,
+            )
+            found.append((prompt, max(rewarded, key=lambda answer: answer.total).token_ids))
+        return found
+
     def retention_texts(self, method: DPO | QAdapter) -> list[str | Sample] | None:
         """What a method is held to; None for the trainer's own choice, the base's own answers to
         the training prompts.
@@ -273,9 +279,13 @@ class Workbench:
     @functools.cached_property
     def own_samples(self) -> list[Sample]:
         """The base's own answers to training prompts, as the trainer draws them."""
+        return load_or_sample(self.fresh, self._training_prompts, self.tokenizer, say=self.say)
+
+    @property
+    def _training_prompts(self) -> list[list[int]]:
+        """The different ones of the new preference."""
         prompts = {tuple(ids): None for ids in self.new.train.tokens["prompt_ids"]}
-        return load_or_sample(self.fresh, [list(ids) for ids in prompts], self.tokenizer,
-                              say=self.say)
+        return [list(ids) for ids in prompts]
 
     @functools.cached_property
     def budget(self) -> float:

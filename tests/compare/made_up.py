@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qadapter.compare.config import BASE, Prompted
+from qadapter.compare.config import BASE
+from qadapter.compare.kinds import Prompted
 from qadapter.compare.run import run_folder
 from qadapter.evaluation.report import write_json
 

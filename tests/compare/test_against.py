@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from qadapter.compare.against import at_equal_gain
-from qadapter.compare.config import DPO, Row
+from qadapter.compare.config import Row
+from qadapter.compare.kinds import DPO
 from qadapter.compare.results import Result
 
 

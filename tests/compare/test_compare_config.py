@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 from comparisons import settings, write_config
 
-from qadapter.compare.config import DPO, AdapterSpec, QAdapter
+from qadapter.compare.kinds import DPO, AdapterSpec, QAdapter
 from qadapter.compare.reading import changes, fingerprint_files, read_config
 from qadapter.errors import QAdapterError
 

@@ -543,10 +543,12 @@ def test_sweeps_may_go_unasked(place):
     assert math.isnan(against(rows["q alpha=1"], rows["q"]).gain.value)
 
 
-def test_lora_trains_in_the_trunk_by_trl(place):
-    """DPO and SFT by TRL; the shared base of the judges stays as it is."""
+def test_lora_trains_in_the_trunk(place):
+    """SFT, and DPO with a term of TRL's, by TRL; DPO alone by our trainer. The shared base of the
+    judges stays as it is."""
     folder, _ = place
-    methods = {k: v for k, v in settings()["methods"].items() if k in ("sft", "dpo")}
+    dpo = settings()["methods"]["dpo"]
+    methods = {"sft": {"method": "sft"}, "dpo": dpo, "dpo + nll": {**dpo, "nll_coef": 0.5}}
     config = read_config(write_config(
         folder, "lora.yaml", methods=methods, sweeps={},
         adapter={"kind": "lora", "r": 2, "target_modules": ["q_proj"]},
@@ -556,7 +558,7 @@ def test_lora_trains_in_the_trunk_by_trl(place):
     for name in methods:
         where = run_folder(folder / "lora", name, 0)
         training = json.loads((where / "training.json").read_text())
-        assert training["trained_by"].startswith("TRL")
+        assert training["trained_by"].startswith("QAdapterTrainer" if name == "dpo" else "TRL")
         assert training["curve"][-1]["kl_per_token"] > 1e-9
         assert (where / "adapter_config.json").is_file()
 
@@ -582,7 +584,7 @@ def test_turns_of_others_are_learned_by_no_method(tmp_path):
         raise Killed
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("qadapter.compare.methods._with_our_forward", keep)
+        patch.setattr("qadapter.compare.trl_trainers._with_our_forward", keep)
         train(bench, config.methods["sft"], 0, lambda model: {})
     tokens = bench.new.train.tokens
     for row, prompt, answer, mask in zip(
@@ -591,9 +593,8 @@ def test_turns_of_others_are_learned_by_no_method(tmp_path):
         assert row["input_ids"] == [*prompt, *answer]
         assert row["completion_mask"] == [0] * len(prompt) + [int(x) for x in mask]
         assert 0 < sum(row["completion_mask"]) < len(answer)
-    lora = {"kind": "lora", "r": 2, "target_modules": ["q_proj"]}
     config = read_config(write_config(
-        folder, methods={"dpo": {"method": "dpo"}}, adapter=lora, **options
+        folder, methods={"dpo": {"method": "dpo", "nll_coef": 1}}, **options
     ))
-    with pytest.raises(QAdapterError, match="these answers hold turns of others; use a head"):
-        run_comparison(config, folder / "lora")
+    with pytest.raises(QAdapterError, match="these answers hold turns of others; leave nll_coef o"):
+        run_comparison(config, folder / "nll")
