@@ -96,6 +96,10 @@ def evaluate(
             "prompt_ids": result.pairs.prompt_id.tolist(),
             "reward_margins": _short(result.pairs.margin("reward")),
         }
+        if kind == "old":
+            found["preferences"][kind]["policy_margins"] = _short(
+                result.pairs.margin("policy_logp", per_token=True)
+            )
     for setting in strengths:
         turned = nullcontext(setting) if dial is None else dial(model, setting)
         with turned as strength:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from qadapter.compare.config import BASE, TOUCHED_NAME, CompareConfig, Row, swept
 from qadapter.compare.kinds import Prompted
 from qadapter.compare.measure import trusted
@@ -249,6 +251,14 @@ def policy_accuracy(kind: str) -> Measure:
         return preference(kind, f"preference_accuracy_{side}_mean")(run, point)
 
     return number
+
+
+def old_margins(run: dict[str, Any]) -> np.ndarray | None:
+    """By how much a run's trained policy prefers the preferred answer of each held-out old pair:
+    mean log-probability a token of one minus that of the other [P], NaN where it is no number; None
+    where there is no old preference, or results were written before this was kept."""
+    found = run["preferences"].get("old", {}).get("policy_margins")
+    return None if found is None else np.array(found, float)
 
 
 def retention(texts: str, name: str) -> Measure:

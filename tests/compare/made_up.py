@@ -36,11 +36,13 @@ def measured(config, strengths, kl=0.2, number=0.6, judges=None) -> dict:
         for name, x in (judges or {JUDGE: number}).items()
     }
     answers = {
-        "judged": judged, "kl_of_own_answers": kl,
+        "judged": judged, "kl_of_own_answers": kl, "kl_on_base_answers": kl,
         "statistics": {"words_mean": number, "distinct_3": number},
     }
     return {
-        "preferences": {"new": preferences, "old": preferences},
+        "preferences": {
+            "new": preferences, "old": {**preferences, "policy_margins": [number] * 5},
+        },
         "dial": [
             {"strength": strength, "retention": dict.fromkeys(texts, kept),
              "answers": {"new": answers, "old": answers}} for strength in strengths

@@ -392,7 +392,7 @@ def test_the_test_split_is_measured_on_request_and_recorded(place, capsys):
     assert names == [*METHODS, *CONTROLS]  # no sweeps: they are for choosing
     assert "steps" not in capsys.readouterr().out  # nothing was trained again
     page = (out / "report-test.html").read_text()
-    assert page.count("<svg") == 3 and "q alpha=1" not in page.split("Configuration")[0]
+    assert page.count("<svg") == 5 and "q alpha=1" not in page.split("Configuration")[0]
     assert "scored on it more than once: no run" in page
     assert cli("compare", *flags, "--split", "test") == 0  # only shows what is there
     assert (out / "test_touched.jsonl").read_text() == touched
@@ -413,7 +413,8 @@ def test_the_report_is_one_file_that_says_it_all(place, capsys):
     for outside in ("http:", "src=", "<script", "<link", "@import"):
         assert outside not in page.replace("http://www.w3.org", "").replace(
             "http://purl.org", "").replace("http://creativecommons.org", ""), outside
-    assert page.count("<svg") == 5  # retention, win rates, frontier, two sweeps
+    # Retention, win rates, frontier, razor, old margins, two sweeps.
+    assert page.count("<svg") == 7
     assert "Tiny &amp; small" in page and "&lt;this&gt;" in page
     assert str(folder) not in page
     comparison = read_results(read_config(folder / "compare.yaml"), out, "validation")
@@ -465,7 +466,7 @@ def test_pictures_are_drawn_from_results_alone(place, tmp_path):
     pictures = draw_all(comparison, tmp_path)
     assert [value for value, _ in comparison.sweep("form")] == ["linear", "mlp"]
     assert [p.name for p in pictures] == [
-        "retention", "win_rates", "frontier", "sweep_alpha", "sweep_form",
+        "retention", "win_rates", "frontier", "razor", "old_margins", "sweep_alpha", "sweep_form",
     ]
     for picture in pictures:
         assert picture.svg.startswith("<svg") and picture.caption
@@ -519,7 +520,7 @@ def test_without_prompts_nothing_is_sampled_and_what_is_left_is_reported(place, 
         (folder / "unasked" / "base_answers").glob("validation*"))
     comparison = read_results(read_config(path), folder / "unasked", "validation")
     assert [p.name for p in draw_all(comparison)] == [
-        "retention", "frontier", "sweep_alpha", "sweep_form",
+        "retention", "frontier", "old_margins", "sweep_alpha", "sweep_form",
     ]
     assert not any("win" in column.key or "gain" in column.key for column in columns(comparison))
     page = (folder / "unasked" / "report-validation.html").read_text()

@@ -54,7 +54,7 @@ def test_a_report_shows_every_name(tmp_path, capsys, first):
         # In the tables, and in the pictures' labels.
         assert page.text.count(name) >= 5 and name in shown
     pictures = sorted(p.name for p in (tmp_path / "out/pictures-validation").iterdir())
-    assert len(pictures) == 3 + len(written["sweeps"])
+    assert len(pictures) == 5 + len(written["sweeps"])
     for name in pictures:
         with Image.open(tmp_path / "out/pictures-validation" / name) as picture:
             assert picture.width > 600
