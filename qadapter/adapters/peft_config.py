@@ -17,7 +17,9 @@ from typing import Any, Literal
 
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from transformers import PretrainedConfig
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from qadapter.errors import QAdapterError, beginning, nearest, shown
 from qadapter.system.documents import MAX_CONFIG_BYTES, read_json
@@ -177,16 +179,34 @@ def _as_text(hint: Any) -> str:
     return "null" if hint is type(None) else str(getattr(hint, "__name__", hint))
 
 
-def upper_blocks(number: int, base: PretrainedConfig, option: str) -> list[int]:
-    """The numbers of a base's upper blocks, as ``layers_to_transform`` takes them.
+ALL_LINEAR = "all-linear"
+"""PEFT's word for every linear layer but the output's."""
+
+
+def in_upper_blocks(
+    number: int, targets: list[str] | str | None, base: PreTrainedModel, option: str
+) -> dict[str, Any]:
+    """A LoRA's ``layers_to_transform`` and ``target_modules`` in a base's upper blocks alone. PEFT
+    takes a list of names with them and no text, so that ``all-linear`` is spelled out.
 
     Args:
-        option: what asks for so many, for the message.
+        option: what asks for so many blocks, for messages.
 
     Raises:
-        QAdapterError: the base has fewer.
+        QAdapterError: the base has fewer, or the layers are told by a pattern.
     """
-    depth = base.get_text_config().num_hidden_layers
+    depth = base.config.get_text_config().num_hidden_layers
     if number > depth:
         raise QAdapterError(f"{option}={number}: the base has {depth} blocks")
-    return list(range(depth - number, depth))
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        head = base.get_output_embeddings()
+        targets = sorted({
+            name.rpartition(".")[2] for name, module in base.named_modules()
+            if isinstance(module, nn.Linear | Conv1D) and module is not head
+        })
+    if isinstance(targets, str):
+        raise QAdapterError(
+            f"{option}={number}: the layers of some blocks are told by a list of names or by "
+            f"{ALL_LINEAR}, not by the pattern {shown(targets)}"
+        )
+    return {"layers_to_transform": list(range(depth - number, depth)), "target_modules": targets}

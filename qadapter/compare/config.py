@@ -16,9 +16,9 @@ SPLITS = ("validation", "test")
 OWN = "own"
 """Of texts that retention is held to: the base's own answers to the training prompts."""
 CONFIG_NAME, TOUCHED_NAME = "config.json", "test_touched.jsonl"
-FIRST_NAME, ANSWERS_NAME = "first", "base_answers"
+FIRST_NAME, ANSWERS_NAME, JUDGES_NAME = "first", "base_answers", "judges"
 OTHER_FILES = (
-    CONFIG_NAME, TOUCHED_NAME, ANSWERS_NAME, FIRST_NAME, f"{FIRST_NAME}.json",
+    CONFIG_NAME, TOUCHED_NAME, ANSWERS_NAME, JUDGES_NAME, FIRST_NAME, f"{FIRST_NAME}.json",
     *(f"{kind}-{split}{end}" for split in SPLITS
       for kind, end in (("pictures", ""), ("report", ".html"), ("summary", ".json"))),
 )

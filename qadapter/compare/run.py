@@ -127,6 +127,8 @@ def _prepare(
     for row in rows:
         if isinstance(row.method, Prompted):
             bench.check_prompted(row.method)
+        elif row.method.trained:
+            bench.check_adapter(row.method)
     if not base_file.is_file():
         say("measuring the base")
         found = evaluate(bench, bench.fresh, split, [0.0], bench.config.evaluation.seed)

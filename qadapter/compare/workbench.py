@@ -12,8 +12,16 @@ from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
 
 from qadapter.adapters.head_adapter import AdapterConfig
-from qadapter.adapters.peft_config import upper_blocks
-from qadapter.compare.config import ANSWERS_NAME, FIRST_NAME, OWN, CompareConfig, DataConfig
+from qadapter.adapters.peft_config import in_upper_blocks
+from qadapter.adapters.planning import planned_weights
+from qadapter.compare.config import (
+    ANSWERS_NAME,
+    FIRST_NAME,
+    JUDGES_NAME,
+    OWN,
+    CompareConfig,
+    DataConfig,
+)
 from qadapter.compare.data import PreferenceData, load_texts, prepare
 from qadapter.compare.first import teach_first
 from qadapter.compare.kinds import DPO, AdapterSpec, Method, Prompted, QAdapter, retention_names
@@ -24,16 +32,19 @@ from qadapter.errors import QAdapterError
 from qadapter.evaluation.answers import encode_prompt, with_system
 from qadapter.evaluation.judges import (
     HiddenStateJudge,
-    PreferenceTexts,
     RewardJudge,
     WordPresenceJudge,
     preference_texts,
     score_draws,
 )
 from qadapter.evaluation.judges.contest import AnswerStore, Draws, texts
+from qadapter.evaluation.judges.trained import TrainedJudge
+from qadapter.evaluation.report import write_json
 from qadapter.evaluation.token_rewards import reward_answers
 from qadapter.objective import ObjectiveConfig
 from qadapter.policy.model import QAdapterModel
+from qadapter.system.documents import read_json
+from qadapter.system.sealed import opened, sealed
 from qadapter.training.own_samples import Sample, load_or_sample
 from qadapter.trunk.loading import LoadedBase, load_base, load_tokenizer, resolve_base
 from qadapter.trunk.memo import TrunkMemo
@@ -104,6 +115,14 @@ class Workbench:
         [asked] = with_system(prompts, method.system, self.tokenizer, "system")
         encode_prompt(self.tokenizer, asked)
 
+    def check_adapter(self, method: Method) -> None:
+        """Make out on no data what a method would train.
+
+        Raises:
+            QAdapterError: the base can't be adapted so.
+        """
+        planned_weights(self.loaded.model, self.adapter_config(method))
+
     # --- models -----------------------------------------------------------------------------
 
     def spec(self, method: Method) -> AdapterSpec:
@@ -114,16 +133,14 @@ class Workbench:
         spec = self.spec(method)
         if spec.kind == "head":
             return AdapterConfig(form=spec.form, rank=spec.rank)
+        where = {"target_modules": spec.target_modules}
+        if spec.layers is not None:
+            where = in_upper_blocks(
+                spec.layers, spec.target_modules, self.loaded.model, "adapter.layers"
+            )
         return LoraConfig(
             r=spec.r, lora_alpha=spec.lora_alpha, lora_dropout=spec.lora_dropout,
-            target_modules=spec.target_modules, task_type="CAUSAL_LM",
-            layers_to_transform=self._blocks(spec),
-        )
-
-    def _blocks(self, spec: AdapterSpec) -> list[int] | None:
-        """The upper blocks that a LoRA is put into; None for all."""
-        return None if spec.layers is None else upper_blocks(
-            spec.layers, self.loaded.model.config, "adapter.layers"
+            task_type="CAUSAL_LM", **where,
         )
 
     def base(self, method: Method) -> LoadedBase:
@@ -156,25 +173,40 @@ class Workbench:
     @functools.cached_property
     def judges(self) -> dict[str, list[RewardJudge]]:
         """"new" and "old" preference → two judges that fail differently, trained on pairs that no
-        policy sees."""
-        found = {}
-        for name, data in self.kinds.items():
-            self.say(f"training the judges of the {name} preference")
-            texts = preference_texts(data.judge.pairs, self.tokenizer)
-            found[name] = [self.hidden_state_judge(texts), _fitted(WordPresenceJudge(), texts)]
-        return found
+        policy sees; once, and kept in the results' folder."""
+        return {
+            name: [
+                self._judge(name, data, self._hidden_state_judge()),
+                self._judge(name, data, WordPresenceJudge()),
+            ]
+            for name, data in self.kinds.items()
+        }
+
+    def _judge(self, kind: str, data: PreferenceData, judge: TrainedJudge) -> TrainedJudge:
+        path = self.folder / JUDGES_NAME / f"{kind}-{judge.name.replace(' ', '-')}.json"
+        if path.is_file():
+            try:
+                judge.restore(opened(read_json(path)))
+            except (QAdapterError, LookupError, TypeError, ValueError):
+                self.say(f"{path} is not what was written: trained again")
+            else:
+                return judge
+        self.say(f"training the judge of the {kind} preference by {judge.name}")
+        judge.fit(preference_texts(data.judge.pairs, self.tokenizer))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, sealed(judge.fitted()))
+        return judge
 
     @property
     def kinds(self) -> dict[str, PreferenceData]:
         """"new" and, if there is one, "old"."""
         return {"new": self.new} | ({} if self.old is None else {"old": self.old})
 
-    def hidden_state_judge(self, texts: PreferenceTexts) -> HiddenStateJudge:
-        judge = HiddenStateJudge(
+    def _hidden_state_judge(self) -> HiddenStateJudge:
+        return HiddenStateJudge(
             self.fresh, self.tokenizer, max_length=self.config.data.max_length,
             batch_size=self.config.evaluation.batch_size,
         )
-        return _fitted(judge, texts)
 
     @functools.cached_property
     def reward(self) -> Callable[[Sequence[Prompt], Sequence[str]], list[float]]:
@@ -182,7 +214,8 @@ class Workbench:
         deviations of its scores there."""
         self.say("training the reward model on the training pairs")
         texts = preference_texts(self.new.train.pairs, self.tokenizer)
-        judge = self.hidden_state_judge(texts)
+        judge = self._hidden_state_judge()
+        judge.fit(texts)
         scores = judge.scores(texts.prompts * 2, texts.chosen + texts.rejected)
         mean, spread = float(scores.mean()), float(scores.std()) or 1.0
 
@@ -295,8 +328,3 @@ class Workbench:
                    for name in ("prompt", "chosen", "rejected")]
         epoch = (2 * lengths[0] + lengths[1] + lengths[2]).sum()
         return float(epoch * self.config.training.num_train_epochs)
-
-
-def _fitted(judge, texts: PreferenceTexts):
-    judge.fit(texts)
-    return judge

@@ -74,7 +74,7 @@ def as_qadapter_model(
         )
     if peft_config is None:
         model = as_loaded(model, kwargs)
-        kwargs, adapter = {}, args.adapter_config(model.model.config)
+        kwargs, adapter = {}, args.adapter_config(model.model)
     else:
         adapter = peft_config
     set_seed(args.seed)  # the adapter's start is random too

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig
-from transformers import PretrainedConfig, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from qadapter.adapters.head_adapter import AdapterConfig
-from qadapter.adapters.peft_config import upper_blocks
+from qadapter.adapters.peft_config import in_upper_blocks
 from qadapter.errors import QAdapterError
 from qadapter.objective import ObjectiveConfig
 from qadapter.training import checks
@@ -313,27 +313,25 @@ class QAdapterConfig(TrainingArguments):
         """The objective these arguments describe."""
         return ObjectiveConfig(**{name: getattr(self, name) for name in _OBJECTIVE})
 
-    def adapter_config(self, base: PretrainedConfig | None = None) -> AdapterConfig | LoraConfig:
+    def adapter_config(self, base: PreTrainedModel | None = None) -> AdapterConfig | LoraConfig:
         """The adapter these arguments describe.
 
         Args:
             base: what it is for, whose depth ``lora_layers`` counts from; without, all blocks.
 
         Raises:
-            QAdapterError: ``lora_layers`` names more blocks than the base has.
+            QAdapterError: ``lora_layers`` names more blocks than the base has, or
+                ``lora_target_modules`` is a pattern then.
         """
         if self.adapter_kind == "head":
             return AdapterConfig(form=self.adapter_form, rank=self.adapter_rank)
+        where: dict[str, Any] = {"target_modules": self.lora_target_modules}
+        if base is not None and (number := self._upper_blocks()) is not None:
+            where = in_upper_blocks(number, self.lora_target_modules, base, "lora_layers")
         return LoraConfig(
             r=self.lora_r, lora_alpha=self.lora_alpha, lora_dropout=self.lora_dropout,
-            target_modules=self.lora_target_modules, task_type="CAUSAL_LM",
-            layers_to_transform=None if base is None else self._lora_blocks(base),
+            task_type="CAUSAL_LM", **where,
         )
-
-    def _lora_blocks(self, base: PretrainedConfig) -> list[int] | None:
-        """The blocks that ``lora_layers`` names; None for all."""
-        number = self._upper_blocks()
-        return None if number is None else upper_blocks(number, base, "lora_layers")
 
     def _upper_blocks(self) -> int | None:
         if self.lora_layers in (None, "all"):

@@ -404,6 +404,19 @@ def test_upper_blocks_by_their_number(make_trainer, pairs, given, blocks):
     assert adapted == {str(n) for n in blocks or [0, 1]}
 
 
+def test_all_linear_layers_of_upper_blocks(make_trainer, pairs):
+    """PEFT takes no ``all-linear`` together with blocks."""
+    trainer = make_trainer(build_model().base, pairs, adapter_kind="lora", lora_layers=1,
+                           lora_target_modules="all-linear")
+    adapted = {tuple(n.split(".")[2:5:2]) for n, _ in trainer.model.base.named_parameters()
+               if "lora" in n}
+    names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert adapted == {("1", name) for name in names}
+    with pytest.raises(QAdapterError, match=r"by a list of names or by all-linear.*_proj"):
+        make_trainer(build_model().base, pairs, adapter_kind="lora", lora_layers=1,
+                     lora_target_modules=r".*\.q_proj")
+
+
 @pytest.mark.parametrize("given", [0, "0", "top:", "bottom:1", "top:-1", "1.5", 3, "top:3"])
 def test_upper_blocks_that_are_none(make_trainer, pairs, given):
     with pytest.raises(QAdapterError, match="lora_layers"):

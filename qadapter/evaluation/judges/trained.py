@@ -13,7 +13,8 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,6 +89,23 @@ class TrainedJudge(RewardJudge):
         self.weight_F, self.penalty, self.cross_validated_accuracy = fit_bradley_terry(
             difference_PF, texts.prompt_ids
         )
+
+    def fitted(self) -> dict[str, Any]:
+        """What ``fit`` found, as JSON types: for ``restore``."""
+        return {
+            "weight": self.weight_F.tolist(), "num_pairs": self.num_pairs, "penalty": self.penalty,
+            "cross_validated_accuracy": self.cross_validated_accuracy,
+        }
+
+    def restore(self, fitted: Mapping[str, Any]) -> None:
+        """Take over what the same judge's ``fit`` found, to the last digit.
+
+        Raises:
+            KeyError: it is no judge's of this kind.
+        """
+        self.weight_F = torch.tensor(fitted["weight"], dtype=torch.float64)
+        self.num_pairs, self.penalty = fitted["num_pairs"], fitted["penalty"]
+        self.cross_validated_accuracy = fitted["cross_validated_accuracy"]
 
 
 class HiddenStateJudge(TrainedJudge):
@@ -170,6 +188,13 @@ class WordPresenceJudge(TrainedJudge):
             raise QAdapterError("the judge's training answers have no word in common")
         self.column = {word: i for i, word in enumerate(known)}
         super().fit(texts, progress)
+
+    def fitted(self) -> dict[str, Any]:
+        return {**super().fitted(), "words": list(self.column)}
+
+    def restore(self, fitted: Mapping[str, Any]) -> None:
+        super().restore(fitted)
+        self.column = {word: i for i, word in enumerate(fitted["words"])}
 
     def features(
         self, prompts: Sequence[Prompt], answers: Sequence[str], progress: Progress | None = None
