@@ -123,26 +123,29 @@ def judge(found: tuple[str, dict[str, Any]]) -> str:
     return f"{name} {_interval(accuracy, 'accuracy')}{use}"
 
 
-def equal_gain(found: Comparison) -> str:
-    """KL of every row where its dial gains what the reference gains as trained."""
-    rows = equal_gains(found)
+def equal_gain(found: Comparison, reference: str | None = None) -> str:
+    """KL of every row where its dial gains what the reference, or the row of this name, gains as
+    trained."""
+    name = reference or found.reference.row.name
+    rows = equal_gains(found, next(r for r in found.results if r.row.name == name))
     if not rows:
         return ""
     lines = [
-        "", f"At {found.reference.row.name}'s gain as trained: the setting of each dial that gains "
+        "", f"At {name}'s gain as trained: the setting of each dial that gains "
         "as much, and KL there over its; log KL taken as linear in the gain between two settings, "
         "95% intervals over prompts, texts and seeds:", "",
         "| | strength | KL ratio, " + " | KL ratio, ".join(found.texts) + " |",
         "| --- |" + " ---: |" * (1 + len(found.texts)),
     ]
-    lines += [f"| {name} | {' | '.join(equal_gain_cells(x))} |" for name, x in rows.items()]
+    lines += [f"| {row} | {' | '.join(equal_gain_cells(x))} |" for row, x in rows.items()]
     return "\n".join(lines) + "\n"
 
 
-def frontier_table(name: str, split: str = "test") -> str:
-    """A committed comparison's rows at their settings of the dial, and at the reference's gain."""
+def frontier_table(name: str, split: str = "test", *references: str) -> str:
+    """A committed comparison's rows at their settings of the dial, and at the gain of its reference
+    or of each of these rows (a DPO through each adapter)."""
     found = comparison(name, split)
-    return dial(found) + equal_gain(found)
+    return dial(found) + "".join(equal_gain(found, row) for row in references or (None,))
 
 
 def cell(result: Result, column: Column) -> str:

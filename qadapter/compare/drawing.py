@@ -71,11 +71,14 @@ def legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if not labels:  # of runs that have not moved at all, a logarithmic axis shows none
         return
-    most = 3 if figure.get_figwidth() < 8 else 5  # names of methods are long
-    columns = min(most, len(labels))
+    most = 3 if figure.get_figwidth() < 8 else 5
+    for columns in range(min(most, len(labels)), 0, -1):  # names of methods are long
+        placed = figure.legend(handles, labels, frameon=False, loc="outside lower center",
+                               ncols=columns, fontsize=9)
+        if columns == 1 or placed.get_window_extent().width <= figure.bbox.width:
+            break
+        placed.remove()
     figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(labels) / columns))
-    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=columns,
-                  fontsize=9)
 
 
 def size_of(seconds: float) -> float:

@@ -150,13 +150,17 @@ def _against_as_dict(found: Against) -> dict[str, Any]:
     return flat
 
 
-def equal_gains(comparison: Comparison) -> dict[str, EqualGain]:
-    """Row → its KL at the reference's gain; without the rows of which nothing can be said."""
-    if comparison.reference is None:
+def equal_gains(
+    comparison: Comparison, reference: Result | None = None
+) -> dict[str, EqualGain]:
+    """Row → its KL at the reference's gain (or another row's); without the rows of which nothing
+    can be said."""
+    reference = reference or comparison.reference
+    if reference is None:
         return {}
     found = {
-        r.row.name: at_equal_gain(r, comparison.reference)
-        for r in comparison.results if r is not comparison.reference
+        r.row.name: at_equal_gain(r, reference)
+        for r in comparison.results if r is not reference
     }
     return {name: x for name, x in found.items() if x is not None}
 

@@ -110,6 +110,13 @@ def test_the_base_is_itself(place):
     [point] = found["dial"]
     assert point["strength"] == 0 and point["retention"]["texts"]["kl_per_token"] == 0.0
     assert found["preferences"]["new"]["preference_accuracy"] == 0.5
+    # What its policy is compared with by quarters: its own margins, a token.
+    old = found["preferences"]["old"]
+    assert old["policy_margin"] == old["base_margin"]
+    assert len(old["policy_margins"]) == old["num_pairs"]
+    right = sum(margin > 0 for margin in old["policy_margins"]) / old["num_pairs"]
+    assert right == pytest.approx(old["preference_accuracy_base_mean"])
+    assert "policy_margins" not in found["preferences"]["new"]
     assert set(found["judges"]) == {"new", "old"}
 
 
@@ -534,7 +541,11 @@ def test_sweeps_may_go_unasked(place):
         sweeps={"alpha": settings()["sweeps"]["alpha"]},
         evaluation={**settings()["evaluation"], "strengths": [1.0], "ask_sweeps": False},
     ))
-    run_comparison(config, folder / "sweeps")
+    told = []
+    run_comparison(config, folder / "sweeps", say=told.append)
+    for judge in ("hidden states", "words"):
+        judged_by = f"new preference, judge by {judge}: accuracy "
+        assert any(line.startswith(judged_by) for line in told)
     comparison = read_results(config, folder / "sweeps", "validation")
     rows = {r.row.name: r for r in comparison.results}
     assert rows["q alpha=1"].number(judged("new", "gain")) is None

@@ -95,3 +95,19 @@ def test_pictures_without_what_they_show_are_left_out(comparison):
     assert draw_old_margins(comparison) is None
     unasked = dataclasses.replace(comparison, judges={"new": {}, "old": {}})
     assert draw_razor(unasked) is None
+
+
+def test_every_name_fits_on_the_picture(comparison):
+    """Many rows, and names as long as a label may be."""
+    [base, sft, *_] = comparison.results
+    many = [
+        dataclasses.replace(sft, row=dataclasses.replace(sft.row, name=f"{i} {'long name ' * 4}"))
+        for i in range(26)
+    ]
+    for draw in (draw_frontier, draw_razor, draw_old_margins):
+        figure = draw(dataclasses.replace(comparison, results=[base, *many]))
+        figure.draw_without_rendering()
+        names = figure.legends[0].get_window_extent()
+        assert len(figure.legends[0].get_texts()) == 26
+        assert 0 <= names.x0 and names.x1 <= figure.bbox.width
+        assert figure.axes[0].get_window_extent().height > 300
