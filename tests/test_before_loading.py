@@ -28,7 +28,7 @@ def train(place, tmp_path, capfd):
     def run(*flags, base="bare"):
         code = cli(
             "train", "--model_name_or_path", place / base, "--dataset_name", place / "pairs.jsonl",
-            "--output_dir", tmp_path / "run", "--max_steps", 1, "--adapter_rank", 2,
+            "--output_dir", tmp_path / "run", "--max_steps", 1,
             "--answer_prompts", 0, "--bootstrap_resamples", 5, "--test_fraction", 0.3,
             *flags,
         )
@@ -66,6 +66,17 @@ def test_a_layer_that_is_not_there(place, tmp_path, capfd):
         "[no_proj]",
     )
     assert code == 2 and "no_proj" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("modules", ["all-linear", "[q_proj, v_proj]"])
+def test_a_lora_in_upper_blocks(train, modules):
+    """Which there are is told from the base without its weights, and again when they are there."""
+    flags = ("--adapter_kind", "lora", "--lora_target_modules", modules, "--lora_layers")
+    code, [line] = train(*flags, "1")
+    assert code == 2 and "can't be loaded" in line
+    code, [line] = train(*flags, "99")
+    assert code == 2 and "lora_layers=99" in line
+    assert train(*flags, "top:1", base="whole")[0] == 0
 
 
 def test_a_token_that_the_base_does_not_know(place, train, tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 from peft import PeftConfig
 from rich.console import Console
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qadapter.adapters.head_adapter import AdapterConfig
 from qadapter.adapters.planning import require_room
@@ -68,14 +68,14 @@ def loading_options(
 
 def check_without_weights(
     base_name: str, options: dict[str, Any], tokenizer: PreTrainedTokenizerBase,
-    adapter: Callable[[PretrainedConfig], AdapterConfig | PeftConfig] | None = None,
+    adapter: Callable[[PreTrainedModel], AdapterConfig | PeftConfig] | None = None,
     **datasets: Dataset | None,
 ) -> None:
     """What a base's configuration alone can tell, seconds before its weights are there.
 
     Args:
         options: of ``loading_options``.
-        adapter: what will be trained on it, told from its configuration.
+        adapter: what will be trained on it, told from its modules.
         datasets: name → tokenized pairs.
 
     Raises:
@@ -90,7 +90,7 @@ def check_without_weights(
     for name, dataset in datasets.items():
         if dataset is not None:
             check_pairs(dataset, shell, tokenizer, f"the {name} data")
-    config = None if adapter is None else adapter(shell.config)
+    config = None if adapter is None else adapter(shell)
     if config is not None:
         require_room(shell, config)
 
