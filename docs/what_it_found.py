@@ -105,9 +105,10 @@ def dial(found: Comparison) -> str:
         "| --- |" + " ---: |" * len(strengths),
     ]
     for result in rows:
+        at = dict(result.dial(*measures))
         cells = [
-            f"{gain.mean:.2f} at " + ", ".join(f"{x.mean:.4f}" for x in kls)
-            for _, (gain, *kls) in result.dial(*measures)
+            f"{at[w][0].mean:.2f} at " + ", ".join(f"{x.mean:.4f}" for x in at[w][1:])
+            if at.get(w, [None])[0] else "—" for w in strengths
         ]
         lines.append(f"| {result.row.name} | {' | '.join(cells)} |")
     judges = "; ".join(f"{kind} preference, {', '.join(map(judge, of.items()))}"
@@ -126,8 +127,10 @@ def judge(found: tuple[str, dict[str, Any]]) -> str:
 def equal_gain(found: Comparison, reference: str | None = None) -> str:
     """KL of every row where its dial gains what the reference, or the row of this name, gains as
     trained."""
-    name = reference or found.reference.row.name
-    rows = equal_gains(found, next(r for r in found.results if r.row.name == name))
+    name = reference or found.config["reference"]
+    rows = {} if name is None else equal_gains(
+        found, next(r for r in found.results if r.row.name == name)
+    )
     if not rows:
         return ""
     lines = [

@@ -11,7 +11,7 @@ from rich.table import Table
 from qadapter.commands.options import Group, command
 from qadapter.compare import Comparison, read_config, read_results, run_comparison, write_report
 from qadapter.compare.config import SPLITS
-from qadapter.compare.page import columns
+from qadapter.compare.page import columns, judges_left_out
 from qadapter.console.environment import devices, quiet_libraries, versions
 from qadapter.console.folders import telling_how_to_go_on
 from qadapter.console.progress import Heartbeat, Pace
@@ -94,6 +94,8 @@ def run(arguments: CompareArguments, given: set[str]) -> None:
         found = read_results(config, arguments.output_dir, arguments.split)
         page = write_report(found, arguments.output_dir)
     console.print(_table(found))
+    if note := judges_left_out(found):
+        console.print(note, highlight=False, markup=False)
     console.print(f"wrote {page}", highlight=False)
 
 

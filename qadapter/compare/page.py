@@ -250,13 +250,13 @@ def _note(comparison: Comparison) -> str:
         "token (of its own answers: KL(customised‖base) at their states). Win rate and gain are "
         "over the base's own answers, by the judges together, trained on pairs no policy saw; a "
         "gain is in standard deviations of the base's scores. The row base is another draw of the "
-        f"base's: what no change at all looks like. {_left_out(comparison)}Without any model: "
-        f"{lengths}."
+        f"base's: what no change at all looks like. Without any model: {lengths}. "
+        + judges_left_out(comparison)
     )
 
 
-def _left_out(comparison: Comparison) -> str:
-    """Which judges are not used, and why; empty where all are."""
+def judges_left_out(comparison: Comparison) -> str:
+    """Which judges are not used, and why, as a sentence; empty where all are."""
     if not comparison.left_out:
         return ""
     names = "; ".join(
@@ -265,7 +265,7 @@ def _left_out(comparison: Comparison) -> str:
         for kind, name, accuracy in comparison.left_out
     )
     none = "" if comparison.judged else ", so that no gain is shown"
-    return f"Judges below {LEAST_ACCURACY:g} are not used{none}: {names}. "
+    return f"Judges below {LEAST_ACCURACY:g} are not used{none}: {names}."
 
 
 def _judges(comparison: Comparison) -> str:

@@ -8,12 +8,15 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from comparisons import settings, write_config
+from made_up import write_results
 
 from qadapter.compare.against import against
 from qadapter.compare.config import SPLITS
 from qadapter.compare.page import page as report
 from qadapter.compare.page import summary
 from qadapter.compare.reading import changes, read_config
+from qadapter.compare.results import read_results
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results/compare"
@@ -36,6 +39,19 @@ def test_the_tables_in_the_docs_are_of_the_committed_runs(page):
     for file, name, block in blocks:
         text = file.read_text(encoding="utf-8")
         assert text.split(f"<!-- {name} -->\n")[1].split("<!-- end -->")[0] == block
+
+
+def test_a_table_of_dials_has_a_column_for_every_setting(page, tmp_path):
+    """Also where rows have been measured at different ones."""
+    methods = {name: settings()["methods"][name] for name in ("dpo", "q")}
+    config = read_config(write_config(tmp_path, methods=methods, sweeps={}))
+    write_results(config, tmp_path / "out")
+    found = read_results(config, tmp_path / "out", "validation")
+    found.results[2].runs[0]["dial"][1]["strength"] = 3.0
+    [header, _, dpo, q] = [x.split(" | ") for x in page.dial(found).split("\n") if x[:1] == "|"]
+    assert [cell.strip("| ") for cell in header[1:]] == ["strength 1", "strength 2", "strength 3"]
+    assert [cell[0] for cell in dpo[1:]] == ["0", "0", "—"]
+    assert [cell[0] for cell in q[1:]] == ["0", "—", "0"]
 
 
 @pytest.mark.parametrize("name", NAMES)

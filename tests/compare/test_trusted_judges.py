@@ -8,6 +8,7 @@ import math
 import pytest
 from comparisons import settings, write_config
 from made_up import write_results
+from tiny_models import cli
 
 from qadapter.compare import read_config, read_results, write_report
 from qadapter.compare.against import against, at_equal_gain
@@ -30,6 +31,14 @@ def read(folder, judges):
 ])
 def test_a_judge_is_trusted_by_its_accuracy(accuracy, used):
     assert trusted({"accuracy": accuracy}) is used
+
+
+def test_the_terminal_says_it_too(tmp_path, capsys):
+    read(tmp_path, {"good": 0.9, "poor": 0.55})
+    flags = (tmp_path / "compare.yaml", "--output_dir", tmp_path / "out", "--report_only")
+    assert cli("compare", *flags) == 0
+    assert "Judges below 0.6 are not used: poor (new preference)" in " ".join(
+        capsys.readouterr().out.split())
 
 
 def test_what_is_shown_is_by_the_judges_that_are_trusted(tmp_path):
