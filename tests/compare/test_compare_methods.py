@@ -187,7 +187,7 @@ def test_an_interpolated_row_has_weights_for_its_dial(place):
     }
     config = read_config(write_config(
         place, "mixed.yaml", methods=rows, sweeps={}, reference="dpo", seeds=[0, 3],
-        evaluation={**settings()["evaluation"], "strengths": [1.0], "dial_seeds": 1},
+        evaluation={**settings()["evaluation"], "strengths": [1.0, 2.0], "dial_seeds": 1},
     ))
     out = run_comparison(config, place / "mixed", only=["mixed"])
     # The row it is of is trained for it, and measured when its turn comes.
@@ -202,6 +202,9 @@ def test_an_interpolated_row_has_weights_for_its_dial(place):
     assert points[1.0] == tuned["dial"][0]  # answers, judges and retention
     kls = [point["retention"]["texts"]["kl_per_token"] for point in mixed["dial"]]
     assert 0 < kls[0] < kls[1] < kls[2]
+    assert kls[2] != pytest.approx(  # weights are mixed, not the two policies
+        tuned["dial"][1]["retention"]["texts"]["kl_per_token"], rel=1e-3
+    )
     assert points[2.0]["answers"]["new"]["judged"] and "old" not in points[2.0]["answers"]
     assert [point["strength"] for point in read(out, "mixed", seed=3)["dial"]] == [1.0]
 
@@ -358,7 +361,8 @@ def test_online_methods_keep_to_the_budget_with_few_prompts_too(place, method):
 def test_sft_keeps_to_the_budget_where_the_last_batch_is_not_full(place):
     written = settings()
     written["data"]["train"] = 5
-    few = bench_of(place, "five", data=written["data"])
+    training = {**settings()["training"], "num_train_epochs": 3}
+    few = bench_of(place, "five", data=written["data"], training=training)
     found = train(few, SFT(), 0, unprobed)
     assert found.tokens == pytest.approx(few.budget, abs=1.5 * found.tokens / found.steps)
 
