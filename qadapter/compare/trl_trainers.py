@@ -162,9 +162,7 @@ def _sdft(bench: Workbench, method: SDFT, model: QAdapterModel, shared: dict[str
 
     part = bench.new.train
     if "chosen_mask" in part.tokens.column_names:
-        raise QAdapterError(
-            "sdft shows the teacher one answer: these hold turns of others"
-        )
+        raise QAdapterError("sdft shows the teacher one answer: these hold turns of others")
     prompts = [prompt_of(pair) for pair in part.pairs]
     _require_rendered(method, prompts)
     shown = bench.tokenizer.batch_decode(part.tokens["chosen_ids"][:], skip_special_tokens=True)
@@ -205,20 +203,22 @@ def _filled(rows: list[dict[str, Any]], method: RLOO | SDFT, args: Any) -> Datas
 
 
 def _require_rendered(method: Method, prompts: Sequence[Prompt]) -> None:
-    """Raises QAdapterError where TRL would make other tokens of a prompt than we do."""
-    if any(not _rendered_by_trl(prompt) for prompt in prompts):
+    """Raises QAdapterError where TRL would make other tokens of a prompt than we do, or none."""
+    if any(not _rendered_by_trl(prompt, method) for prompt in prompts):
         raise QAdapterError(
             f"{method.kind} trains with TRL, which renders prompts itself: it needs text, or "
             "messages that end with a user's, without tools and chat_template_kwargs of their own"
         )
 
 
-def _rendered_by_trl(prompt: Prompt) -> bool:
-    """Whether TRL makes the tokens of a prompt that we do."""
+def _rendered_by_trl(prompt: Prompt, method: Method) -> bool:
     if isinstance(prompt, str):
         return True
     messages = None if isinstance(prompt, Mapping) else messages_of(prompt)
-    return messages is not None and messages[-1]["role"] != "assistant"
+    if messages is None:
+        return False
+    last = messages[-1]["role"]  # a teacher reads the preferred answer in a user's message
+    return last == "user" if isinstance(method, SDFT) else last != "assistant"
 
 
 def _with_our_forward(

@@ -394,6 +394,18 @@ def test_a_teacher_is_shown_one_answer(place):
         train(bench, SDFT(), 0, unprobed)
 
 
+@pytest.mark.parametrize("last", [
+    {"role": "system", "content": "Be red."}, {"role": "assistant", "content": "It is"},
+])
+def test_a_teacher_is_asked_by_a_user(place, last):
+    rows = [{**row, "prompt": [*row["prompt"], last]} for row in preference_rows(80)]
+    name = f"ends_with_{last['role']}"
+    write_jsonl(place / f"{name}.jsonl", rows)
+    bench = bench_of(place, name, data={**settings()["data"], "dataset_name": f"{name}.jsonl"})
+    with pytest.raises(QAdapterError, match=r"sdft .* messages that end with a user's"):
+        train(bench, SDFT(), 0, unprobed)
+
+
 # --- what can't be ------------------------------------------------------------------------------
 
 
