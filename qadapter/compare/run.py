@@ -97,7 +97,8 @@ def run_comparison(
         _claim(written, folder)
         say(f"everything is measured on the {split} split already")
         return folder
-    require_trl(_to_train(config, folder, todo))
+    to_train = list(_to_train(config, folder, todo))
+    require_trl(to_train)
     # From then on several processes may work on it, each at its own rows.
     first = contextlib.nullcontext() if base_file.is_file() else _alone(folder)
     with first:
@@ -106,7 +107,8 @@ def run_comparison(
         _claim(written, folder)
         bench.learn_first()
         environment = {**(environment or {}), "dtype": dtype_of(bench.loaded.model)}
-        _prepare(bench, base_file, split, [row for row, _ in todo], environment, say)
+        asked = [row.method for row, _ in todo if isinstance(row.method, Prompted)]
+        _prepare(bench, base_file, split, [*asked, *to_train], environment, say)
     for number, (row, seed) in enumerate(todo, 1):
         told = f"[{number}/{len(todo)}] {row.name}, seed {seed}"
         _measure(bench, row, seed, folder, split, environment, lambda x, t=told: say(f"{t}: {x}"))
@@ -114,21 +116,25 @@ def run_comparison(
 
 
 def _prepare(
-    bench: Workbench, base_file: Path, split: str, rows: Iterable[Row],
+    bench: Workbench, base_file: Path, split: str, methods: Iterable[Method],
     environment: dict[str, Any], say: Callable[[str], None],
 ) -> None:
-    """What all rows share: the data is told, prompts are looked at, the base is measured."""
+    """What all rows share: the data is told, prompts are looked at, the base is measured.
+
+    Args:
+        methods: that are to be trained, or ask.
+    """
     for kind, data in bench.kinds.items():
         say(f"{kind} preference: {data.summary}")
         say(f"{kind} preference: " + ", ".join(
             f"{name} {len(getattr(data, name).tokens):,}"
             for name in ("train", "validation", "test", "judge")
         ) + " pairs")
-    for row in rows:
-        if isinstance(row.method, Prompted):
-            bench.check_prompted(row.method)
-        elif row.method.trained:
-            bench.check_adapter(row.method)
+    for method in methods:
+        if isinstance(method, Prompted):
+            bench.check_prompted(method)
+        else:
+            bench.check_adapter(method)
     if not base_file.is_file():
         say("measuring the base")
         found = evaluate(bench, bench.fresh, split, [0.0], bench.config.evaluation.seed)

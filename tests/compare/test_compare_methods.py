@@ -209,6 +209,18 @@ def test_an_interpolated_row_has_weights_for_its_dial(place):
     assert [point["strength"] for point in read(out, "mixed", seed=3)["dial"]] == [1.0]
 
 
+def test_what_a_row_is_made_of_is_made_out_before_anything_runs(place):
+    rows = {"dpo": {"method": "dpo", "adapter": {"kind": "lora", "target_modules": ["q_pro"]}},
+            "mixed": {"method": "interpolate", "of": "dpo"}}
+    config = read_config(write_config(
+        place, "made_of.yaml", methods=rows, sweeps={}, reference=None, evaluation=UNASKED
+    ))
+    said: list[str] = []
+    with pytest.raises(QAdapterError, match="q_pro"):
+        run_comparison(config, place / "made_of", only=["mixed"], say=said.append)
+    assert "measuring the base" not in said
+
+
 # --- best of n ----------------------------------------------------------------------------------
 
 
