@@ -29,6 +29,7 @@ from qadapter.compare.kinds import (
     Reversed,
     retention_names,
 )
+from qadapter.data.passages import BUILT_IN
 from qadapter.errors import QAdapterError, nearest, shown
 from qadapter.system.documents import read_yaml
 from qadapter.system.hashing import file_sha256
@@ -140,6 +141,14 @@ def _check(config: CompareConfig, path: str) -> CompareConfig:
         refuse("evaluation.retention", f"expected texts of different names, got {texts}")
     for name in texts:
         _check_name(name, "evaluation.retention", refuse)
+    for text in config.evaluation.retention:
+        if text.unseen is not None and text.file != BUILT_IN:
+            refuse(f"evaluation.retention.{text.name}.unseen", f"is for the file {BUILT_IN}")
+        for name, method in config.methods.items():
+            if text.file in retention_names(method) and not text.unseen:
+                way_out = "unseen: true" if text.file == BUILT_IN else "other texts"
+                refuse(f"evaluation.retention.{text.name}", f"{text.file} is what {name} is held "
+                       f"to: measure on {way_out}")
     if config.dtype != "auto" and not isinstance(getattr(torch, config.dtype, None), torch.dtype):
         refuse("dtype", f"expected auto or a torch dtype as bfloat16, got {config.dtype!r}")
     schedules = [schedule.value for schedule in SchedulerType]

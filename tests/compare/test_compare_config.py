@@ -24,6 +24,17 @@ def test_values_are_converted_and_names_found_beside_the_file(tmp_path):
     assert str(tmp_path) not in str(config.as_dict())  # a results folder names no machine's paths
 
 
+def test_what_is_held_to_the_built_in_passages_is_measured_on_others(tmp_path):
+    methods = settings()["methods"]
+    methods["q"]["retention_dataset_name"] = "built-in"
+    texts = {"name": "passages", "file": "built-in"}
+    spec = settings()["evaluation"] | {"retention": [texts]}
+    with pytest.raises(QAdapterError, match=r"built-in is what q is held to.* unseen: true"):
+        read_config(write_config(tmp_path, methods=methods, evaluation=spec))
+    texts["unseen"] = True
+    read_config(write_config(tmp_path, methods=methods, evaluation=spec))
+
+
 def test_the_rows_of_a_sweep_leave_out_what_a_method_has(tmp_path):
     rows = read_config(write_config(tmp_path)).rows()
     assert [row.name for row in rows] == [
@@ -44,6 +55,15 @@ def test_the_rows_of_a_sweep_leave_out_what_a_method_has(tmp_path):
     (("methods", "q", "alpha_tilde"), -1, "methods.q: alpha_tilde"),
     (("methods", "base"), {"method": "sft"}, "methods.base: the base is always compared"),
     (("methods",), {}, "nothing to compare"),
+    (("methods", "q", "retention_dataset_name"), ["own", "texts.txt"],
+     r"evaluation.retention.texts: texts.txt is what q is held to: measure on other texts"),
+    (("methods", "q", "retention_dataset_name"), [], "methods.q: retention_dataset_name is empty"),
+    (("methods", "dpo", "retention_dataset_name"), "own",
+     "methods.dpo: retention_dataset_name has no say where retention_coef is 0"),
+    (("methods", "dpo", "nll_coef"), 0, "methods.dpo: nll_coef must be positive"),
+    (("adapter", "layers"), 2, "adapter: layers is a number of upper blocks that get a LoRA"),
+    (("evaluation", "retention"), [{"name": "t", "file": "texts.txt", "unseen": True}],
+     "evaluation.retention.t.unseen: is for the file built-in"),
     (("methods", "dpo", "method"), ["dpo"], "methods.dpo.method: expected one of sft"),
     (("methods",), {1: {"method": "sft"}, "1": {"method": "sft"}}, "methods: two keys read alike"),
     (("data", "train"), 10**30, "data.train: expected a number of 64 bits"),
