@@ -28,9 +28,11 @@ PROBES = ROOT / "benchmarks/results/exemplar_probe"
 TESTED = (
     "hh", "dsp_academy", "dsp_business", "dsp_entertainment", "dsp_literature", "dsp_judged",
 )
-CHOICES = "dsp_choices", "dsp_judged"
+CHOICES = "dsp_choices", "dsp_judged", "dsp_what_rates", "dsp_keep"
 """Comparisons reported on their test split, and on the validation split, which choices are made by.
 """
+DPO_OF_EACH = {"dsp_keep": ("DPO block", "DPO LoRA")}
+"""Of the choices, those that are shown along the dial too, at the gain of these rows."""
 SHOWN = (
     "accuracy_reward", "log_loss", "new_win_rate", "old_win_rate", "new_gain", "kl_new_answers",
 )
@@ -194,6 +196,8 @@ def tables() -> dict[str, str]:
     for name in CHOICES:
         found = comparison(name, "validation")
         blocks[f"{name} validation"] = table(found, found.results)
+        if name in DPO_OF_EACH:
+            blocks[f"{name} validation"] += frontier_table(name, "validation", *DPO_OF_EACH[name])
     return blocks | {"exemplar probe": probes()}
 
 

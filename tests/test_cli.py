@@ -211,6 +211,12 @@ def test_dropped_rows_are_shown_and_counted(place, tmp_path, capsys, monkeypatch
     assert {**data["train"]["dropped"], **data["eval"]["dropped"]} == {"identical_answers": 1}
 
 
+def test_built_in_passages_to_be_held_to(place, tmp_path, capsys):
+    flags = (*train_flags(place, steps=2), "--output_dir", tmp_path)
+    assert cli("train", *flags, "--retention_dataset_name", "built-in") == 0
+    assert "held to built-in (--retention_coef 10; 0: off)" in squeezed(capsys.readouterr().out)
+
+
 # --- eval ---------------------------------------------------------------------------------------
 
 

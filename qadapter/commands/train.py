@@ -39,11 +39,11 @@ from qadapter.console.terminal import Terminal
 from qadapter.data import (
     TokenizedPreferences,
     load_preferences,
-    read_texts,
     split_by_prompt,
     tokenize_preferences,
     without_prompts,
 )
+from qadapter.data.passages import read_held_to
 from qadapter.errors import QAdapterError
 from qadapter.evaluation import (
     comparison_table,
@@ -178,7 +178,7 @@ def _run(
     quiet_libraries()
     measured_texts = read_measures(measures)
     named = script.retention_dataset_name
-    retention_texts = None if named is None else read_texts(named)
+    retention_texts = None if named is None else read_held_to(named)
     train_pairs, test_pairs = _load_pairs(script, config.seed, console)
     if test_pairs is None:
         if "eval_strategy" in given and config.eval_strategy != "no":

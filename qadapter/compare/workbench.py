@@ -25,8 +25,8 @@ from qadapter.compare.config import (
 from qadapter.compare.data import PreferenceData, load_texts, prepare
 from qadapter.compare.first import teach_first
 from qadapter.compare.kinds import DPO, AdapterSpec, Method, Prompted, QAdapter, retention_names
-from qadapter.data import Prompt, check_pairs, read_texts, use_chat_template
-from qadapter.data.passages import BUILT_IN, passages
+from qadapter.data import Prompt, check_pairs, use_chat_template
+from qadapter.data.passages import read_held_to
 from qadapter.data.templates import PLAIN
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.answers import encode_prompt, with_system
@@ -303,10 +303,8 @@ class Workbench:
         for name in names:
             if name == OWN:
                 found += self.own_samples
-            elif name == BUILT_IN:
-                found += passages(held_to=True)
             else:
-                found += read_texts(self.config.find(name))
+                found += read_held_to(self.config.find(name))
         return found
 
     @functools.cached_property

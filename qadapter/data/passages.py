@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from qadapter.data.texts import read_texts
+
 BUILT_IN = "built-in"
 """Names them where a file of texts could stand."""
 PATH = Path(__file__).with_name("passages.jsonl")
@@ -17,3 +19,8 @@ def passages(*, held_to: bool) -> list[str]:
     """Those that a policy may be held to, or those that are for measuring; no genre is in both."""
     rows = map(json.loads, PATH.read_text(encoding="utf-8").splitlines())
     return [row["text"] for row in rows if (row["genre"] in HELD_TO) == held_to]
+
+
+def read_held_to(name: str) -> list[str]:
+    """Texts to hold a policy to: ``built-in``, or a file's, as ``read_texts`` reads it."""
+    return passages(held_to=True) if name == BUILT_IN else read_texts(name)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from qadapter.data import check_sequences
+from qadapter.data.passages import BUILT_IN, passages
 from qadapter.data.rows import rows_of
 from qadapter.errors import QAdapterError
 from qadapter.policy.model import QAdapterModel
@@ -252,10 +253,12 @@ def _check_room(model: QAdapterModel, texts: Sequence[Tensor], first: Sequence[i
 
 
 def as_texts(
-    dataset: Dataset | Iterable[str] | Iterable[tuple[list[int], list[int]]]
+    dataset: str | Dataset | Iterable[str] | Iterable[tuple[list[int], list[int]]]
 ) -> list[str] | list[tuple[list[int], list[int]]]:
     """Texts of a dataset, frame or dict with a ``text`` column, or of an iterable; (prompt ids,
-    answer ids) are texts too."""
+    answer ids) are texts too. ``built-in``: the library's own passages."""
+    if isinstance(dataset, str) and dataset == BUILT_IN:
+        return passages(held_to=True)
     if isinstance(dataset, str | Path):
         raise QAdapterError(f"retention_dataset is a name, {str(dataset)!r}: read_texts reads it")
     if isinstance(dataset, Dataset | IterableDataset | Mapping) or hasattr(dataset, "iloc"):

@@ -66,8 +66,9 @@ class QAdapterTrainer(Runs):
         peft_config: a LoRA in the trunk instead of the head adapter that ``args`` describe.
         callbacks, optimizers: as in transformers.
         retention_dataset: unrelated texts for ``retention_coef``: a dataset with a ``text`` column,
-            strings, or (prompt ids, answer ids); default: the base's own samples for the training
-            prompts, drawn once and cached.
+            strings, or (prompt ids, answer ids); "built-in" for English passages that come with
+            the library; default: the base's own samples for the training prompts, drawn once and
+            cached.
         reporter: shows how far the base is with its one pass over the data; default: tqdm's bars,
             unless ``args.disable_tqdm``.
         say: gets a line about what was decided here: where features are kept, why sequences are

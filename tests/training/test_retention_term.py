@@ -15,6 +15,7 @@ from training_tiny import build_model, build_pairs, build_tokenizer
 from transformers import TrainerCallback
 
 from qadapter import AdapterConfig, ObjectiveConfig, QAdapterError
+from qadapter.data.passages import BUILT_IN, passages, read_held_to
 from qadapter.training import QAdapterConfig, QAdapterTrainer, own_samples
 from qadapter.training.retention import RetentionStates, as_texts
 
@@ -233,6 +234,14 @@ WITH_TEXT = {"text": ["w1 w2", "w3"], "label": [1, 2]}
 ])
 def test_texts_of_whatever_has_the_column(data):
     assert as_texts(data) == WITH_TEXT["text"]
+
+
+def test_built_in_passages_have_a_name(tmp_path):
+    assert as_texts(BUILT_IN) == read_held_to(BUILT_IN) == passages(held_to=True)
+    file = tmp_path / "texts.txt"
+    file.write_text("one\ntwo\n")
+    assert read_held_to(str(file)) == ["one", "two"]
+    assert as_texts(["built-in"]) == ["built-in"]  # a text that says so
 
 
 @pytest.mark.parametrize(("texts", "message"), [
