@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ RESULTS = ROOT / "benchmarks/results/compare"
 PROBES = ROOT / "benchmarks/results/exemplar_probe"
 TESTED = (
     "hh", "dsp_academy", "dsp_business", "dsp_entertainment", "dsp_literature", "dsp_judged",
+    "dsp_forget",
 )
 CHOICES = "dsp_choices", "dsp_judged", "dsp_what_rates", "dsp_keep"
 """Comparisons reported on their test split, and on the validation split, which choices are made by.
@@ -44,6 +46,10 @@ JUDGED_IN_README = (
     ("Q-Adapter tuned LoRA", 2.0), ("SFT", None),
 )
 """Rows, and their setting of the dial where it is not as trained."""
+HELD_IN_README = (
+    ("block", None), ("block + built-in 30", None), ("block + built-in 30", 2.0),
+    ("DPO block + built-in 30", None), ("DPO block + built-in 30", 2.0),
+)
 
 
 def comparison(name: str, split: str) -> Comparison:
@@ -204,22 +210,33 @@ def tables() -> dict[str, str]:
 def readme_tables() -> dict[str, str]:
     """The few columns and rows the README has room for."""
     found = comparison("hh", "test")
-    return {"comparison": table(found, found.main, IN_README), "judged": judged_in_short()}
+    return {
+        "comparison": table(found, found.main, IN_README),
+        "judged": in_short("dsp_judged", JUDGED_IN_README, 1),
+        "held": in_short("dsp_forget", HELD_IN_README, 3),
+    }
 
 
-def judged_in_short() -> str:
-    """Rows of the judged comparison against its reference."""
-    found = comparison("dsp_judged", "test")
-    rows, reference = {r.row.name: r for r in found.results}, found.reference
+def in_short(name: str, rows: Sequence[tuple[str, float | None]], texts: int) -> str:
+    """Rows of a judged comparison against its reference.
+
+    Args:
+        rows: and their setting of the dial, where it is not as trained.
+        texts: on so many, the first ones, KL is shown.
+    """
+    found = comparison(name, "test")
+    by_name, reference = {r.row.name: r for r in found.results}, found.reference
+    shown = found.texts[:texts]
     lines = [
-        f"| against {reference.row.name} | accuracy | judged gain [SD] | KL, {found.texts[0]} |",
-        "| --- |" + " ---: |" * 3,
+        f"| against {reference.row.name} | accuracy | judged gain [SD] | KL, "
+        + " | KL, ".join(shown) + " |", "| --- |" + " ---: |" * (2 + texts),
     ]
-    for name, strength in JUDGED_IN_README:
-        beside = against(rows[name], reference, strength)
-        cells = (f"{format_value(beside.accuracy)} | {format_value(beside.gain, 2)} | "
-                 f"× {format_value(beside.kl_ratio[found.texts[0]], 2)}")
-        lines.append(f"| {turned(name, strength)} | {cells} |")
+    for row, strength in rows:
+        beside = against(by_name[row], reference, strength)
+        cells = [format_value(beside.accuracy), format_value(beside.gain, 2),
+                 *(f"× {format_value(beside.kl_ratio[text], 3 if texts > 1 else 2)}"
+                   for text in shown)]
+        lines.append(f"| {turned(row, strength)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

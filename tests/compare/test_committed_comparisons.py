@@ -78,11 +78,14 @@ def test_the_test_split_was_touched_once_by_three_seeds_of_every_method(page):
             assert len(result.runs) == len(result.row.seeds) >= least
 
 
-def test_what_was_chosen_by_holds_none_of_what_is_tested(page):
-    """The academy answers are cut alike for both."""
+@pytest.mark.parametrize(("chosen_by", "tested"), [
+    ("dsp_choices", "dsp_academy"), ("dsp_what_rates", "dsp_forget"), ("dsp_keep", "dsp_forget"),
+    ("dsp_judged", "dsp_forget"),
+])
+def test_what_was_chosen_by_holds_none_of_what_is_tested(page, chosen_by, tested):
+    """The answers of a domain are cut alike for both."""
     chosen, tested = (
-        read_config(ROOT / f"benchmarks/compare/{name}.yaml").data
-        for name in (page.CHOICES[0], "dsp_academy")
+        read_config(ROOT / f"benchmarks/compare/{name}.yaml").data for name in (chosen_by, tested)
     )
     assert chosen == tested
 
@@ -90,7 +93,7 @@ def test_what_was_chosen_by_holds_none_of_what_is_tested(page):
 def test_what_the_pages_say_of_retention_is_what_came_out(page):
     """"Four to ten times nearer … at no loss of ranking"; and against the tuned DPO."""
     assert "four to ten times nearer" in page.README.read_text(encoding="utf-8")
-    for name in set(page.TESTED) - {"dsp_judged"}:
+    for name in set(page.TESTED) - {"dsp_judged", "dsp_forget"}:
         found = page.comparison(name, "test")
         rows = {r.row.name: r for r in found.results}
         kept = against(rows["Q-Adapter + retention"], found.reference)
