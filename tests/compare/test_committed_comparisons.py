@@ -11,7 +11,7 @@ import pytest
 from comparisons import settings, write_config
 from made_up import write_results
 
-from qadapter.compare.against import against
+from qadapter.compare.against import against, at_equal_gain
 from qadapter.compare.config import SPLITS
 from qadapter.compare.page import page as report
 from qadapter.compare.page import summary
@@ -128,6 +128,28 @@ def test_retention_and_the_dial_give_a_better_frontier_than_the_tuned_dpo(
         assert turned.gain.low > -0.05 and turned.accuracy.low > 0
         ratios = [ratio.value for ratio in turned.kl_ratio.values()]
         assert 0.35 < min(ratios) and max(ratios) < 0.55
+
+
+def test_held_to_passages_a_policy_gains_as_much_at_a_tenth_of_the_kl(page):
+    says(page.PAGE, "moved 0.06 of what DPO has on unrelated text ([0.02, 0.12])",
+         "0.11 on news ([0.05, 0.25]) and 0.45 on answers", "(0.07 [0.02, 0.13])",
+         "(-0.24 [-0.40, -0.09] SD)", "0.02 to 0.03 on validation prompts")
+    says(page.README, "0.06 of its KL on unrelated text ([0.02, 0.12])")
+    found = page.comparison("dsp_forget", "test")
+    rows = {r.row.name: r for r in found.results}
+    held = rows["block + built-in 30"]
+    equal = at_equal_gain(held, found.reference)
+    ratios = {name: tuple(round(x, 2) for x in ratio) for name, ratio in equal.kl_ratio.items()}
+    assert ratios["unrelated text"] == (0.06, 0.02, 0.12)
+    assert ratios["news"] == (0.11, 0.05, 0.25) and ratios["helpful answers"][0] == 0.45
+    beside = against(held, found.reference)
+    assert tuple(round(x, 2) for x in beside.accuracy) == (0.07, 0.02, 0.13)
+    assert tuple(round(x, 2) for x in beside.gain) == (-0.24, -0.40, -0.09)
+    chosen = page.comparison("dsp_keep", "validation")
+    for result in chosen.results:
+        if "built-in" in result.row.name:
+            ratio = at_equal_gain(result, chosen.reference).kl_ratio["unrelated text"]
+            assert 0.015 < ratio.value < 0.035
 
 
 def test_a_lora_gives_a_better_frontier_than_the_tuned_dpo(page, beside_the_tuned_dpo):
