@@ -73,7 +73,7 @@ def test_wheel_holds_the_two_packages_and_nothing_else(wheel):
     assert modules <= set(names)
     data = ROOT / "qadapter/demo/data"
     assert {str(path.relative_to(ROOT)) for path in data.glob("*.jsonl")} <= set(names)
-    assert "qadapter/serving/page.html" in names
+    assert {"qadapter/serving/page.html", "qadapter/data/passages.jsonl"} <= set(names)
 
 
 def test_wheel_without_a_compiler_serves_every_platform_and_says_why(wheel, tmp_path):
