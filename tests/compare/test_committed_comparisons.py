@@ -147,7 +147,7 @@ def test_held_to_passages_a_policy_gains_as_much_at_a_tenth_of_the_kl(page):
     assert tuple(round(x, 2) for x in beside.gain) == (-0.24, -0.40, -0.09)
     chosen = page.comparison("dsp_keep", "validation")
     for result in chosen.results:
-        if "built-in" in result.row.name:
+        if "+ built-in" in result.row.name:
             ratio = at_equal_gain(result, chosen.reference).kl_ratio["unrelated text"]
             assert 0.015 < ratio.value < 0.035
 
