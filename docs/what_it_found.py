@@ -212,17 +212,19 @@ def readme_tables() -> dict[str, str]:
     found = comparison("hh", "test")
     return {
         "comparison": table(found, found.main, IN_README),
-        "judged": in_short("dsp_judged", JUDGED_IN_README, 1),
-        "held": in_short("dsp_forget", HELD_IN_README, 3),
+        "judged": in_short("dsp_judged", JUDGED_IN_README, 1, 2),
+        "held": in_short("dsp_forget", HELD_IN_README, 3, 3),
     }
 
 
-def in_short(name: str, rows: Sequence[tuple[str, float | None]], texts: int) -> str:
+def in_short(
+    name: str, rows: Sequence[tuple[str, float | None]], texts: int, digits: int
+) -> str:
     """Rows of a judged comparison against its reference.
 
     Args:
         rows: and their setting of the dial, where it is not as trained.
-        texts: on so many, the first ones, KL is shown.
+        texts: on so many, the first ones, KL is shown, as a ratio of so many digits.
     """
     found = comparison(name, "test")
     by_name, reference = {r.row.name: r for r in found.results}, found.reference
@@ -234,7 +236,7 @@ def in_short(name: str, rows: Sequence[tuple[str, float | None]], texts: int) ->
     for row, strength in rows:
         beside = against(by_name[row], reference, strength)
         cells = [format_value(beside.accuracy), format_value(beside.gain, 2),
-                 *(f"× {format_value(beside.kl_ratio[text], 3 if texts > 1 else 2)}"
+                 *(f"× {format_value(beside.kl_ratio[text], digits)}"
                    for text in shown)]
         lines.append(f"| {turned(row, strength)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -184,17 +184,22 @@ ALL_LINEAR = "all-linear"
 
 
 def in_upper_blocks(
-    number: int, targets: list[str] | str | None, base: PreTrainedModel, option: str
+    number: int | None, targets: list[str] | str | None, base: PreTrainedModel | None,
+    option: str,
 ) -> dict[str, Any]:
-    """A LoRA's ``layers_to_transform`` and ``target_modules`` in a base's upper blocks alone. PEFT
-    takes a list of names with them and no text, so that ``all-linear`` is spelled out.
+    """A LoRA's ``target_modules``, and ``layers_to_transform`` where it is in a base's upper blocks
+    alone. PEFT takes a list of names with those and no text, so that ``all-linear`` is spelled out.
 
     Args:
+        number: of upper blocks; none for all.
+        base: not asked where it is all.
         option: what asks for so many blocks, for messages.
 
     Raises:
         QAdapterError: the base has fewer, or the layers are told by a pattern.
     """
+    if number is None:
+        return {"target_modules": targets}
     depth = base.config.get_text_config().num_hidden_layers
     if number > depth:
         raise QAdapterError(f"{option}={number}: the base has {depth} blocks")

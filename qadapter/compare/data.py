@@ -20,7 +20,7 @@ from qadapter.data import (
     tokenize_preferences,
     without_prompts,
 )
-from qadapter.data.passages import BUILT_IN, PATH, passages
+from qadapter.data.passages import BUILT_IN, passages
 from qadapter.errors import QAdapterError
 
 
@@ -135,10 +135,10 @@ def load_texts(
     """
     if texts.preferred:
         return _preferred(texts, file, tokenizer)
-    if texts.file == BUILT_IN and texts.unseen:
-        lines = passages(held_to=False)
+    if texts.file == BUILT_IN:
+        lines = passages(held_to=False if texts.unseen else None)
     else:
-        lines = read_texts(str(PATH) if texts.file == BUILT_IN else file)
+        lines = read_texts(file)
     return Texts(lines[: texts.max_texts])
 
 

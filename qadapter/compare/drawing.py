@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX*"
+"""One more than colours, so that no pair of them comes back before the fifty-sixth method."""
 _DIAMETERS = 1, 0.89, 0.89, 1.25, 1.25, 1.2, 1.2, 1.67
 """Of markers that cover as much as the first."""
-"""One more than colours, so that no pair of them comes back before the fifty-sixth method."""
 DASHES = "-", "--", ":"
 
 

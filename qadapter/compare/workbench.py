@@ -45,7 +45,7 @@ from qadapter.objective import ObjectiveConfig
 from qadapter.policy.model import QAdapterModel
 from qadapter.system.documents import read_json
 from qadapter.system.sealed import opened, sealed
-from qadapter.training.own_samples import Sample, load_or_sample
+from qadapter.training.own_samples import Sample, different_prompts, load_or_sample
 from qadapter.trunk.loading import LoadedBase, load_base, load_tokenizer, resolve_base
 from qadapter.trunk.memo import TrunkMemo
 
@@ -133,14 +133,11 @@ class Workbench:
         spec = self.spec(method)
         if spec.kind == "head":
             return AdapterConfig(form=spec.form, rank=spec.rank)
-        where = {"target_modules": spec.target_modules}
-        if spec.layers is not None:
-            where = in_upper_blocks(
-                spec.layers, spec.target_modules, self.loaded.model, "adapter.layers"
-            )
         return LoraConfig(
             r=spec.r, lora_alpha=spec.lora_alpha, lora_dropout=spec.lora_dropout,
-            task_type="CAUSAL_LM", **where,
+            task_type="CAUSAL_LM", **in_upper_blocks(
+                spec.layers, spec.target_modules, self.loaded.model, "adapter.layers"
+            ),
         )
 
     def base(self, method: Method) -> LoadedBase:
@@ -295,17 +292,14 @@ class Workbench:
         Raises:
             QAdapterError: a file that is missing or no file of texts.
         """
-        names = retention_names(method)
-        if method.retention_coef == 0 or not names:
-            # Held to what replay rehearses: the base's own answers to the old data's prompts.
-            return self.replayed if method.retention_coef > 0 and self.old is not None else None
-        found: list[str | Sample] = []
-        for name in names:
-            if name == OWN:
-                found += self.own_samples
-            else:
-                found += read_held_to(self.config.find(name))
-        return found
+        if names := retention_names(method):
+            return [
+                text for name in names for text in (
+                    self.own_samples if name == OWN else read_held_to(self.config.find(name))
+                )
+            ]
+        # Held to what replay rehearses: the base's own answers to the old data's prompts.
+        return self.replayed if method.retention_coef > 0 and self.old is not None else None
 
     @functools.cached_property
     def own_samples(self) -> list[Sample]:
@@ -315,8 +309,7 @@ class Workbench:
     @property
     def _training_prompts(self) -> list[list[int]]:
         """The different ones of the new preference."""
-        prompts = {tuple(ids): None for ids in self.new.train.tokens["prompt_ids"]}
-        return [list(ids) for ids in prompts]
+        return different_prompts(self.new.train.tokens)
 
     @functools.cached_property
     def budget(self) -> float:

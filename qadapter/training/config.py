@@ -325,12 +325,11 @@ class QAdapterConfig(TrainingArguments):
         """
         if self.adapter_kind == "head":
             return AdapterConfig(form=self.adapter_form, rank=self.adapter_rank)
-        where: dict[str, Any] = {"target_modules": self.lora_target_modules}
-        if base is not None and (number := self._upper_blocks()) is not None:
-            where = in_upper_blocks(number, self.lora_target_modules, base, "lora_layers")
+        number = None if base is None else self._upper_blocks()
         return LoraConfig(
             r=self.lora_r, lora_alpha=self.lora_alpha, lora_dropout=self.lora_dropout,
-            task_type="CAUSAL_LM", **where,
+            task_type="CAUSAL_LM",
+            **in_upper_blocks(number, self.lora_target_modules, base, "lora_layers"),
         )
 
     def _upper_blocks(self) -> int | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from qadapter.data import padding_id
@@ -30,6 +31,11 @@ COUNT, MAX_NEW_TOKENS, BATCH_SIZE, SEED = 96, 64, 16, 0
 
 Sample = tuple[list[int], list[int]]
 """(prompt ids, answer ids)."""
+
+
+def different_prompts(dataset: Dataset) -> list[list[int]]:
+    """The prompts of tokenized pairs, each once, in order."""
+    return list({tuple(ids): list(ids) for ids in dataset["prompt_ids"]}.values())
 
 
 def load_or_sample(

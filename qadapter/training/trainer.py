@@ -36,6 +36,7 @@ from qadapter.training.assembly import EitherCollator, as_qadapter_model
 from qadapter.training.config import RETENTION_COEF, QAdapterConfig
 from qadapter.training.feature_set import FeatureCollator, FeatureSet, PackedCollator
 from qadapter.training.losses import Totals, averages, batch_loss, count
+from qadapter.training.own_samples import different_prompts
 from qadapter.training.retention import as_texts
 from qadapter.training.runs import Runs
 from qadapter.trunk.loading import load_tokenizer
@@ -423,10 +424,10 @@ def _default_retention_coef(
 
 
 def _prompts(dataset: Dataset | FeatureSet | None) -> list[list[int]]:
-    """The different prompts of tokenized pairs, in order."""
+    """What the base's own samples answer."""
     if not isinstance(dataset, Dataset):
         raise QAdapterError(
             "retention_coef needs a retention_dataset where the training data has no prompts to "
             "sample from"
         )
-    return list({tuple(ids): list(ids) for ids in dataset["prompt_ids"]}.values())
+    return different_prompts(dataset)
