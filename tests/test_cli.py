@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import yaml
@@ -206,15 +207,23 @@ def test_dropped_rows_are_shown_and_counted(place, tmp_path, capsys, monkeypatch
     assert cli("train", *flags, "--output_dir", tmp_path / "run") == 0
     out = capsys.readouterr().out
     assert "the two answers are the same" in out
-    assert "held to the base's own answers to training prompts, sampled first" in out
+    assert "held to the library's own English passages (--retention_coef 30; 0: off)" in out
     data = json.loads((tmp_path / "run/summary.json").read_text())["data"]
     assert {**data["train"]["dropped"], **data["eval"]["dropped"]} == {"identical_answers": 1}
 
 
-def test_built_in_passages_to_be_held_to(place, tmp_path, capsys):
-    flags = (*train_flags(place, steps=2), "--output_dir", tmp_path)
-    assert cli("train", *flags, "--retention_dataset_name", "built-in") == 0
-    assert "held to built-in (--retention_coef 10; 0: off)" in squeezed(capsys.readouterr().out)
+def test_texts_to_be_held_to(place, tmp_path, capsys):
+    told = {}
+    for name in ("built-in", "own", str(place / "texts.txt")):
+        flags = (*train_flags(place, steps=2), "--output_dir", tmp_path / Path(name).stem)
+        assert cli("train", *flags, "--retention_dataset_name", name) == 0
+        told[name] = squeezed(capsys.readouterr().out)
+    assert "held to the library's own English passages (--retention_coef 30; 0: off)" in told.pop(
+        "built-in")
+    assert "held to the base's own answers to training prompts, sampled first " in told["own"]
+    assert "(--retention_coef 10; 0: off)" in told.pop("own")
+    [(name, out)] = told.items()
+    assert f"held to {name} (--retention_coef 30; 0: off)" in out
 
 
 # --- eval ---------------------------------------------------------------------------------------

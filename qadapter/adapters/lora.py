@@ -88,7 +88,9 @@ class LoraAdapter:
                 warnings.simplefilter("ignore", FutureWarning)
                 self.peft_model = peft.get_peft_model(base, _trainable(config))
         except Exception as error:  # a class for each kind of adapter, with checks of its own
-            raise QAdapterError(f"PEFT can't adapt {name}: {beginning(error)}") from error
+            raise QAdapterError(
+                f"PEFT can't adapt {name}: {beginning(error)}; a head adapter fits any base"
+            ) from error
         if not checkpoints_reentrantly(base):
             # PEFT asks for them as transformers does: see QAdapterModel.
             base.disable_input_require_grads()

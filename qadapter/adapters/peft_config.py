@@ -183,12 +183,19 @@ ALL_LINEAR = "all-linear"
 """PEFT's word for every linear layer but the output's."""
 
 
+def depth_of(base: PreTrainedModel) -> int:
+    """Blocks of a causal LM's trunk."""
+    return base.config.get_text_config().num_hidden_layers
+
+
 def in_upper_blocks(
     number: int | None, targets: list[str] | str | None, base: PreTrainedModel | None,
     option: str,
 ) -> dict[str, Any]:
     """A LoRA's ``target_modules``, and ``layers_to_transform`` where it is in a base's upper blocks
-    alone. PEFT takes a list of names with those and no text, so that ``all-linear`` is spelled out.
+    alone. PEFT takes a list of names with those and no text, so that ``all-linear`` is spelled out;
+    where other blocks hold layers of those names (a vision tower's), ``layers_pattern`` says whose
+    numbers are meant.
 
     Args:
         number: of upper blocks; none for all.
@@ -200,18 +207,44 @@ def in_upper_blocks(
     """
     if number is None:
         return {"target_modules": targets}
-    depth = base.config.get_text_config().num_hidden_layers
+    depth = depth_of(base)
     if number > depth:
         raise QAdapterError(f"{option}={number}: the base has {depth} blocks")
+    path, blocks = _text_blocks(base, depth)
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        head = base.get_output_embeddings()
-        targets = sorted({
-            name.rpartition(".")[2] for name, module in base.named_modules()
-            if isinstance(module, nn.Linear | Conv1D) and module is not head
-        })
+        targets = sorted(_linear_names(blocks[depth - number :]))
     if isinstance(targets, str):
         raise QAdapterError(
             f"{option}={number}: the layers of some blocks are told by a list of names or by "
             f"{ALL_LINEAR}, not by the pattern {shown(targets)}"
         )
-    return {"layers_to_transform": list(range(depth - number, depth)), "target_modules": targets}
+    found = {"layers_to_transform": list(range(depth - number, depth)), "target_modules": targets}
+    _, _, below = path.partition(".")  # PEFT wants something before it
+    if below and not _linear_names([base], without=blocks).isdisjoint(targets or ()):
+        found["layers_pattern"] = re.escape(below)
+    return found
+
+
+def _text_blocks(base: PreTrainedModel, depth: int) -> tuple[str, nn.ModuleList]:
+    """The blocks that text runs through, and their name in the base."""
+    decoder = base.get_decoder()
+    found = [
+        (name, module) for name, module in base.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+        and any(module is part for part in decoder.modules())
+    ]
+    if not found:
+        raise QAdapterError(
+            f"{type(base).__name__} has no list of {depth} blocks: put the LoRA in all, or in "
+            "layers told by a pattern"
+        )
+    return found[0]
+
+
+def _linear_names(modules: Iterable[nn.Module], without: Iterable[nn.Module] = ()) -> set[str]:
+    """The last names of linear layers."""
+    left_out = {inner for module in without for inner in module.modules()}
+    return {
+        name.rpartition(".")[2] for module in modules for name, inner in module.named_modules()
+        if isinstance(inner, nn.Linear | Conv1D) and inner not in left_out
+    }

@@ -51,7 +51,8 @@ def planned_weights(
         return None
     except Exception as error:
         raise QAdapterError(
-            f"PEFT can't adapt {type(base).__name__}: {beginning(error)}"
+            f"PEFT can't adapt {type(base).__name__}: {beginning(error)}; a head adapter fits any "
+            "base"
         ) from error
 
 

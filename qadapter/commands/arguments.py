@@ -123,9 +123,9 @@ class ScriptArguments(DataArguments):
         0.1, "Share of the prompts held out where no test split is named; 0 holds out none."
     )
     retention_dataset_name: str | None = _field(
-        None, "Unrelated texts for retention_coef: .txt (one a line) or .jsonl (key: text), or "
-        "built-in (English passages that come with qadapter); default: the base's own samples for "
-        "the training prompts."
+        None, "Unrelated texts for retention_coef: .txt (one a line) or .jsonl (key: text), "
+        "built-in (English passages that come with qadapter), or own (the base's own answers to "
+        "the training prompts, which are drawn first). Default: built-in."
     )
     overwrite_output_dir: bool = _field(False, "Replace an earlier run in output_dir.")
 

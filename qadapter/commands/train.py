@@ -43,7 +43,7 @@ from qadapter.data import (
     tokenize_preferences,
     without_prompts,
 )
-from qadapter.data.passages import read_held_to
+from qadapter.data.passages import BUILT_IN, read_held_to
 from qadapter.errors import QAdapterError
 from qadapter.evaluation import (
     comparison_table,
@@ -57,6 +57,7 @@ from qadapter.system.markup import markdown_list
 from qadapter.training import QAdapterConfig, QAdapterTrainer, checks
 from qadapter.training.checkpoints import find_checkpoint, how_to_go_on
 from qadapter.training.feature_set import FeatureSet
+from qadapter.training.own_samples import OWN
 from qadapter.training.resuming import check_options
 from qadapter.training.stopping import TrainingStopped
 from qadapter.trunk.base_dtype import dtype_of
@@ -178,7 +179,7 @@ def _run(
     quiet_libraries()
     measured_texts = read_measures(measures)
     named = script.retention_dataset_name
-    retention_texts = None if named is None else read_held_to(named)
+    retention_texts = None if named in (None, OWN) else read_held_to(named)
     train_pairs, test_pairs = _load_pairs(script, config.seed, console)
     if test_pairs is None:
         if "eval_strategy" in given and config.eval_strategy != "no":
@@ -214,13 +215,16 @@ def _run(
     with progress_bar(console, "loading the base", "", closing=False):
         trainer = QAdapterTrainer(
             base_name, config, train_dataset=train, eval_dataset=test, processing_class=tokenizer,
-            retention_dataset=retention_texts, say=say,
+            retention_dataset=OWN if named == OWN else retention_texts, say=say,
             reporter=functools.partial(progress_bar, console),
         )
     model = trainer.model
     if main_process:
         if config.retention_coef and "retention_coef" not in given:
-            held_to = named or "the base's own answers to training prompts, sampled first"
+            held_to = {
+                BUILT_IN: "the library's own English passages",
+                OWN: "the base's own answers to training prompts, sampled first",
+            }.get(named or BUILT_IN, named)
             console.print(f"held to {held_to} (--retention_coef {config.retention_coef:g}; 0: off)",
                           highlight=False)
         if script.overwrite_output_dir and not resume:

@@ -13,8 +13,6 @@ from qadapter.compare.kinds import AdapterSpec, Method, TrainingSpec
 BASE = "base"
 """Name of the row that every comparison has: the base as it is."""
 SPLITS = ("validation", "test")
-OWN = "own"
-"""Of texts that retention is held to: the base's own answers to the training prompts."""
 CONFIG_NAME, TOUCHED_NAME = "config.json", "test_touched.jsonl"
 FIRST_NAME, ANSWERS_NAME, JUDGES_NAME = "first", "base_answers", "judges"
 OTHER_FILES = (

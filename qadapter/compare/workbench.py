@@ -18,7 +18,6 @@ from qadapter.compare.config import (
     ANSWERS_NAME,
     FIRST_NAME,
     JUDGES_NAME,
-    OWN,
     CompareConfig,
     DataConfig,
 )
@@ -45,7 +44,7 @@ from qadapter.objective import ObjectiveConfig
 from qadapter.policy.model import QAdapterModel
 from qadapter.system.documents import read_json
 from qadapter.system.sealed import opened, sealed
-from qadapter.training.own_samples import Sample, different_prompts, load_or_sample
+from qadapter.training.own_samples import OWN, Sample, different_prompts, load_or_sample
 from qadapter.trunk.loading import LoadedBase, load_base, load_tokenizer, resolve_base
 from qadapter.trunk.memo import TrunkMemo
 
@@ -286,20 +285,21 @@ class Workbench:
         return found
 
     def retention_texts(self, method: DPO | QAdapter) -> list[str | Sample] | None:
-        """What a method is held to; None for the trainer's own choice, the base's own answers to
-        the training prompts.
+        """What a method is held to; None for nothing.
 
         Raises:
             QAdapterError: a file that is missing or no file of texts.
         """
-        if names := retention_names(method):
-            return [
-                text for name in names for text in (
-                    self.own_samples if name == OWN else read_held_to(self.config.find(name))
-                )
-            ]
-        # Held to what replay rehearses: the base's own answers to the old data's prompts.
-        return self.replayed if method.retention_coef > 0 and self.old is not None else None
+        if method.retention_coef == 0:
+            return None
+        names = retention_names(method)
+        if not names and self.old is not None:  # what replay rehearses
+            return self.replayed
+        return [
+            text for name in names or [OWN] for text in (
+                self.own_samples if name == OWN else read_held_to(self.config.find(name))
+            )
+        ]
 
     @functools.cached_property
     def own_samples(self) -> list[Sample]:

@@ -27,7 +27,7 @@ from qadapter.training.feature_set import FeatureSet
 from qadapter.training.features import compute_features, feature_bytes, longest
 from qadapter.training.own_samples import load_or_sample
 from qadapter.training.placement import DiskRoom, place
-from qadapter.training.retention import RetentionStates, token_sequences
+from qadapter.training.retention import RetentionStates, scored_sequences
 from qadapter.trunk.packing import can_pack
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class BaseReading(Trainer):
             QAdapterError: it does not fit where it is to be kept; nothing was run then.
         """
         if self._retention_texts is not None:  # what is wrong with them is told first
-            token_sequences(
+            scored_sequences(
                 self.model, self.processing_class, self._retention_texts, self.args.max_length
             )
         self._settle_packing(self.train_dataset)

@@ -4,6 +4,7 @@ loaded; each refusal names the option.
 
 from __future__ import annotations
 
+import copy
 import enum
 import math
 import multiprocessing
@@ -151,6 +152,9 @@ def check_optimizer(args: QAdapterConfig) -> None:
         )
     if args.optim_target_modules is not None and not name.startswith(_ON_TARGETS):
         raise QAdapterError(f"optim_target_modules is for GaLore and APOLLO, and this is {name}")
+    if args.learning_rate is None:  # its default is settled when the model is there
+        args = copy.copy(args)
+        args.learning_rate = 0.0
     stand_in = nn.Sequential(nn.Linear(2, 2, bias=False))
     try:
         kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, stand_in)

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from transformers import PreTrainedModel, TrainingArguments
 
 from qadapter.adapters.head_adapter import AdapterConfig
-from qadapter.adapters.peft_config import in_upper_blocks
+from qadapter.adapters.peft_config import ALL_LINEAR, depth_of, in_upper_blocks
 from qadapter.errors import QAdapterError
 from qadapter.objective import ObjectiveConfig
 from qadapter.training import checks
@@ -24,8 +24,9 @@ _CHOICES = {
     "on_bad_row": ("drop", "raise"),
     "cache_features": ("auto", "memory", "disk", "none"),
 }
-RETENTION_COEF = 10.0
-"""Of the retention term, where it is on by default."""
+RETENTION_COEF, OWN_SAMPLES_COEF = 30.0, 10.0
+"""Of the retention term where none is named; the second where it holds to the base's own samples.
+Measured: docs/compare.md, How to keep and What is forgotten at equal gain."""
 _AT_LEAST = {
     **dict.fromkeys((
         "feature_batch_tokens", "feature_shard_mb", "workspace_mb", "pad_to_multiple_of",
@@ -43,11 +44,26 @@ _AT_LEAST = {
 }
 _MOST_SEED = 2**32 - 1
 """NumPy takes no more."""
-_OF_ONE_KIND = {
-    "head": ("adapter_form", "adapter_rank"),
-    "lora": ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_layers"),
+_OF_ONE_KIND: dict[str, dict[str, Any]] = {
+    "head": {"adapter_form": AdapterConfig.form, "adapter_rank": AdapterConfig.rank},
+    "lora": {
+        "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "lora_target_modules": ALL_LINEAR,
+        "lora_layers": None,
+    },
 }
-"""Options that one kind of adapter has."""
+"""Options that one kind of adapter has, and what they are where none is given."""
+LORA_LAYERS = 2
+"""Upper blocks with a LoRA where none are named, or all of a base that has fewer."""
+
+
+def default_learning_rate(blocks: int | None) -> float:
+    """What ranked held-out pairs best, with the least log loss, through an adapter in so many of
+    the upper blocks, or a head adapter (none): docs/compare.md, What to train."""
+    if blocks is None or blocks > 8:
+        return 3e-4
+    return 3e-3 if blocks <= 4 else 1e-3
+
+
 def _objective(name: str, help_text: str, **metadata: Any) -> Any:
     return field(
         default=getattr(ObjectiveConfig, name), metadata={"help": help_text, **metadata}
@@ -58,9 +74,10 @@ def _objective(name: str, help_text: str, **metadata: Any) -> Any:
 class QAdapterConfig(TrainingArguments):
     """Arguments of ``QAdapterTrainer``. Names follow TRL; those of TrainingArguments all apply.
 
-    Defaults differ from TrainingArguments where a head adapter wants it: ``learning_rate`` 1e-3,
-    one epoch, warm-up over a tenth of the steps, ``logging_steps`` 10; and non-finite losses stop
-    the run instead of being filtered from the logs.
+    Defaults differ from TrainingArguments where preferences want it: a ``learning_rate`` by what is
+    trained, settled by the trainer, one epoch, warm-up over a tenth of the steps,
+    ``logging_steps`` 10; and non-finite losses stop the run instead of being filtered from the
+    logs. What a head adapter has, or a LoRA, is None in the arguments of the other.
 
     Raises:
         QAdapterError: an option that can't be honoured, or a value out of range; it is named.
@@ -71,8 +88,13 @@ class QAdapterConfig(TrainingArguments):
     ]
 
     # --- defaults that differ from TrainingArguments ---
-    learning_rate: float = field(
-        default=1e-3, metadata={"help": "Initial learning rate of the optimizer."}
+    learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Initial learning rate of the optimizer. Default: by what is trained, as "
+            "measured (docs/compare.md): 3e-3 for a LoRA in up to 4 blocks, 1e-3 up to 8, else "
+            "3e-4."
+        },
     )
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the pairs."})
     warmup_steps: float = field(
@@ -109,43 +131,47 @@ class QAdapterConfig(TrainingArguments):
             "flag": "chat_template",
         },
     )
-    adapter_kind: str = field(
-        default=AdapterConfig.kind,
+    adapter_kind: str | None = field(
+        default=None,
         metadata={
-            "help": "What is trained: a 'head' adapter behind the frozen trunk, which then runs "
-            "once, or a 'lora' in the trunk: several times the time, more learned for less drift.",
+            "help": "What is trained: a 'lora' in the trunk, from its lowest block on, or a 'head' "
+            "adapter behind it: half the time, less learned (docs/compare.md). Default: lora, "
+            "unless an option of head adapters is given.",
             "choices": ["head", "lora"],
         },
     )
-    adapter_form: str = field(
-        default=AdapterConfig.form,
+    adapter_form: str | None = field(
+        default=None,
         metadata={
             "help": "Form of the head adapter: 'linear' merges into lm_head and can be served "
             "anywhere; 'block' (a gated bottleneck before the final norm) learns more and is "
             "exported exactly, as one decoder layer more, for bases of Llama's kind; 'mlp' (the "
-            "same behind the norm) can't be merged.",
+            "same behind the norm) can't be merged. Default: linear.",
             "choices": ["linear", "block", "mlp"],
         },
     )
-    adapter_rank: int = field(
-        default=AdapterConfig.rank, metadata={"help": "Width of the head adapter's bottleneck."}
+    adapter_rank: int | None = field(
+        default=None,
+        metadata={"help": "Width of the head adapter's bottleneck. Default: 128."},
     )
-    lora_r: int = field(default=8, metadata={"help": "Rank of the LoRA."})
-    lora_alpha: int = field(
-        default=16, metadata={"help": "The LoRA's product is scaled by this over its rank."}
+    lora_r: int | None = field(default=None, metadata={"help": "Rank of the LoRA. Default: 8."})
+    lora_alpha: int | None = field(
+        default=None,
+        metadata={"help": "The LoRA's product is scaled by this over its rank. Default: 16."},
     )
-    lora_dropout: float = field(
-        default=0.0, metadata={"help": "Dropout before the LoRA's product, in training."}
+    lora_dropout: float | None = field(
+        default=None,
+        metadata={"help": "Dropout before the LoRA's product, in training. Default: 0."},
     )
     lora_target_modules: list[str] | str | None = field(
         default=None,
         metadata={"help": "Layers that get a LoRA: [q_proj, v_proj], or a string as PEFT reads it "
-                  "(all-linear, or a pattern). Default: PEFT's for the architecture."},
+                  "(all-linear, or a pattern). Default: all-linear."},
     )
     lora_layers: str | int | None = field(
         default=None,
         metadata={"help": "Blocks that get a LoRA: 8 or top:8 for the upper eight, whose input is "
-                  "then computed once; default: all."},
+                  "then computed once, or all. Default: 2, which learned as much as more."},
     )
 
     # --- objective: ObjectiveConfig's fields and defaults ---
@@ -185,9 +211,9 @@ class QAdapterConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Weight of KL(base||customised), in nats a token, at states of unrelated text: "
-            "less drift where the preferences have no say. Texts: a retention dataset's, or else "
-            "the base's own samples for the training prompts. Default: 10 for a head adapter, "
-            "where it is nearly free, and with a retention dataset; else 0."
+            "less drift where the preferences have no say. Default: 30, which was measured "
+            "(docs/compare.md: 0.06 of what a DPO of equal gain forgets); 10 with texts 'own'. 0: "
+            "off."
         },
     )
     retention_states: int = field(
@@ -268,21 +294,15 @@ class QAdapterConfig(TrainingArguments):
             )
         if "inputs" in self.include_for_metrics:
             raise QAdapterError("include_for_metrics can't hold 'inputs': features are no tokens")
+        if self.adapter_kind is None:
+            head = any(getattr(self, name) is not None for name in _OF_ONE_KIND["head"])
+            self.adapter_kind = "head" if head else "lora"
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise QAdapterError(
                     f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
                 )
-        defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        for kind, names in _OF_ONE_KIND.items():
-            for name in names:
-                if self.adapter_kind != kind and getattr(self, name) != defaults[name]:
-                    raise QAdapterError(
-                        f"{name} is for adapter_kind {kind}, and this is {self.adapter_kind}"
-                    )
-        if not 0 <= self.lora_dropout < 1:
-            raise QAdapterError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
-        self._upper_blocks()
+        self._settle_adapter()
         checks.check_reporting(self)
         checks.check_optimizer(self)
         try:
@@ -292,6 +312,21 @@ class QAdapterConfig(TrainingArguments):
             raise QAdapterError(str(error)) from error
         # Pinned memory serves copies to an accelerator; without one torch only warns about it.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+
+    def _settle_adapter(self) -> None:
+        """The options of its kind that were not given; the other kind has none."""
+        for kind, options in _OF_ONE_KIND.items():
+            for name, default in options.items():
+                if getattr(self, name) is None and self.adapter_kind == kind:
+                    setattr(self, name, default)
+                elif getattr(self, name) is not None and self.adapter_kind != kind:
+                    raise QAdapterError(
+                        f"{name} is for adapter_kind {kind}, and this is {self.adapter_kind}"
+                    )
+        if self.adapter_kind == "lora":
+            if not 0 <= self.lora_dropout < 1:
+                raise QAdapterError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
+            self._upper_blocks(LORA_LAYERS)
 
     def _check_ranges(self) -> None:
         for name, least in _AT_LEAST.items():
@@ -325,16 +360,21 @@ class QAdapterConfig(TrainingArguments):
         """
         if self.adapter_kind == "head":
             return AdapterConfig(form=self.adapter_form, rank=self.adapter_rank)
-        number = None if base is None else self._upper_blocks()
+        number = None if base is None else self._upper_blocks(depth_of(base))
         return LoraConfig(
             r=self.lora_r, lora_alpha=self.lora_alpha, lora_dropout=self.lora_dropout,
             task_type="CAUSAL_LM",
             **in_upper_blocks(number, self.lora_target_modules, base, "lora_layers"),
         )
 
-    def _upper_blocks(self) -> int | None:
-        if self.lora_layers in (None, "all"):
+    def _upper_blocks(self, depth: int) -> int | None:
+        """How many of a base's blocks; none for all, or where a pattern says so itself."""
+        targets = self.lora_target_modules
+        by_pattern = isinstance(targets, str) and targets.lower() != ALL_LINEAR
+        if self.lora_layers == "all" or (self.lora_layers is None and by_pattern):
             return None
+        if self.lora_layers is None:
+            return min(LORA_LAYERS, depth)
         number = str(self.lora_layers).removeprefix("top:")
         if not number.isdecimal() or int(number) < 1:
             raise QAdapterError(

@@ -1,4 +1,4 @@
-"""The base's own answers to the training prompts: what the retention term is held to by default."""
+"""The base's own answers to the training prompts, for a retention term to be held to."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ from qadapter.trunk.lm_head import input_device
 from qadapter.trunk.loading import cache_dir as default_cache_dir
 
 COUNT, MAX_NEW_TOKENS, BATCH_SIZE, SEED = 96, 64, 16, 0
+
+OWN = "own"
+"""Names them where a file of texts could stand."""
 
 Sample = tuple[list[int], list[int]]
 """(prompt ids, answer ids)."""

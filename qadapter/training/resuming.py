@@ -65,7 +65,7 @@ def check_options(args: QAdapterConfig, folder: Path, say: Callable[[str], None]
         f"{name} {shown(before[name])}, this run {shown(now[name])}" for name in _SAME
         if name in before and name in now and now[name] != before[name]
         # Its default is settled when the base is there; it is looked at again then.
-        and not (name == "retention_coef" and now[name] is None)
+        and not (name in ("learning_rate", "retention_coef") and now[name] is None)
     ]
     batch, ours = _pairs_a_step(before, _record(folder).processes), _pairs_a_step(
         now, args.world_size

@@ -40,23 +40,37 @@ _CHUNK_ROWS = 1024
 _BATCH_TOKENS = 2048
 
 
-def token_sequences(
+def check_head(model: QAdapterModel) -> None:
+    """Raises QAdapterError where the term can't be computed through the model's head."""
+    if model.head.softcap is not None:
+        raise QAdapterError(
+            "retention_coef needs a head without a softcap: E_π of capped logits is not linear"
+        )
+
+
+def scored_sequences(
     model: QAdapterModel, tokenizer: PreTrainedTokenizerBase | None,
     texts: Iterable[str] | Iterable[tuple[list[int], list[int]]], max_length: int | None,
 ) -> list[tuple[int, list[int]]]:
-    """Of each text its first state that counts and its token ids; arguments as RetentionStates'.
+    """Of each text with a token to score its first state that counts and its token ids; arguments
+    as RetentionStates'.
 
     Raises:
-        QAdapterError: a token that the model does not know.
+        QAdapterError: there is no such text; a token that the model does not know.
     """
     read = [
         ([], tokenizer(text)["input_ids"]) if isinstance(text, str) else text for text in texts
     ]
-    sequences = [[*prompt, *answer][:max_length] for prompt, answer in read]
+    # Learned positions end where the base's do.
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = min((x for x in (max_length, positions) if x), default=None)
+    sequences = [[*prompt, *answer][:most] for prompt, answer in read]
     check_sequences(sequences, model, tokenizer, "retention text")
-    return [
-        (max(len(prompt) - 1, 0), ids) for (prompt, _), ids in zip(read, sequences, strict=True)
-    ]
+    firsts = [max(len(prompt) - 1, 0) for prompt, _ in read]
+    found = [x for x in zip(firsts, sequences, strict=True) if len(x[1]) > x[0] + 1]
+    if not found:
+        raise QAdapterError("the retention texts hold no text of two tokens or more")
+    return found
 
 
 class RetentionStates:
@@ -67,7 +81,7 @@ class RetentionStates:
         texts: strings, every token but the first of each is predicted from a state; or (prompt ids,
             answer ids), where the answer's tokens are.
         tokenizer: for strings.
-        max_length: most tokens of a text.
+        max_length: most tokens of a text; no more than the base has positions for.
         packed: run texts in one row, where the base's attention can.
         progress: called with (texts done, of how many).
 
@@ -81,21 +95,13 @@ class RetentionStates:
         texts: Iterable[str] | Iterable[tuple[list[int], list[int]]], *,
         max_length: int | None = 1024, packed: bool = True, progress: Progress | None = None,
     ) -> None:
-        if model.head.softcap is not None:
-            raise QAdapterError(
-                "retention_coef needs a head without a softcap: E_π of capped logits is not linear"
-            )
-        self.texts: list[Tensor] = []
+        check_head(model)
+        scored = scored_sequences(model, tokenizer, texts, max_length)
+        self.texts = [torch.tensor(ids) for _, ids in scored]
         """Token ids of each text."""
-        self.first: list[int] = []
+        self.first = [first for first, _ in scored]
         """The first state of each text that counts: the one its first scored token is predicted
         from."""
-        for first, ids in token_sequences(model, tokenizer, texts, max_length):
-            if len(ids) > first + 1:
-                self.texts.append(torch.tensor(ids))
-                self.first.append(first)
-        if not self.texts:
-            raise QAdapterError("the retention texts hold no text of two tokens or more")
         _check_room(model, self.texts, self.first)
         self.packed = packed and can_pack(model.base, max(map(len, self.texts)),
                                           gradients=model.adapts_trunk) is None

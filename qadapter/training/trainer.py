@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
+from qadapter.adapters.peft_config import depth_of
 from qadapter.data import (
     PreparationReport,
     check_pairs,
@@ -25,6 +27,7 @@ from qadapter.data import (
     tokenize_preferences,
     use_chat_template,
 )
+from qadapter.data.passages import BUILT_IN
 from qadapter.data.templates import default_of
 from qadapter.data.tokenization import TokenizedPreferences
 from qadapter.errors import QAdapterError
@@ -33,13 +36,19 @@ from qadapter.system.progress import Reporter
 from qadapter.system.room import require_writable
 from qadapter.training import card, checks
 from qadapter.training.assembly import EitherCollator, as_qadapter_model
-from qadapter.training.config import RETENTION_COEF, QAdapterConfig
+from qadapter.training.config import (
+    OWN_SAMPLES_COEF,
+    RETENTION_COEF,
+    QAdapterConfig,
+    default_learning_rate,
+)
 from qadapter.training.feature_set import FeatureCollator, FeatureSet, PackedCollator
 from qadapter.training.losses import Totals, averages, batch_loss, count
-from qadapter.training.own_samples import different_prompts
-from qadapter.training.retention import as_texts
+from qadapter.training.own_samples import OWN, different_prompts
+from qadapter.training.retention import as_texts, check_head, scored_sequences
 from qadapter.training.runs import Runs
 from qadapter.trunk.loading import load_tokenizer
+from qadapter.trunk.split import lowest_adapted
 
 
 class QAdapterTrainer(Runs):
@@ -67,9 +76,9 @@ class QAdapterTrainer(Runs):
         peft_config: a LoRA in the trunk instead of the head adapter that ``args`` describe.
         callbacks, optimizers: as in transformers.
         retention_dataset: unrelated texts for ``retention_coef``: a dataset with a ``text`` column,
-            strings, or (prompt ids, answer ids); "built-in" for English passages that come with
-            the library; default: the base's own samples for the training prompts, drawn once and
-            cached.
+            strings, or (prompt ids, answer ids); "own" for the base's own samples for the training
+            prompts, drawn once and cached; "built-in", the default, for English passages that come
+            with the library.
         reporter: shows how far the base is with its one pass over the data; default: tqdm's bars,
             unless ``args.disable_tqdm``.
         say: gets a line about what was decided here: where features are kept, why sequences are
@@ -125,7 +134,6 @@ class QAdapterTrainer(Runs):
             raise QAdapterError('a data_collator is for tokens: it needs cache_features="none"')
         if retention_dataset is not None and args.retention_coef == 0:
             raise QAdapterError("retention_dataset is for a retention_coef above 0")
-        self._retention_texts = None if retention_dataset is None else as_texts(retention_dataset)
         self._retention_sum: Tensor | None = None
         self._retention_count = 0
         self.reports: dict[str, PreparationReport] = {}
@@ -143,11 +151,8 @@ class QAdapterTrainer(Runs):
         )
         if train_dataset is not None:
             train_dataset = self._prepare(train_dataset, "train")
-        if args.retention_coef is None:
-            args.retention_coef = _default_retention_coef(model, train_dataset, retention_dataset)
-        self._training_prompts: list[list[int]] = []
-        if args.retention_coef > 0 and retention_dataset is None:
-            self._training_prompts = _prompts(train_dataset)
+        self._settle_learning_rate()
+        self._settle_retention(retention_dataset, train_dataset)
         if isinstance(eval_dataset, Mapping):
             eval_dataset = {name: self._prepare(d, name) for name, d in eval_dataset.items()}
         elif eval_dataset is not None:
@@ -204,6 +209,51 @@ class QAdapterTrainer(Runs):
                        "no activations")
             for name in asked:
                 setattr(self.args, name, False)
+
+    def _settle_learning_rate(self) -> None:
+        if self.args.learning_rate is not None:
+            return
+        blocks, what = None, "a head adapter"
+        if self.model.adapts_trunk:
+            depth = depth_of(self.model.base)
+            blocks = depth - (lowest_adapted(self.model.base) or 0)
+            what = f"an adapter in {blocks} of {depth} blocks"
+        self.args.learning_rate = default_learning_rate(blocks)
+        self._tell(f"learning rate {self.args.learning_rate:g}, for {what}", logging.INFO)
+
+    def _settle_retention(
+        self, dataset: Any, train_dataset: Dataset | FeatureSet | None
+    ) -> None:
+        """What the policy is held to, and how firmly. Where nothing was asked for, it is held to
+        the library's passages if they can be read; a line says so if not."""
+        args, own = self.args, isinstance(dataset, str) and dataset == OWN
+        self._training_prompts: list[list[int]] = []
+        if args.retention_coef is None and train_dataset is None:
+            args.retention_coef = 0.0
+        if args.retention_coef == 0:
+            return
+        if own:
+            self._training_prompts = _prompts(train_dataset)
+        else:
+            self._retention_texts = as_texts(BUILT_IN if dataset is None else dataset)
+        if args.retention_coef is None:
+            args.retention_coef = OWN_SAMPLES_COEF if own else RETENTION_COEF
+            if dataset is None and (reason := self._unreadable_passages()):
+                args.retention_coef, self._retention_texts = 0.0, None
+                self._tell(f"held to no texts: {reason}")
+        elif dataset is None:
+            self._load_tokenizer()
+
+    def _unreadable_passages(self) -> str | None:
+        """Why the policy can't be held to the library's passages."""
+        try:
+            check_head(self.model)
+            scored_sequences(
+                self.model, self._load_tokenizer(), self._retention_texts, self.args.max_length
+            )
+        except QAdapterError as error:
+            return str(error)
+        return None
 
     # --- data -------------------------------------------------------------------------------
 
@@ -411,23 +461,11 @@ class QAdapterTrainer(Runs):
             card.write(self, Path(self.args.output_dir), model_name, dataset_name, tags)
 
 
-def _default_retention_coef(
-    model: QAdapterModel, train_dataset: Dataset | FeatureSet | None, retention_dataset: Any
-) -> float:
-    """On where it costs next to nothing (a head adapter's states are read once; LoRA would run its
-    texts through the trunk at every step) and can be computed, or was given texts. Measured:
-    docs/compare.md."""
-    affordable = (
-        not model.adapts_trunk and model.head.softcap is None and isinstance(train_dataset, Dataset)
-    )
-    return RETENTION_COEF if affordable or retention_dataset is not None else 0.0
-
-
 def _prompts(dataset: Dataset | FeatureSet | None) -> list[list[int]]:
     """What the base's own samples answer."""
     if not isinstance(dataset, Dataset):
         raise QAdapterError(
-            "retention_coef needs a retention_dataset where the training data has no prompts to "
-            "sample from"
+            'retention_dataset "own" needs training data with prompts to sample from: these are '
+            "features already"
         )
     return different_prompts(dataset)

@@ -18,7 +18,7 @@ from pathlib import Path
 import forks
 import torch
 from kills import RESUME
-from places import COMPARE, EVAL, HEAD, JUDGE, LORA, PLAIN, Places, facts
+from places import COMPARE, EVAL, HEAD, JUDGE, LORA, OWN, Places, facts
 from safetensors.torch import load_file, save_file
 
 from qadapter.system import manifest
@@ -53,8 +53,8 @@ TARGETS: dict[str, Target] = {
                      "broken off, another"),
     "resume from": Target("broken off", ("run/checkpoint-4/*",),
                           (*HEAD, RESUME[0], "run/checkpoint-4"), _RUN, "broken off, another"),
-    "own samples": Target("plain", ("cache/qadapter/own_samples/*.json",),
-                          (*PLAIN, "--overwrite_output_dir"), _RUN),
+    "own samples": Target("held to its own", ("cache/qadapter/own_samples/*.json",),
+                          (*OWN, "--overwrite_output_dir"), _RUN),
     "features": Target("cached", ("cache/qadapter/features/*/*",), LORA, _RUN),
     "judged": Target("judged", ("judged/*",), JUDGE, ("judged/*.json*",), by_folder=True),
     "compared": Target("compared", ("compared/**/*",), COMPARE, ("compared/summary-*.json",)),

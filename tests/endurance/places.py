@@ -23,8 +23,10 @@ QUICK = ("--answer_prompts", "0", "--bootstrap_resamples", "5")
 PLAIN = (
     "train", "--model_name_or_path", "base", *PAIRS, "--output_dir", "run", "--test_fraction", "0",
     "--max_steps", "4", "--learning_rate", "3e-2", "--per_device_train_batch_size", "4",
+    "--adapter_kind", "head",
 )
 """A short training, of which the adapter is all that is wanted."""
+OWN = (*PLAIN, "--retention_dataset_name", "own")
 HEAD = (*PLAIN, "--max_steps", "6", "--save_steps", "2")
 LORA = (
     *HEAD, "--adapter_kind", "lora", "--lora_r", "2", "--save_total_limit", "2",
@@ -66,6 +68,7 @@ PLACES: dict[str, tuple[tuple[str, ...] | Callable[[Path], None], ...]] = {
     "lora": (LORA,),
     "another": ((*HEAD, *SEED),),
     "plain": (PLAIN,),
+    "held to its own": (OWN,),
     "plain lora": ((*PLAIN, "--adapter_kind", "lora", "--lora_r", "2"),),
     "plain, another": ((*PLAIN, *SEED),),
     "merged": (PLAIN, ("export", "run", "--output_dir", "exported")),

@@ -18,7 +18,7 @@ def make_trainer(tmp_path, tokenizer):
     """A trainer on tiny everything; keyword arguments go to QAdapterConfig."""
 
     def make(model=None, train=None, evaluation=None, callbacks=None, optimizers=(None, None),
-             compute_metrics=None, say=None, **arguments):
+             compute_metrics=None, say=None, retention_dataset=None, **arguments):
         settings = {
             "output_dir": str(tmp_path / "run"), "use_cpu": True, "disable_tqdm": True,
             "save_strategy": "no", "logging_steps": 1, "per_device_train_batch_size": 4,
@@ -29,6 +29,7 @@ def make_trainer(tmp_path, tokenizer):
             model or build_model(), QAdapterConfig(**{**settings, **arguments}),
             train_dataset=train, eval_dataset=evaluation, processing_class=tokenizer,
             callbacks=callbacks, optimizers=optimizers, compute_metrics=compute_metrics, say=say,
+            retention_dataset=retention_dataset,
         )
 
     return make

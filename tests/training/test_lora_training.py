@@ -13,10 +13,11 @@ import torch
 from tiny_models import ARCHITECTURES, tiny_base
 from torch.testing import assert_close
 from training_tiny import build_model, build_pairs
+from transformers import AutoModelForCausalLM, Gemma3Config
 
-from qadapter import ObjectiveConfig, QAdapterError, QAdapterModel
+from qadapter import AdapterConfig, ObjectiveConfig, QAdapterError, QAdapterModel
 from qadapter.data import PreferenceCollator, tokenize_preferences
-from qadapter.training import feature_store
+from qadapter.training import QAdapterConfig, feature_store
 from qadapter.training.feature_set import FeatureCollator, Kept, PackedCollator
 from qadapter.training.features import compute_features, feature_bytes
 from qadapter.training.losses import batch_loss
@@ -422,3 +423,66 @@ def test_upper_blocks_that_are_none(make_trainer, pairs, given):
     with pytest.raises(QAdapterError, match="lora_layers"):
         make_trainer(build_model().base, pairs, adapter_kind="lora", lora_layers=given,
                      lora_target_modules=["q_proj"])
+
+
+# --- what is trained where nothing was said -------------------------------------------------------
+
+
+def test_by_default_a_lora_in_all_linear_layers_of_the_upper_two_blocks(make_trainer, pairs):
+    lines = []
+    base = tiny_base(num_hidden_layers=3, vocab_size=64)
+    trainer = make_trainer(base, pairs, learning_rate=None, say=lines.append)
+    config = trainer.model.adapter_config
+    assert (config.layers_to_transform, config.r, config.lora_alpha) == ([1, 2], 8, 16)
+    assert len(trainer.model.adapter.layers) == 2 * 7 and config.layers_pattern is None
+    assert trainer.args.learning_rate == 3e-3
+    assert "learning rate 0.003, for an adapter in 2 of 3 blocks" in lines
+    shallow = make_trainer(tiny_base(num_hidden_layers=1, vocab_size=64), pairs)
+    assert shallow.model.adapter_config.layers_to_transform == [0]
+
+
+@pytest.mark.parametrize(("given", "rate"), [
+    ({"lora_layers": 4}, 3e-3), ({"lora_layers": 5}, 1e-3), ({"lora_layers": 8}, 1e-3),
+    ({"lora_layers": "all"}, 3e-4), ({"lora_target_modules": r".*\.[0-8]\..*q_proj"}, 3e-4),
+    ({"adapter_rank": 4}, 3e-4), ({"adapter_form": "linear"}, 3e-4),
+    ({"adapter_kind": "head"}, 3e-4),
+    ({"lora_r": 4, "learning_rate": 0.0}, 0.0),
+])
+def test_the_learning_rate_is_that_of_what_is_trained(make_trainer, pairs, given, rate):
+    base = tiny_base(num_hidden_layers=9, vocab_size=64)
+    trainer = make_trainer(base, pairs, **{"learning_rate": None} | given)
+    assert trainer.args.learning_rate == rate
+    head = {"adapter_rank", "adapter_form"} & given.keys() or given.get("adapter_kind") == "head"
+    assert trainer.model.adapts_trunk != bool(head)
+    assert trainer.args.adapter_kind == ("head" if head else "lora")
+
+
+def test_a_model_s_own_adapter_decides_its_learning_rate(make_trainer, pairs):
+    trainer = make_trainer(build_model(AdapterConfig(rank=2)), pairs, learning_rate=None)
+    assert trainer.args.learning_rate == 3e-4
+
+
+@pytest.mark.parametrize("given", [
+    {"adapter_kind": "lora", "adapter_rank": 128}, {"adapter_kind": "head", "lora_r": 8},
+    {"adapter_form": "linear", "lora_dropout": 0.0}, {"adapter_rank": 4, "lora_layers": "all"},
+])
+def test_options_of_both_kinds_are_refused_at_their_defaults_too(given):
+    with pytest.raises(QAdapterError, match="is for adapter_kind"):
+        QAdapterConfig(use_cpu=True, **given)
+
+
+def test_the_upper_blocks_of_a_vision_language_model_are_its_language_model_s(make_trainer, pairs):
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
+              "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    text = tiny_base("gemma3_text", head_dim=8, num_hidden_layers=3, vocab_size=64).config
+    base = AutoModelForCausalLM.from_config(Gemma3Config(
+        text_config=text, vision_config=vision, image_token_index=63, mm_tokens_per_image=4
+    ))
+    trainer = make_trainer(base, pairs, max_steps=1)
+    layers = trainer.model.adapter.layers
+    adapted = {n for n, m in trainer.model.base.named_modules() if m in layers}
+    assert len(adapted) == 2 * 7
+    assert {n.split(".")[3] for n in adapted if n.startswith("model.language_model.layers.")} == {
+        "1", "2"
+    }
+    trainer.train()

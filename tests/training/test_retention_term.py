@@ -15,6 +15,7 @@ from training_tiny import build_model, build_pairs, build_tokenizer
 from transformers import TrainerCallback
 
 from qadapter import AdapterConfig, ObjectiveConfig, QAdapterError
+from qadapter.data import tokenize_preferences
 from qadapter.data.passages import BUILT_IN, passages, read_held_to
 from qadapter.training import QAdapterConfig, QAdapterTrainer, own_samples
 from qadapter.training.retention import RetentionStates, as_texts
@@ -149,10 +150,10 @@ def test_the_term_does_not_depend_on_how_a_step_is_split(tmp_path):
         torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-3)
 
 
-def test_without_texts_the_base_is_asked_once_for_its_own(tmp_path, monkeypatch):
+def test_own_answers_are_asked_for_once(tmp_path, monkeypatch):
     """The base's samples, not the trained policy's; a second run finds them in the cache."""
     cache = tmp_path / "cache"
-    options = {"texts": None, "retention_coef": 5.0, "feature_cache_dir": str(cache)}
+    options = {"texts": own_samples.OWN, "retention_coef": 5.0, "feature_cache_dir": str(cache)}
     first, _, model = _train(tmp_path, **options)
     [file] = cache.glob("samples-*.json")
     assert first[0] < 1e-6 < first[-1]
@@ -184,34 +185,71 @@ def test_own_samples_are_the_bases(tmp_path):
     assert moved.policy.strength == 2.0 and moved.training
 
 
-def test_it_is_on_where_it_is_nearly_free_or_texts_are_given(tmp_path):
-    """Off for LoRA, a softcapped head and data without prompts, unless asked for."""
+@pytest.fixture
+def held(tmp_path):
+    """A trainer's coefficient, how many texts it is held to, and the lines it says."""
 
-    def coef(adapter=None, train=None, texts=None, **arguments):
-        settings = {"output_dir": str(tmp_path), "use_cpu": True, **arguments}
-        return QAdapterTrainer(
-            build_model(adapter), QAdapterConfig(**settings), train_dataset=train,
-            processing_class=build_tokenizer(), retention_dataset=texts,
-        ).args.retention_coef
+    def settle(model, train=None, texts=None, tokenizer=None, **arguments):
+        lines = []
+        settings = {"output_dir": str(tmp_path), "use_cpu": True, "disable_tqdm": True, **arguments}
+        trainer = QAdapterTrainer(
+            model, QAdapterConfig(**settings), train_dataset=train, processing_class=tokenizer,
+            retention_dataset=texts, say=lines.append,
+        )
+        if train is not None:
+            trainer.read_base()
+        states = trainer._retention_states
+        return trainer.args.retention_coef, states and len(states.texts), "\n".join(lines)
 
-    pairs = build_pairs(4)
-    lora = copy.deepcopy(ADAPTERS["lora"])
-    assert coef(train=pairs) == 10.0 and coef(train=pairs, retention_coef=0.0) == 0.0
-    assert coef(lora, train=pairs) == 0.0 and coef(lora, train=pairs, texts=TEXTS) == 10.0
-    assert coef() == 0.0
+    return settle
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_every_adapter_is_held_to_the_passages_unless_told_otherwise(held, kind):
+    pairs, tokenizer, count = build_pairs(4), build_tokenizer(), len(passages(held_to=True))
+
+    def found(**arguments):
+        model = build_model(copy.deepcopy(ADAPTERS[kind]))
+        return held(model, pairs, tokenizer=tokenizer, **arguments)[:2]
+
+    assert found() == (30.0, count)
+    assert found(retention_coef=5.0) == (5.0, count)
+    assert found(retention_coef=0.0) == (0.0, None)
+    assert found(texts=TEXTS) == (30.0, len(TEXTS))
+    assert found(texts=own_samples.OWN) == (10.0, len(set(pairs["prompt"])))
+
+
+def test_where_the_passages_cannot_be_read_nothing_is_held_to_and_that_is_said(held):
+    pairs, tokenizer = build_pairs(4), build_tokenizer()
+    ids = tokenize_preferences(pairs, tokenizer)
+    # No tokenizer, and the model's name leads to none; prompts may be asked about all the same.
+    assert held(build_model(), ids)[:2] == (0.0, None)
+    assert "held to no texts: tokenizer of " in held(build_model(), ids)[2]
+    assert held(build_model(), ids, own_samples.OWN)[0] == 10.0
     capped = build_model()
     capped.head = dataclasses.replace(capped.head, softcap=30.0)
-    trainer = QAdapterTrainer(
-        capped, QAdapterConfig(output_dir=str(tmp_path), use_cpu=True), train_dataset=pairs,
-        processing_class=build_tokenizer(),
-    )
-    assert trainer.args.retention_coef == 0.0
+    coef, _, lines = held(capped, pairs, tokenizer=tokenizer)
+    assert coef == 0.0 and "held to no texts: retention_coef needs a head without" in lines
+    coef, _, lines = held(build_model(), pairs, tokenizer=tokenizer, max_length=100)
+    assert coef == 30.0 and "held to no texts" not in lines
+    # Asked for, it is an error.
+    with pytest.raises(QAdapterError, match="tokenizer of "):
+        held(build_model(), ids, retention_coef=5.0)
+    with pytest.raises(QAdapterError, match="softcap"):
+        held(capped, pairs, tokenizer=tokenizer, retention_coef=5.0)
+    assert held(build_model())[0] == 0.0  # nothing is trained
 
 
 def test_what_cannot_be_used_is_named(tmp_path):
     arguments = QAdapterConfig(output_dir=str(tmp_path), use_cpu=True, retention_coef=1.0)
-    with pytest.raises(QAdapterError, match="needs a retention_dataset"):
-        QAdapterTrainer(build_model(), arguments, processing_class=build_tokenizer())
+    features = QAdapterTrainer(
+        build_model(), arguments, processing_class=build_tokenizer()
+    ).features(build_pairs(4))
+    with pytest.raises(QAdapterError, match="needs training data with prompts"):
+        QAdapterTrainer(
+            build_model(), arguments, processing_class=build_tokenizer(), train_dataset=features,
+            retention_dataset=own_samples.OWN,
+        )
     without = QAdapterConfig(output_dir=str(tmp_path), use_cpu=True, retention_coef=0.0)
     with pytest.raises(QAdapterError, match="retention_coef above 0"):
         QAdapterTrainer(
@@ -252,3 +290,10 @@ def test_built_in_passages_have_a_name(tmp_path):
 def test_what_is_no_text_is_named(texts, message):
     with pytest.raises(QAdapterError, match=message):
         as_texts(texts)
+
+
+def test_texts_end_where_the_base_s_positions_do():
+    model, tokenizer = build_model(), build_tokenizer()
+    positions = model.config.max_position_embeddings
+    states = RetentionStates(model, tokenizer, [" ".join(["w1"] * (positions + 9)), "w1 w2"])
+    assert [len(text) for text in states.texts] == [positions, 2]

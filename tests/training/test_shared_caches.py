@@ -164,7 +164,10 @@ def test_default_settings_train_without_a_writable_cache(make_trainer, tmp_path,
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file/cache"))
     lines = []
-    trainer = make_trainer(train=build_pairs(8), retention_coef=None, say=lines.append)
+    trainer = make_trainer(
+        train=build_pairs(8), retention_coef=None, retention_dataset=own_samples.OWN,
+        say=lines.append,
+    )
     trainer.train()
     assert trainer.state.global_step == 2 and trainer.args.retention_coef > 0
     assert any("can't be written" in line for line in lines)
