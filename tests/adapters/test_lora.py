@@ -58,7 +58,7 @@ def arguments(folder, **changes) -> QAdapterConfig:
     settings = {
         "output_dir": str(folder), "per_device_train_batch_size": 4, "learning_rate": 1e-2,
         "max_steps": 6, "logging_steps": 1, "report_to": "none", "disable_tqdm": True,
-        "warmup_steps": 0, "use_cpu": True,
+        "warmup_steps": 0, "use_cpu": True, "retention_coef": 0.0,
     }
     return QAdapterConfig(**settings | changes)
 
