@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qadapter.errors import QAdapterError, beginning, nearest, shown
 from qadapter.system.documents import MAX_CONFIG_BYTES, read_json
+from qadapter.trunk.shells import depth_of
 
 MAX_PATTERN_SECONDS = 10
 """Of processor time that the patterns of a configuration may take on a base's module names."""
@@ -181,11 +182,6 @@ def _as_text(hint: Any) -> str:
 
 ALL_LINEAR = "all-linear"
 """PEFT's word for every linear layer but the output's."""
-
-
-def depth_of(base: PreTrainedModel) -> int:
-    """Blocks of a causal LM's trunk."""
-    return base.config.get_text_config().num_hidden_layers
 
 
 def in_upper_blocks(

@@ -100,7 +100,7 @@ GROUPS = (
 )
 # The command decides these itself; they would be accepted and ignored.
 WITHOUT = ("do_train", "do_eval", "do_predict", "local_rank", "parallelism_config")
-# The α's are measured, docs/compare.md, How to keep: at 1, ObjectiveConfig's own, answers hardly move.
+# Measured (docs/compare.md, How to keep): at 1, ObjectiveConfig's own α, answers hardly move.
 DEFAULTS = {"eval_strategy": "steps", "eval_steps": 0.1, "alpha_0": 0.3, "alpha_tilde": 0.3}
 HELPS = {
     "output_dir": "Folder for the adapter, checkpoints, numbers, pictures and report.",

@@ -12,10 +12,11 @@ from peft import LoraConfig
 from transformers import PreTrainedModel, TrainingArguments
 
 from qadapter.adapters.head_adapter import AdapterConfig
-from qadapter.adapters.peft_config import ALL_LINEAR, depth_of, in_upper_blocks
+from qadapter.adapters.peft_config import ALL_LINEAR, in_upper_blocks
 from qadapter.errors import QAdapterError
 from qadapter.objective import ObjectiveConfig
 from qadapter.training import checks
+from qadapter.trunk.shells import depth_of
 
 _OBJECTIVE = tuple(f.name for f in dataclasses.fields(ObjectiveConfig))
 _CHOICES = {
@@ -26,7 +27,7 @@ _CHOICES = {
 }
 RETENTION_COEF, OWN_SAMPLES_COEF = 30.0, 10.0
 """Of the retention term where none is named; the second where it holds to the base's own samples.
-Measured: docs/compare.md, How to keep and What is forgotten at equal gain."""
+Measured: docs/compare.md, How to keep and Through the default adapter."""
 _AT_LEAST = {
     **dict.fromkeys((
         "feature_batch_tokens", "feature_shard_mb", "workspace_mb", "pad_to_multiple_of",
@@ -212,7 +213,7 @@ class QAdapterConfig(TrainingArguments):
         metadata={
             "help": "Weight of KL(base||customised), in nats a token, at states of unrelated text: "
             "less drift where the preferences have no say. Default: 30, which was measured "
-            "(docs/compare.md: 0.06 of what a DPO of equal gain forgets); 10 with texts 'own'. 0: "
+            "(docs/compare.md: 0.02 of what a DPO of equal gain forgets); 10 with texts 'own'. 0: "
             "off."
         },
     )

@@ -19,7 +19,6 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
-from qadapter.adapters.peft_config import depth_of
 from qadapter.data import (
     PreparationReport,
     check_pairs,
@@ -48,6 +47,7 @@ from qadapter.training.own_samples import OWN, different_prompts
 from qadapter.training.retention import as_texts, check_head, scored_sequences
 from qadapter.training.runs import Runs
 from qadapter.trunk.loading import load_tokenizer
+from qadapter.trunk.shells import depth_of
 from qadapter.trunk.split import lowest_adapted
 
 

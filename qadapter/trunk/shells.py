@@ -26,9 +26,14 @@ _DEPTH = "num_hidden_layers"
 # --- what a trunk is made of ----------------------------------------------------------------
 
 
+def depth_of(base: PreTrainedModel) -> int:
+    """Blocks of a causal LM's trunk."""
+    return base.config.get_text_config().num_hidden_layers
+
+
 def blocks_of(base: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The list of a trunk's blocks, and its name in the trunk."""
-    depth = base.config.get_text_config().num_hidden_layers
+    depth = depth_of(base)
     lists = _outermost_lists(trunk(base), "")
     found = [(name, blocks) for name, blocks in lists if len(blocks) == depth]
     if len(found) != 1:
