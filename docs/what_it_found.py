@@ -28,12 +28,14 @@ RESULTS = ROOT / "benchmarks/results/compare"
 PROBES = ROOT / "benchmarks/results/exemplar_probe"
 TESTED = (
     "hh", "dsp_academy", "dsp_business", "dsp_entertainment", "dsp_literature", "dsp_judged",
-    "dsp_forget",
+    "dsp_forget", "dsp_forget_lora", "gemma", "long_entertainment",
 )
-CHOICES = "dsp_choices", "dsp_judged", "dsp_what_rates", "dsp_keep"
+CHOICES = "dsp_choices", "dsp_judged", "dsp_what_rates", "dsp_what", "dsp_keep"
 """Comparisons reported on their test split, and on the validation split, which choices are made by.
 """
-DPO_OF_EACH = {"dsp_keep": ("DPO block", "DPO LoRA")}
+ONE_SEED = "gemma", "long_entertainment"
+"""Of those tested; of the others each row has three seeds or is said to have one."""
+DPO_OF_EACH = {"dsp_keep": ("DPO block", "DPO LoRA"), "dsp_what": ("DPO 2 linear",)}
 """Of the choices, those that are shown along the dial too, at the gain of these rows."""
 SHOWN = (
     "accuracy_reward", "log_loss", "new_win_rate", "old_win_rate", "new_gain", "kl_new_answers",
@@ -47,8 +49,9 @@ JUDGED_IN_README = (
 )
 """Rows, and their setting of the dial where it is not as trained."""
 HELD_IN_README = (
-    ("block", None), ("block + built-in 30", None), ("block + built-in 30", 2.0),
-    ("DPO block + built-in 30", None), ("DPO block + built-in 30", 2.0),
+    ("Q-Adapter + built-in 30", None), ("Q-Adapter + built-in 30", 2.0),
+    ("DPO + built-in 30", None), ("SFT", None), ("DPO + NLL", None), ("Best of 4", None),
+    ("SDFT", None),
 )
 
 
@@ -213,7 +216,7 @@ def readme_tables() -> dict[str, str]:
     return {
         "comparison": table(found, found.main, IN_README),
         "judged": in_short("dsp_judged", JUDGED_IN_README, 1, 2),
-        "held": in_short("dsp_forget", HELD_IN_README, 3, 3),
+        "held": in_short("dsp_forget_lora", HELD_IN_README, 3, 3),
     }
 
 
