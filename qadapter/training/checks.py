@@ -154,7 +154,7 @@ def check_optimizer(args: QAdapterConfig) -> None:
         raise QAdapterError(f"optim_target_modules is for GaLore and APOLLO, and this is {name}")
     if args.learning_rate is None:  # its default is settled when the model is there
         args = copy.copy(args)
-        args.learning_rate = 0.0
+        args.learning_rate = 1e-3  # schedules may end at a rate of their own, which is lower
     stand_in = nn.Sequential(nn.Linear(2, 2, bias=False))
     try:
         kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, stand_in)

@@ -295,5 +295,6 @@ def test_what_is_no_text_is_named(texts, message):
 def test_texts_end_where_the_base_s_positions_do():
     model, tokenizer = build_model(), build_tokenizer()
     positions = model.config.max_position_embeddings
-    states = RetentionStates(model, tokenizer, [" ".join(["w1"] * (positions + 9)), "w1 w2"])
+    texts = [" ".join(["w1"] * (positions + 9)), "w1 w2"]
+    states = RetentionStates(model, tokenizer, texts, max_length=None)
     assert [len(text) for text in states.texts] == [positions, 2]
