@@ -28,12 +28,12 @@ RESULTS = ROOT / "benchmarks/results/compare"
 PROBES = ROOT / "benchmarks/results/exemplar_probe"
 TESTED = (
     "hh", "dsp_academy", "dsp_business", "dsp_entertainment", "dsp_literature", "dsp_judged",
-    "dsp_forget", "dsp_forget_lora", "gemma", "long_entertainment",
+    "dsp_forget", "dsp_forget_lora", "gemma", "long_entertainment", "hh_margins",
 )
 CHOICES = "dsp_choices", "dsp_judged", "dsp_what_rates", "dsp_what", "dsp_keep"
 """Comparisons reported on their test split, and on the validation split, which choices are made by.
 """
-ONE_SEED = "gemma", "long_entertainment"
+ONE_SEED = "gemma", "long_entertainment", "hh_margins"
 """Of those tested; of the others each row has three seeds or is said to have one."""
 DPO_OF_EACH = {"dsp_keep": ("DPO block", "DPO LoRA"), "dsp_what": ("DPO 2 linear",)}
 """Of the choices, those that are shown along the dial too, at the gain of these rows."""
