@@ -223,11 +223,10 @@ def in_upper_blocks(
 
 def _text_blocks(base: PreTrainedModel, depth: int) -> tuple[str, nn.ModuleList]:
     """The blocks that text runs through, and their name in the base."""
-    decoder = base.get_decoder()
+    reached = set(base.get_decoder().modules())
     found = [
         (name, module) for name, module in base.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth
-        and any(module is part for part in decoder.modules())
+        if isinstance(module, nn.ModuleList) and len(module) == depth and module in reached
     ]
     if not found:
         raise QAdapterError(

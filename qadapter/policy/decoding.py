@@ -27,6 +27,7 @@ from qadapter.errors import QAdapterError
 from qadapter.policy.stream_cache import StreamCache, repeated
 from qadapter.trunk.caches import CACHE, is_paged, name_of_cache, take_cache
 from qadapter.trunk.lm_head import input_device, trunk
+from qadapter.trunk.shells import depth_of
 
 if TYPE_CHECKING:
     from transformers.generation.continuous_batching import PagedAttentionCache
@@ -187,7 +188,7 @@ class StreamedGeneration(GenerationMixin):
         """One stream after the other, each in its layers of the cache."""
         from qadapter.policy.continuous_batching import StreamOfCache
 
-        layers = self.base.config.get_text_config().num_hidden_layers
+        layers = depth_of(self.base)
         hidden = [
             self._run(
                 (stream,), cache=StreamOfCache(cache, place * layers), **inputs

@@ -30,6 +30,7 @@ from qadapter.policy.continuous_batching import StreamOfCache, config_of_layers
 from qadapter.policy.dial import Policy
 from qadapter.policy.model import QAdapterModel
 from qadapter.trunk.lm_head import input_device, trunk
+from qadapter.trunk.shells import depth_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +105,7 @@ class RequestBatches(PreTrainedModel, GenerationMixin):
         self.lock = threading.Lock()
         self.generation_config = copy.deepcopy(model.generation_config)
         self._mix = model._mix
-        self._layers = model.config.get_text_config().num_hidden_layers
+        self._layers = depth_of(model)
         self._manager: Any = None
         self.eval()
 
