@@ -6,12 +6,12 @@ All of it happens once, before the first step; how much room it takes is known b
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -23,6 +23,7 @@ from qadapter.system.progress import Progress, Reporter, silent, tqdm_bar
 from qadapter.system.room import available_memory, free_disk
 from qadapter.training import feature_store
 from qadapter.training.config import QAdapterConfig
+from qadapter.training.crew import Crew
 from qadapter.training.feature_set import FeatureSet
 from qadapter.training.features import compute_features, feature_bytes, longest
 from qadapter.training.own_samples import load_or_sample
@@ -114,46 +115,49 @@ class BaseReading(Trainer):
         ):
             if where == "memory":
                 return compute_features(self.model, dataset, progress=progress, **settings)
-            with self.accelerator.main_process_first():
-                return feature_store.load_or_compute(
-                    self.model, dataset, self.processing_class, progress=progress, say=self._tell,
-                    max_length=self.args.max_length, cache_dir=self.args.feature_cache_dir,
-                    shard_mb=self.args.feature_shard_mb, **settings,
-                )
+            return feature_store.load_or_compute(
+                self.model, dataset, self.processing_class, progress=progress, say=self._tell,
+                max_length=self.args.max_length, cache_dir=self.args.feature_cache_dir,
+                shard_mb=self.args.feature_shard_mb, crew=self._crew(), **settings,
+            )
+
+    def _crew(self) -> Crew:
+        """This process among those that read the base."""
+        return Crew(
+            seat=self.accelerator.process_index, seats=self.accelerator.num_processes,
+            index=self.accelerator.process_index, leader=self.accelerator.process_index,
+            gather=lambda x: gather_object([x]),
+        )
 
     def _place(self, datasets: Sequence[Dataset]) -> str:
         """"memory" or "disk" for the features of all of these; all processes agree."""
         found: list[Any] = [None]
+        processes = self.accelerator.num_processes
+        # A name needs sums over the base's weights, which may lie on all processes.
+        folders = [self._folder_of(x) for x in datasets] if processes > 1 else None
         if self.is_world_process_zero():
             sizes = [int(feature_bytes(self.model, x).sum()) for x in datasets]
-            needed = sum(sizes) * self.accelerator.num_processes
             try:
                 found = [place(
-                    self.args.cache_features, needed, available_memory(),
-                    lambda: self._disk_room(datasets, sizes),
+                    self.args.cache_features, sum(sizes), available_memory(),
+                    lambda: _disk_room(folders or map(self._folder_of, datasets), sizes),
+                    processes,
                 )]
             except QAdapterError as error:
                 found = [error]
-        if self.accelerator.num_processes > 1:
+        if processes > 1:
             broadcast_object_list(found)
         if isinstance(found[0], QAdapterError):
             raise found[0]
         self._tell(found[0].reason, logging.INFO)
         return found[0].where
 
-    def _disk_room(self, datasets: Sequence[Dataset], sizes: Sequence[int]) -> DiskRoom:
-        to_write, folder = 0, Path()
-        for dataset, size in zip(datasets, sizes, strict=True):
-            with self.compute_loss_context_manager():
-                folder = feature_store.features_folder(
-                    self.model, dataset, self.processing_class, max_length=self.args.max_length,
-                    cache_dir=self.args.feature_cache_dir, pad_token_id=self._pad_token_id,
-                )
-            there = feature_store.bytes_in(folder)
-            if there < size:
-                feature_store.check_folder(folder)
-                to_write += size - there
-        return DiskRoom(str(folder.parent), free_disk(folder), to_write)
+    def _folder_of(self, dataset: Dataset) -> Path:
+        with self.compute_loss_context_manager():
+            return feature_store.features_folder(
+                self.model, dataset, self.processing_class, max_length=self.args.max_length,
+                cache_dir=self.args.feature_cache_dir, pad_token_id=self._pad_token_id,
+            )
 
     # --- retention --------------------------------------------------------------------------
 
@@ -242,3 +246,14 @@ class BaseReading(Trainer):
             logger.log(level, line)
         else:
             self._say(line)
+
+
+def _disk_room(folders: Iterable[Path], sizes: Sequence[int]) -> DiskRoom:
+    """For features of these sizes in these folders."""
+    to_write, place = 0, Path()
+    for folder, size in zip(folders, sizes, strict=True):
+        place, there = folder, feature_store.bytes_in(folder)
+        if there < size:
+            feature_store.check_folder(folder)
+            to_write += size - there
+    return DiskRoom(str(place.parent), free_disk(place), to_write)

@@ -6,7 +6,7 @@ one run of tokens (``qadapter.trunk.packing``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from qadapter.data.columns import list_lengths, list_sums
 from qadapter.policy.model import QAdapterModel
 from qadapter.system.progress import Progress
 from qadapter.training.feature_set import (
@@ -87,18 +88,16 @@ def feature_bytes(model: QAdapterModel, dataset: Dataset) -> np.ndarray:
     token = int32 + (0 if kept.first_block is None else text.hidden_size * itemsize)
     actions, answers, prompts = (np.zeros(len(dataset), dtype=np.int64) for _ in range(3))
 
-    def counts(name: str, count: type | None = None) -> np.ndarray:
-        column = dataset[name]
-        return np.fromiter(map(count or len, column), dtype=np.int64, count=len(dataset))
-
     for side in SIDES:
-        answers += counts(f"{side}_ids")
+        answers += list_lengths(dataset, f"{side}_ids")
         masked = f"{side}_mask" in dataset.column_names
-        actions += counts(f"{side}_mask", sum) if masked else counts(f"{side}_ids")
+        actions += list_sums(dataset, f"{side}_mask") if masked else (
+            list_lengths(dataset, f"{side}_ids")
+        )
     # Two offsets and two lengths, and the row.
     size = actions * action + 2 * (8 + 4) + 8
     if kept.ids:
-        prompts = counts("prompt_ids")
+        prompts = list_lengths(dataset, "prompt_ids")
         size += (prompts + answers) * token
         size += (2 * prompts + answers) * int32  # the lines
     return size
@@ -108,8 +107,7 @@ def token_counts(dataset: Dataset) -> np.ndarray:
     """Tokens of both sequences of each pair, int64 [P]."""
     counts = np.zeros(len(dataset), dtype=np.int64)
     for name, times in (("prompt", 2), ("chosen", 1), ("rejected", 1)):
-        ids = dataset[f"{name}_ids"]
-        counts += times * np.fromiter((len(x) for x in ids), dtype=np.int64, count=len(dataset))
+        counts += times * list_lengths(dataset, f"{name}_ids")
     return counts
 
 
@@ -118,8 +116,7 @@ def longest(dataset: Dataset | FeatureSet) -> int:
     if isinstance(dataset, FeatureSet):
         return max((int(shard.lengths.max()) for shard in dataset.shards), default=0)
     prompt, *answers = (
-        np.fromiter((len(x) for x in dataset[name]), dtype=np.int64, count=len(dataset))
-        for name in ("prompt_ids", "chosen_ids", "rejected_ids")
+        list_lengths(dataset, name) for name in ("prompt_ids", "chosen_ids", "rejected_ids")
     )
     return int((prompt + np.maximum(*answers)).max(initial=0))
 
@@ -135,9 +132,14 @@ class _Batch(NamedTuple):
 @torch.no_grad()
 def compute_shard(
     model: QAdapterModel, dataset: Dataset, batch_tokens: int, pad_token_id: int, packed: bool,
-    done: Tokens,
+    done: Tokens, most: Callable[[int], int] = lambda count: count,
 ) -> Shard:
-    """Features of all pairs of ``dataset``; arguments as ``compute_features``."""
+    """Features of all pairs of ``dataset``; arguments as ``compute_features``.
+
+    Args:
+        most: gets the number of batches, gives how many every process runs of which the base is a
+            collective (``Crew.most``).
+    """
     kept, head, base = Kept.of(model), model.head, model.base
     alignment = model.objective.mask_alignment
     answers = [x for example in dataset for x in answers_of(example, alignment, pad_token_id)]
@@ -153,7 +155,7 @@ def compute_shard(
         numbers["base_action_logit"] = torch.empty_like(numbers["base_logsumexp"])
     table = _token_table(kept, batches, answers, model)
     packed = packed and can_pack(base, max(len(answer.ids) for answer in answers)) is None
-    start = 0
+    start, idle_batches = 0, most(len(batches)) - len(batches)
     for packing, members in batches:
         features_MD, entering_MD = model.packed_base(
             packing.to(input_device(base)), packed=packed
@@ -170,6 +172,7 @@ def compute_shard(
             if name in numbers:
                 numbers[name][actions_N] = x.to("cpu", numbers[name].dtype)
         done.add(sum(len(answers[n].ids) for text in members for n in text))
+    run_idly(model, idle_batches, packed)
     return Shard(
         tokens=tokens,
         states=torch.from_numpy(np.concatenate([answer.states for answer in answers])),
@@ -180,6 +183,14 @@ def compute_shard(
         ),
         **numbers, **table,
     )
+
+
+@torch.no_grad()
+def run_idly(model: QAdapterModel, batches: int, packed: bool) -> None:
+    """Run the base as often on one token: what others compute meanwhile needs its part of it."""
+    one = Packing.of([torch.zeros(1, dtype=torch.int64)])
+    for _ in range(batches):
+        model.packed_base(one.to(input_device(model.base)), packed=packed)
 
 
 def _token_table(

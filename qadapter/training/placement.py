@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -31,22 +32,33 @@ class Placement(NamedTuple):
     """One line, with the numbers."""
 
 
-def place(wanted: str, needed: int, memory: int, disk: Callable[[], DiskRoom]) -> Placement:
-    """Memory if it has ample room, else disk if that has; or where the user wants them.
+def place(
+    wanted: str, needed: int, memory: int, disk: Callable[[], DiskRoom], processes: int = 1
+) -> Placement:
+    """Memory if it has ample room, else disk if that has; or where the user wants them. Several
+    processes read one copy from a disk, and share the work of writing it: there disk comes first.
 
     Args:
         wanted: "auto", "memory" or "disk".
-        needed: bytes of all features, for all processes of this machine.
+        needed: bytes of all features. processes: of this machine, each with a copy in memory.
         memory: bytes available.
         disk: looks at the folder of features; called only if they may go there.
 
     Raises:
         QAdapterError: they don't fit; names ``cache_features`` and the numbers.
     """
-    numbers = f"the base's features take {size(needed)}, {size(memory)} of memory are available"
-    if wanted == "memory" and needed > memory:
+    copies = needed * processes
+    numbers = f"the base's features take {size(copies)}, {size(memory)} of memory are available"
+    if wanted == "memory" and copies > memory:
         raise QAdapterError(f"cache_features memory: {numbers}; take auto or disk, or {_WAYS_OUT}")
-    if wanted == "memory" or (wanted == "auto" and needed <= _SHARE * memory):
+    fits = copies <= _SHARE * memory
+    if wanted == "auto" and fits and processes > 1:
+        with contextlib.suppress(QAdapterError):  # a folder that can't be written
+            room = disk()
+            if room.to_write <= room.free:
+                return Placement("disk", f"the base's features take {size(needed)}: kept on disk, "
+                                 f"once for {processes} processes ({room.folder})")
+    if wanted == "memory" or (wanted == "auto" and fits):
         return Placement("memory", f"{numbers}: kept in memory")
     room = disk()
     on_disk = f"{size(room.free)} are free at {room.folder}"

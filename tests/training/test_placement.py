@@ -107,3 +107,18 @@ def test_retention_texts_beyond_the_memory_are_refused(monkeypatch):
     with pytest.raises(QAdapterError, match="retention_dataset") as error:
         RetentionStates(build_model(), build_tokenizer(), ["w1 w2 w3", "w4 w5"])
     assert re.search(r"3 states", str(error.value))
+
+
+def unwritable():
+    raise QAdapterError("feature_cache_dir can't be written")
+
+
+def test_several_processes_keep_one_copy_on_disk_where_they_can():
+    assert place("auto", 100, 10_000, no_disk).where == "memory"
+    shared = place("auto", 100, 10_000, disk(1000, 100), 2)
+    assert shared.where == "disk" and "once for 2 processes" in shared.reason
+    assert place("auto", 100, 10_000, disk(10, 100), 2).where == "memory"
+    assert place("auto", 100, 10_000, unwritable, 2).where == "memory"
+    assert place("memory", 100, 10_000, disk(1000, 100), 2).where == "memory"
+    with pytest.raises(QAdapterError, match=r"cache_features memory: .* take 200 bytes"):
+        place("memory", 100, 150, disk(1000, 100), 2)

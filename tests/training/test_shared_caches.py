@@ -77,9 +77,10 @@ def test_processes_that_start_together(tmp_path):
     assert len({out for out, _ in outputs}) == 1
     left = {path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()}
     assert not [name for name in left if "writing" in name]
-    [index] = (tmp_path / "cache").rglob(feature_store.INDEX_NAME)
-    shards = {path.name for path in index.parent.glob("*.safetensors")}
-    assert set(json.loads(index.read_text())["shards"]) == shards and len(shards) > 1
+    shards = {path.stem for path in (tmp_path / "cache").rglob("*.safetensors")}
+    records = {path.stem for path in (tmp_path / "cache").rglob("features-*.json")}
+    assert records == shards and len(shards) > 1
+    assert not [name for name in left if name.startswith("features-") and name.endswith(".lock")]
 
 
 def test_one_computes_and_the_others_wait(tmp_path, monkeypatch):
@@ -118,21 +119,21 @@ def test_a_cache_that_is_only_read(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError("read only")
 
-    monkeypatch.setattr(feature_store, "exclusive", refuse)
+    monkeypatch.setattr(feature_store.locking, "take", refuse)
     monkeypatch.setattr(own_samples, "exclusive", refuse)
     assert len(load(tmp_path / "cache")) == 13
     own_samples.load_or_sample(build_model(), [[5]], None, cache_dir=tmp_path / "cache")
 
 
 def test_files_deleted_between_two_looks_are_computed_again(tmp_path, monkeypatch):
-    first, loads = load(tmp_path), feature_store._Store.load
+    first, loads = load(tmp_path), feature_store.Store._load
 
     def deleted(self, *numbers):
-        monkeypatch.setattr(feature_store._Store, "load", loads)
+        monkeypatch.setattr(feature_store.Store, "_load", loads)
         shutil.rmtree(self.folder)
         return loads(self, *numbers)
 
-    monkeypatch.setattr(feature_store._Store, "load", deleted)
+    monkeypatch.setattr(feature_store.Store, "_load", deleted)
     again = load(tmp_path)
     assert torch.equal(again.shards[0].hidden, first.shards[0].hidden)
 
@@ -272,21 +273,19 @@ def test_samples_are_of_one_trunk_and_its_ends(tmp_path, monkeypatch):
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("index", [
-    "[]", "null", '{"shards": []}', "[" * 10_000, "9" * 10_000,
-    lambda index: index["shards"].update({name: [] for name in index["shards"]}),
-    lambda index: index["shards"].update({name: {} for name in index["shards"]}),
-    lambda index: index["shards"].update({name: {"bytes": "x"} for name in index["shards"]}),
-    lambda index: index.update(shards=None), lambda index: index.update(format_version=[1]),
+@pytest.mark.parametrize("record", [
+    "[]", "null", '{"sha256": []}', "[" * 10_000, "9" * 10_000,
+    lambda record: record.update(bytes="x"), lambda record: record.pop("sha256"),
+    lambda record: record.update(format_version=[1]), lambda record: record.clear(),
 ])
-def test_an_index_that_is_none_vouches_for_nothing(tmp_path, index):
+def test_a_record_that_is_none_vouches_for_nothing(tmp_path, record):
     first = load(tmp_path)
-    [path] = tmp_path.glob("*/index.json")
-    if isinstance(index, str):
-        path.write_text(index)
+    [path] = tmp_path.glob("*/features-*.json")
+    if isinstance(record, str):
+        path.write_text(record)
     else:
         found = json.loads(path.read_text())
-        index(found)
+        record(found)
         path.write_text(json.dumps(found))
     again = load(tmp_path)
     assert torch.equal(again.shards[0].hidden, first.shards[0].hidden)
@@ -298,14 +297,12 @@ def test_an_index_that_is_none_vouches_for_nothing(tmp_path, index):
     lambda x: x | {"more": x["rows"].clone()},
     lambda x: x | {"lengths": x["lengths"][None]},
 ])
-def test_a_shard_that_the_index_vouches_for_but_is_another(tmp_path, change):
+def test_a_shard_that_its_record_vouches_for_but_is_another(tmp_path, change):
     first = load(tmp_path)
-    [path], [shard] = tmp_path.glob("*/index.json"), tmp_path.glob("*/*.safetensors")
+    [path], [shard] = tmp_path.glob("*/features-*.json"), tmp_path.glob("*/*.safetensors")
     save_file(change({name: x.clone() for name, x in load_file(shard).items()}), shard)
-    index = json.loads(path.read_text())
-    index["shards"][shard.name] |= {
-        "bytes": shard.stat().st_size, "sha256": file_sha256(shard)
-    }
-    path.write_text(json.dumps(index))
+    record = json.loads(path.read_text())
+    record |= {"bytes": shard.stat().st_size, "sha256": file_sha256(shard)}
+    path.write_text(json.dumps(record))
     again = load(tmp_path)
     assert torch.equal(again.shards[0].hidden, first.shards[0].hidden)
