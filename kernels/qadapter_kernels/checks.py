@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .reference import MASKED_ROW, NO_ACTION, Coefficients
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 SMALLEST, LARGEST = 1e-30, 1e30
 """Kernels take numbers as float32: none may be larger, and none that is divided by smaller, so that
@@ -106,13 +110,38 @@ def check_frozen(name: str, x: Tensor) -> None:
         )
 
 
+def check_group(group: ProcessGroup | None, vocab_start: int) -> tuple[str, int]:
+    """The group's name, "" without one, and the first token id of this process's rows."""
+    if isinstance(vocab_start, bool) or not isinstance(vocab_start, int | torch.SymInt):
+        raise TypeError(f"vocab_start must be an integer, got {type(vocab_start).__name__}")
+    if vocab_start < 0:
+        raise ValueError(f"vocab_start must not be negative, got {vocab_start}")
+    if group is None:
+        if vocab_start:
+            raise ValueError(
+                f"vocab_start is {vocab_start}, but there is no group that holds the other rows"
+            )
+        return "", 0
+    if not isinstance(getattr(group, "group_name", None), str):
+        raise TypeError(
+            "group must be a torch.distributed process group that this process is in, "
+            f"got {type(group).__name__}"
+        )
+    return group.group_name, vocab_start
+
+
 def check_head(
-    weight: Tensor, bias: Tensor | None, hidden: Tensor
+    weight: Tensor, bias: Tensor | None, hidden: Tensor, sharded: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    if weight.numel() == 0:
+    if weight.numel() == 0 and not sharded:
         raise ValueError(
             "weight is empty: under ZeRO-3 gather it first "
             "(deepspeed.zero.GatheredParameters around the call)"
+        )
+    if type(weight).__name__ == "DTensor":
+        raise TypeError(
+            "weight is a DTensor: pass full_tensor(), or the rows of to_local() with group and "
+            "vocab_start"
         )
     check_matrix("weight", weight)
     check_frozen("weight", weight)
@@ -148,8 +177,10 @@ def check_rows(name: str, x: Tensor | None, num_rows: int, device: torch.device 
 
 
 def check_actions(
-    actions: Tensor, num_rows: int, vocab_size: int, device: torch.device, row_mask: Tensor | None
+    actions: Tensor, num_rows: int, vocab_size: int | None, device: torch.device,
+    row_mask: Tensor | None,
 ) -> Tensor:
+    """``vocab_size``: None where no process knows it alone."""
     if actions.shape != (num_rows,):
         raise ValueError(f"actions must have shape [{num_rows}], got {tuple(actions.shape)}")
     if actions.is_floating_point() or actions.dtype == torch.bool:
@@ -169,11 +200,11 @@ def check_actions(
     if not torch.compiler.is_compiling() and device.type == "cpu" and num_rows:
         scored = actions if row_mask is None else actions.where(row_mask, NO_ACTION)
         low, high = (int(x) for x in scored.aminmax())
-        if low < NO_ACTION or high >= vocab_size:
+        if low < NO_ACTION or (vocab_size is not None and high >= vocab_size):
             wrong = low if low < NO_ACTION else high
             raise ValueError(
-                f"actions holds {wrong}, outside the vocabulary of {vocab_size} "
-                "(-1 stands for no action)"
+                f"actions holds {wrong}, outside the vocabulary"
+                f"{'' if vocab_size is None else f' of {vocab_size}'} (-1 stands for no action)"
             )
     actions = actions.to(torch.int64).contiguous()
     if row_mask is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import dispatch, linear
 from .reference import Coefficients, accumulation_dtype
+from .shards import Shard
 
 
 def _per_row(like: Tensor) -> Tensor:
@@ -143,58 +144,67 @@ def linear_soft_value(
     bias: Tensor | None, base_logsumexp: Tensor | None,
     alpha_0: float, alpha_tilde: float, adapter_coef: float, base_coef: float,
     logit_scale: float, workspace_bytes: int, statistics: bool, need_grad: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """→ q_action, value, base_logprob, base_logsumexp [N], G′ [N, D] or [0, D], statistics."""
+    group: str, vocab_start: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """→ q_action, value, base_logprob, base_logsumexp [N], G′ [N, D] or [0, D], statistics, log
+    shares [N] or [0]. ``group``: a process group's name, or "" for a head that is whole."""
     with torch.autocast(weight.device.type, enabled=False):
         return _distinct(
             linear.forward(
                 adapter_hidden, base_hidden, linear.Head(weight, bias, logit_scale), actions,
                 base_logsumexp, Coefficients(alpha_0, alpha_tilde, adapter_coef, base_coef),
                 workspace_bytes, statistics, need_grad, dispatch.select(weight, backend),
+                Shard.of(group, vocab_start, weight),
             )
         )
 
 
 @linear_soft_value.register_fake
 def _(adapter_hidden, base_hidden, weight, actions, bias, base_logsumexp, alpha_0, alpha_tilde,
-      adapter_coef, base_coef, logit_scale, workspace_bytes, statistics, need_grad, backend):
+      adapter_coef, base_coef, logit_scale, workspace_bytes, statistics, need_grad, backend, group,
+      vocab_start):
     rows = _per_row(adapter_hidden)
     product = weight.new_empty((rows.shape[0] if need_grad else 0, weight.shape[1]))
     stats = rows.new_empty((3, rows.shape[0]) if statistics else (0,))
-    return *(torch.empty_like(rows) for _ in range(4)), product, stats
+    shares = rows.new_empty(rows.shape[0] if group else 0)
+    return *(torch.empty_like(rows) for _ in range(4)), product, stats, shares
 
 
 @torch.library.custom_op("qadapter::linear_soft_value_backward", mutates_args=())
 def linear_soft_value_backward(
     residual_product: Tensor, weight: Tensor, actions: Tensor, grad_q: Tensor, grad_v: Tensor,
-    factor: float, dtype: torch.dtype,
+    log_shares: Tensor, factor: float, dtype: torch.dtype, group: str, vocab_start: int,
 ) -> Tensor:
-    return linear.backward(residual_product, weight, actions, grad_q, grad_v, factor, dtype)
+    shard = Shard.of(group, vocab_start, weight)
+    return linear.backward(
+        residual_product, weight, actions, grad_q, grad_v, factor, dtype, shard, log_shares
+    )
 
 
 @linear_soft_value_backward.register_fake
-def _(residual_product, weight, actions, grad_q, grad_v, factor, dtype):
+def _(residual_product, weight, actions, grad_q, grad_v, log_shares, factor, dtype, group,
+      vocab_start):
     return residual_product.new_empty(residual_product.shape, dtype=dtype)
 
 
 def _linear_setup(ctx, inputs, output):
-    hidden, _, weight, actions, _, _, _, _, adapter_coef, _, logit_scale, *_ = inputs
-    ctx.save_for_backward(output[4], weight, actions, *output[:2], output[3])
-    ctx.factor, ctx.dtype = adapter_coef * logit_scale, hidden.dtype
+    hidden, _, weight, actions, _, _, _, _, adapter_coef, _, logit_scale, *_, group, start = inputs
+    ctx.save_for_backward(output[4], weight, actions, *output[:2], output[3], output[6])
+    ctx.factor, ctx.dtype, ctx.shard = adapter_coef * logit_scale, hidden.dtype, (group, start)
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
 
 def _linear_backward(ctx, grad_q, grad_v, *_):
-    none = (None,) * 14
+    none = (None,) * 16
     if grad_q is None and grad_v is None:
         return None, *none
-    residual_product, weight, actions, q_action, value, base_lse = ctx.saved_tensors
+    residual_product, weight, actions, q_action, value, base_lse, log_shares = ctx.saved_tensors
     grad_q, grad_v = _grads((q_action, value), grad_q, grad_v)
     # A state without support; beside an infinite lse(b), V is −inf all the same.
     grads = grad_q, torch.where((value == -torch.inf) & (base_lse != torch.inf), 0.0, grad_v)
     grad_hidden = linear_soft_value_backward(
-        residual_product, weight, actions, *grads, ctx.factor, ctx.dtype
+        residual_product, weight, actions, *grads, log_shares, ctx.factor, ctx.dtype, *ctx.shard
     )
     return grad_hidden, *none
 
@@ -205,16 +215,31 @@ linear_soft_value.register_autograd(_linear_backward, setup_context=_linear_setu
 @torch.library.custom_op("qadapter::linear_logsumexp", mutates_args=())
 def linear_logsumexp(
     hidden: Tensor, weight: Tensor, actions: Tensor, bias: Tensor | None, logit_scale: float,
-    workspace_bytes: int, backend: str,
+    workspace_bytes: int, backend: str, group: str, vocab_start: int,
 ) -> Tensor:
     with torch.autocast(weight.device.type, enabled=False):
         head = linear.Head(weight, bias, logit_scale)
         row_work = dispatch.select(weight, backend)
-        return linear.logsumexp(hidden, head, actions, workspace_bytes, row_work)
+        shard = Shard.of(group, vocab_start, weight)
+        return linear.logsumexp(hidden, head, actions, workspace_bytes, row_work, shard)
 
 
 @linear_logsumexp.register_fake
-def _(hidden, weight, actions, bias, logit_scale, workspace_bytes, backend):
+def _(hidden, weight, actions, bias, logit_scale, workspace_bytes, backend, group, vocab_start):
+    return _per_row(hidden)
+
+
+@torch.library.custom_op("qadapter::linear_action_logit", mutates_args=())
+def linear_action_logit(
+    hidden: Tensor, weight: Tensor, actions: Tensor, bias: Tensor | None, logit_scale: float,
+    group: str, vocab_start: int,
+) -> Tensor:
+    head = linear.Head(weight, bias, logit_scale)
+    return linear.action_logits(hidden, head, actions, Shard.of(group, vocab_start, weight))
+
+
+@linear_action_logit.register_fake
+def _(hidden, weight, actions, bias, logit_scale, group, vocab_start):
     return _per_row(hidden)
 
 

@@ -34,6 +34,7 @@ from .reference import (
     value_from_logsumexps,
     weighted_sum,
 )
+from .shards import Shard
 from .torch_backend import residual_view
 
 CPU_CHUNK_ROWS = 512
@@ -98,12 +99,16 @@ def chunk_rows(
 def forward(
     adapter_hidden: Tensor, base_hidden: Tensor, head: Head, actions: Tensor,
     base_logsumexp: Tensor | None, coef: Coefficients, workspace_bytes: int,
-    statistics: bool, need_grad: bool, backend: ModuleType,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    statistics: bool, need_grad: bool, backend: ModuleType, shard: Shard | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns q_action, value, base_logprob, base_logsumexp [N], G′ [N, D] (empty unless
-    ``need_grad``), statistics [3, N] (empty unless asked). Arguments as ``ops.linear_soft_value``.
+    ``need_grad``), statistics [3, N] (empty unless asked), the policy's log shares [N] (``shards``;
+    empty without one; G′ is then this rank's own). Arguments as ``ops.linear_soft_value``.
     """
     num_rows, hidden_size = adapter_hidden.shape
+    everywhere, base_is_known = actions, base_logsumexp is not None
+    if shard is not None:
+        head, actions = shard.head(head), shard.own(actions)
     weight, dtype = head.weight, accumulation_dtype(adapter_hidden.dtype)
     mix = coef.base_weight / coef.adapter_coef
     scale = coef.adapter_coef / coef.alpha_tilde
@@ -156,6 +161,13 @@ def forward(
         if need_grad:
             torch.mm(residual_view(z[:count], weight.dtype), weight, out=residual_product[rows])
 
+    log_shares = policy_lse.new_empty(0)
+    if shard is not None:
+        actions, lses = everywhere, [policy_lse] if base_is_known else [policy_lse, base_lse]
+        (a_action, b_action), (policy_lse, *rest), log_shares, stats = shard.merge(
+            actions, torch.stack([a_action, b_action]), torch.stack(lses), stats
+        )
+        (base_lse,) = rest or (base_lse,)
     has_action, kept = actions >= 0, actions != MASKED_ROW
     q_action = weighted_sum(coef.adapter_coef, a_action, coef.base_coef, b_action)
     value = value_from_logsumexps(policy_lse, base_lse, coef)
@@ -167,36 +179,62 @@ def forward(
         torch.where(kept, base_lse, 0.0),
         residual_product,
         stats,
+        log_shares,
     )
 
 
 def backward(
     residual_product: Tensor, weight: Tensor, actions: Tensor, grad_q: Tensor, grad_v: Tensor,
-    factor: float, out_dtype: torch.dtype,
+    factor: float, out_dtype: torch.dtype, shard: Shard | None = None,
+    log_shares: Tensor | None = None,
 ) -> Tensor:
-    """∂h_a [N, D] = factor·((g + v)·W[action] + v·G′), in float32, rounded once."""
+    """∂h_a [N, D] = factor·((g + v)·W[action] + v·G′), in float32, rounded once. Of a shard the sum
+    of all ranks', each with its share s in front of its G′ (``shards``)."""
     dtype = accumulation_dtype(out_dtype)
-    out = residual_product.new_empty(residual_product.shape, dtype=out_dtype)
-    at_action = torch.where(actions >= 0, grad_q + grad_v, 0.0) * factor
-    elsewhere = torch.where(actions != MASKED_ROW, grad_v, 0.0) * factor
+    at_action, elsewhere = grad_q + grad_v, grad_v
+    if shard is not None:
+        weight, actions = shard.rows(weight), shard.own(actions)
+        at_action = at_action + grad_v * log_shares.expm1()
+        elsewhere = grad_v * log_shares.exp()
+    kept_dtype = out_dtype if shard is None else dtype
+    out = residual_product.new_empty(residual_product.shape, dtype=kept_dtype)
+    at_action = torch.where(actions >= 0, at_action, 0.0) * factor
+    elsewhere = torch.where(actions != MASKED_ROW, elsewhere, 0.0) * factor
     for rows in _row_blocks(*residual_product.shape):
         w = weight[actions[rows].clamp_min(0)].to(dtype)
         w.mul_(at_action[rows, None])
         out[rows] = w.addcmul_(residual_product[rows].to(dtype), elsewhere[rows, None])
-    return out
+    return out if shard is None else shard.sum(out).to(out_dtype)
 
 
 def logsumexp(
-    hidden: Tensor, head: Head, actions: Tensor, workspace_bytes: int, backend: ModuleType
+    hidden: Tensor, head: Head, actions: Tensor, workspace_bytes: int, backend: ModuleType,
+    shard: Shard | None = None,
 ) -> Tensor:
     """lse of the head's logits [N], float32."""
+    everywhere = actions
+    if shard is not None:
+        head, actions = shard.head(head), shard.own(actions)
     product = Product(head.weight)
     step = chunk_rows(
         len(hidden), hidden.shape[1], product.bytes_per_row, workspace_bytes, hidden.device
     )
     (exact_N,) = head.action_logits(actions, hidden)
     workspace = product.workspace(step)
-    return _logsumexp(hidden, head, actions, exact_N, product, workspace, backend)
+    lse_N = _logsumexp(hidden, head, actions, exact_N, product, workspace, backend)
+    if shard is None:
+        return lse_N
+    return shard.merge(everywhere, exact_N[None], lse_N[None], lse_N[:0]).logsumexps[0]
+
+
+def action_logits(
+    hidden: Tensor, head: Head, actions: Tensor, shard: Shard | None = None
+) -> Tensor:
+    """Exact logit of each row's action [N], float32."""
+    if shard is None:
+        return head.action_logits(actions, hidden)[0]
+    own_N = shard.head(head).action_logits(shard.own(actions), hidden)[0]
+    return shard.action_logits(actions, own_N[None])[0]
 
 
 def _logsumexp(

@@ -5,15 +5,16 @@ Shapes: N rows (states), V vocabulary, D hidden size, S = 2B sequences.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import library, linear
+from . import library
 from .checks import (
     check_actions,
     check_frozen,
+    check_group,
     check_head,
     check_like,
     check_matrix,
@@ -32,6 +33,9 @@ from .reference import (
     accumulation_dtype,
     minus_infinity,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class SoftValue(NamedTuple):
@@ -136,6 +140,7 @@ def linear_soft_value(
     bias: Tensor | None = None, logit_scale: float = 1.0, base_action_logit: Tensor | None = None,
     base_logsumexp: Tensor | None = None, row_mask: Tensor | None = None, workspace_mb: int = 512,
     return_statistics: bool = False, backend: str | None = None,
+    group: ProcessGroup | None = None, vocab_start: int = 0,
 ) -> SoftValue | tuple[SoftValue, PolicyStatistics]:
     """``soft_value`` straight from hidden states through one frozen head; no [N, V] tensor is held.
 
@@ -157,6 +162,11 @@ def linear_soft_value(
         workspace_mb: upper bound, in MiB, on the memory for logits.
         return_statistics: also return ``PolicyStatistics``. Needs the base's logits, so
             ``base_logsumexp`` must be None.
+        group: the processes over which a head too large for one is shared out: ``weight`` and
+            ``bias`` are this one's rows [V_r, D] (any number, also none), everything else is the
+            same on all of them, and so are the outputs and the gradient. All of them call this, and
+            run its backward. Two all-reduces of a few numbers a state, one of [N, D] backward.
+        vocab_start: token id of this process's first row.
 
     Under autocast the products run in the autocast dtype, as F.linear does.
 
@@ -173,23 +183,24 @@ def linear_soft_value(
         alone = linear_soft_value(
             adapter_hidden, adapter_hidden.detach(), weight, actions, **_without_base(coef),
             bias=bias, logit_scale=logit_scale, base_logsumexp=base_logsumexp, row_mask=row_mask,
-            workspace_mb=workspace_mb, backend=backend,
+            workspace_mb=workspace_mb, backend=backend, group=group, vocab_start=vocab_start,
         )
         return _with_cached_base(alone, actions, row_mask, base_action_logit, base_logsumexp, coef)
     check_like("base_hidden", base_hidden, "adapter_hidden", adapter_hidden, same_dtype=False)
     check_frozen("base_hidden", base_hidden)
-    weight, bias = check_head(weight, bias, adapter_hidden)
+    shard = check_group(group, vocab_start)
+    weight, bias = check_head(weight, bias, adapter_hidden, sharded=group is not None)
     if return_statistics and base_logsumexp is not None:
         raise ValueError("return_statistics needs the base's logits: pass base_logsumexp=None")
     num_rows = adapter_hidden.shape[0]
-    actions = check_actions(actions, num_rows, weight.shape[0], weight.device, row_mask)
+    vocab_size = weight.shape[0] if group is None else None
+    actions = check_actions(actions, num_rows, vocab_size, weight.device, row_mask)
     check_rows("base_logsumexp", base_logsumexp, num_rows, weight.device)
     need_grad = torch.is_grad_enabled() and adapter_hidden.requires_grad
-    *outputs, _, stats = library.linear_soft_value(
+    *outputs, _, stats, _ = library.linear_soft_value(
         adapter_hidden, base_hidden, weight, actions, bias, base_logsumexp, *coef,
         finite("logit_scale", logit_scale), workspace_bytes(workspace_mb), return_statistics,
-        need_grad,
-        backend or "",
+        need_grad, backend or "", *shard,
     )
     result = SoftValue(*outputs)
     return (result, PolicyStatistics(*stats.unbind())) if return_statistics else result
@@ -198,6 +209,7 @@ def linear_soft_value(
 def linear_logsumexp(
     hidden: Tensor, weight: Tensor, actions: Tensor | None = None, *, bias: Tensor | None = None,
     logit_scale: float = 1.0, workspace_mb: int = 512, backend: str | None = None,
+    group: ProcessGroup | None = None, vocab_start: int = 0,
 ) -> Tensor:
     """lse of a head's logits, float32 [N]: the base's constant, computed once and cached.
 
@@ -206,22 +218,25 @@ def linear_logsumexp(
         actions: token ids [N] or None. Where given, each action's own logit enters the sum exactly
             instead of rounded to the product's dtype, so that log π(a) = b[a] − lse(b) is never
             positive.
-        weight, bias, logit_scale, workspace_mb, backend: as in ``linear_soft_value``.
+        weight, bias, logit_scale, workspace_mb, backend, group, vocab_start: as in
+            ``linear_soft_value``.
     """
     check_matrix("hidden", hidden)
-    weight, bias = check_head(weight, bias, hidden)
+    shard = check_group(group, vocab_start)
+    weight, bias = check_head(weight, bias, hidden, sharded=group is not None)
     if actions is None:
         actions = torch.full((hidden.shape[0],), NO_ACTION, device=hidden.device)
-    actions = check_actions(actions, hidden.shape[0], weight.shape[0], weight.device, None)
+    vocab_size = weight.shape[0] if group is None else None
+    actions = check_actions(actions, hidden.shape[0], vocab_size, weight.device, None)
     return library.linear_logsumexp(
         hidden.detach(), weight, actions, bias, finite("logit_scale", logit_scale),
-        workspace_bytes(workspace_mb), backend or "",
+        workspace_bytes(workspace_mb), backend or "", *shard,
     )
 
 
 def linear_action_logit(
     hidden: Tensor, weight: Tensor, actions: Tensor, *, bias: Tensor | None = None,
-    logit_scale: float = 1.0,
+    logit_scale: float = 1.0, group: ProcessGroup | None = None, vocab_start: int = 0,
 ) -> Tensor:
     """Logit of each row's action, float32 [N]: a gather and a dot, not rounded to the product's
     dtype. Of the base's hidden states it is what ``base_action_logit`` takes. No gradient.
@@ -229,12 +244,13 @@ def linear_action_logit(
     Args: as ``linear_logsumexp``'s.
     """
     check_matrix("hidden", hidden)
-    weight, bias = check_head(weight, bias, hidden)
-    actions = check_actions(actions, hidden.shape[0], weight.shape[0], weight.device, None)
-    with torch.no_grad():
-        return linear.Head(weight, bias, finite("logit_scale", logit_scale)).action_logits(
-            actions, hidden.detach()
-        )[0]
+    shard = check_group(group, vocab_start)
+    weight, bias = check_head(weight, bias, hidden, sharded=group is not None)
+    vocab_size = weight.shape[0] if group is None else None
+    actions = check_actions(actions, hidden.shape[0], vocab_size, weight.device, None)
+    return library.linear_action_logit(
+        hidden.detach(), weight, actions, bias, finite("logit_scale", logit_scale), *shard
+    )
 
 
 def bradley_terry(

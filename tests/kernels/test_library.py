@@ -68,7 +68,7 @@ def linear_arguments(requires_grad=True, statistics=False, lse=False, need_grad=
     return (
         case.adapter_hidden.requires_grad_(requires_grad), case.base_hidden, case.weight,
         case.actions, case.bias, torch.randn(5) if lse else None, *COEF, 0.5, 1 << 20, statistics,
-        need_grad, backend,
+        need_grad, backend, "", 0,
     )
 
 
@@ -83,14 +83,22 @@ def test_opcheck_linear_soft_value_backward():
     case = linear_case(rows=5, vocab=13, hidden=8, dtype=torch.bfloat16)
     for dtype in (torch.bfloat16, torch.float32):
         torch.library.opcheck(library.linear_soft_value_backward, (
-            case.adapter_hidden, case.weight, case.actions, case.grad_q, case.grad_v, 0.7, dtype,
+            case.adapter_hidden, case.weight, case.actions, case.grad_q, case.grad_v,
+            torch.empty(0), 0.7, dtype, "", 0,
         ))
 
 
 def test_opcheck_linear_logsumexp(backend):
     case = linear_case(rows=5, vocab=13, hidden=8, dtype=torch.bfloat16, bias=True)
     torch.library.opcheck(library.linear_logsumexp, (
-        case.base_hidden, case.weight, case.actions, case.bias, 0.5, 1 << 20, backend,
+        case.base_hidden, case.weight, case.actions, case.bias, 0.5, 1 << 20, backend, "", 0,
+    ))
+
+
+def test_opcheck_linear_action_logit():
+    case = linear_case(rows=5, vocab=13, hidden=8, dtype=torch.bfloat16, bias=True)
+    torch.library.opcheck(library.linear_action_logit, (
+        case.base_hidden, case.weight, case.actions, case.bias, 0.5, "", 0,
     ))
 
 
