@@ -131,6 +131,23 @@ class ScriptArguments(DataArguments):
 
 
 @dataclass
+class PlanArguments(ModelArguments, ScriptArguments):
+    """A training run to be planned, and where it would run."""
+
+    model_name_or_path: str = _field(
+        "smollm2", "Base model: a folder (config.json is enough), a hub name, or smollm2.",
+        flag="model",
+    )
+    dataset_name: str | None = _field(
+        None, "Preference pairs, as qadapter train takes them: a file, a folder or a hub name.",
+        flag="pairs",
+    )
+    gpus: str | None = _field(
+        None, "GPUs, as 8xH100; 2x8xH100 for two nodes of eight. Default: this machine's."
+    )
+
+
+@dataclass
 class EvalDataArguments(DataArguments):
     """Data and folders of an evaluation."""
 

@@ -74,6 +74,12 @@ def train(ctx: typer.Context) -> None:
     _hand_over("train", ctx)
 
 
+@app.command(context_settings=_PASS_ON)
+def plan(ctx: typer.Context) -> None:
+    """Say what a training run needs: memory by part, time, disk, and how to start it."""
+    _hand_over("plan", ctx)
+
+
 @app.command("eval", context_settings=_PASS_ON)
 def evaluate(ctx: typer.Context) -> None:
     """Measure preferences, retention and answers of a model."""

@@ -198,10 +198,11 @@ def base_without_weights(
     _require_causal(config, name_or_path)
     if not trust_remote_code:
         require_no_kernels(config, name_or_path)
-    return _on_meta(config, trust_remote_code)
+    return on_meta(config, trust_remote_code)
 
 
-def _on_meta(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel | None:
+def on_meta(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel | None:
+    """A causal LM's modules without weights; None where its code can't be built so."""
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -233,7 +234,7 @@ def auto_dtype(
 
 def _num_parameters(config: PretrainedConfig) -> int:
     """Of a causal LM, from its configuration alone; 0 where that doesn't tell."""
-    model = _on_meta(copy.deepcopy(config))
+    model = on_meta(copy.deepcopy(config))
     return 0 if model is None else sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -300,7 +301,7 @@ def _load_failure(
 ) -> str:
     reason = whole.damaged_file(location)
     if reason is None and config is not None:
-        reason = whole.misfit(location, _on_meta(copy.deepcopy(config)))
+        reason = whole.misfit(location, on_meta(copy.deepcopy(config)))
     if reason is not None:
         return f"{what} can't be loaded: {reason}"
     if isinstance(error, pickle.UnpicklingError):
