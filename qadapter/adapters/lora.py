@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 import warnings
 from collections.abc import Iterator, Sequence
@@ -37,6 +38,7 @@ from qadapter.errors import QAdapterError, beginning
 from qadapter.trunk.checkpointing import checkpoints_reentrantly
 from qadapter.trunk.lm_head import input_device, trunk
 from qadapter.trunk.loading import shell_of
+from qadapter.trunk.sharding import freeze, require_whole, within
 from qadapter.trunk.split import SplitTrunk, lowest_adapted
 
 PRESETS = {
@@ -77,7 +79,7 @@ class LoraAdapter:
 
     def __init__(self, base: PreTrainedModel, config: PeftConfig):
         name = type(base).__name__
-        base.requires_grad_(False)
+        freeze(base)
         require_adapting(config)
         require_matching(config, (name for name, _ in base.named_modules()))
         before = _probe(base)
@@ -227,8 +229,10 @@ class LoraAdapter:
         self._check_apart()
         if len(self.names) > 1:
             raise QAdapterError("several adapters are several streams: they can't be merged")
-        if getattr(self.peft_model.get_base_model(), "is_quantized", False):
+        base = self.peft_model.get_base_model()
+        if getattr(base, "is_quantized", False):
             raise QAdapterError("the base is quantized: its adapter can't be merged exactly")
+        require_whole(base, "merging the adapter")
         layers = [layer for layer in self.layers if isinstance(layer, BaseTunerLayer)]
         self._originals = []
         for layer in layers:
@@ -268,8 +272,9 @@ class LoraAdapter:
             layer.register_forward_hook(PutStreams(self._rows, self.names), with_kwargs=True)
 
     def bare_base(self) -> PreTrainedModel:
-        """The base without adapters, as another model that shares its tensors. (PEFT's ``unload``
-        leaves the trained copies of ``modules_to_save`` in it.)"""
+        """The base without adapters, as another model that shares its tensors; of a sharded one, to
+        be read alone. (PEFT's ``unload`` leaves the trained copies of ``modules_to_save`` in it.)
+        """
         self._check_apart()
         base = shell_of(self.peft_model.get_base_model())
         _unwrap(base)
@@ -431,4 +436,5 @@ def _unwrap(module: nn.Module) -> None:
 def _probe(base: PreTrainedModel) -> Tensor:
     vocabulary = base.get_input_embeddings().weight.shape[0]
     tokens = torch.arange(1, 9, device=input_device(base))[None] % vocabulary
-    return trunk(base)(input_ids=tokens, use_cache=False).last_hidden_state
+    run = functools.partial(trunk(base), input_ids=tokens, use_cache=False)
+    return within(base, run).last_hidden_state

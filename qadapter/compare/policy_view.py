@@ -115,4 +115,4 @@ class _Body(nn.Module):
         model = self.customised
         stream = model.base_hidden if self.reference else model.adapter_hidden
         hidden = stream(input_ids, attention_mask)
-        return BaseModelOutputWithPast(last_hidden_state=hidden.to(model.head.weight.dtype))
+        return BaseModelOutputWithPast(last_hidden_state=hidden.to(model.head.dtype))

@@ -73,7 +73,7 @@ class Scorer:
 
     @property
     def device(self) -> torch.device:
-        return self.head.weight.device
+        return self.head.device
 
     @property
     def weight(self) -> Tensor:
@@ -88,7 +88,7 @@ class Scorer:
 
     @property
     def dtype(self) -> torch.dtype:
-        return accumulation_dtype(self.head.weight.dtype)
+        return accumulation_dtype(self.head.dtype)
 
     @property
     def is_base(self) -> bool:

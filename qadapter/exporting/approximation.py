@@ -69,7 +69,7 @@ def fit_linear(
         )
     held_out = texts[::_HELD_OUT]
     fitted = [ids for i, ids in enumerate(texts) if i % _HELD_OUT]
-    size = model.head.weight.shape[1]
+    size = model.head.shape[1]
     squares_DD = torch.zeros(size, size, dtype=torch.float64)
     products_DD = torch.zeros_like(squares_DD)
     count = 0

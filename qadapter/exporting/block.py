@@ -119,7 +119,7 @@ def exact_logits(model: QAdapterModel, entering_KD: Tensor) -> tuple[Tensor, Ten
         (logits, tolerance), both [K, V] float64.
     """
     head, (p_a, _) = model.head, model.policy.stream_weights()
-    adapter = BlockHeadAdapter(head.weight.shape[1], model.adapter_config.rank).double()
+    adapter = BlockHeadAdapter(head.shape[1], model.adapter_config.rank).double()
     adapter.load_state_dict(model.adapter.state_dict())
     x_KD = entering_KD.to(torch.float64)
     norm = model.adapter.final_norm
@@ -127,9 +127,9 @@ def exact_logits(model: QAdapterModel, entering_KD: Tensor) -> tuple[Tensor, Ten
     products = [
         hidden_KD @ block.to("cpu", torch.float64).T for block in head.weight.split(_ROWS)
     ]
-    exact_KV = head.finish(torch.cat(products, dim=-1).to(head.weight.device), p_a).cpu()
+    exact_KV = head.finish(torch.cat(products, dim=-1).to(head.device), p_a).cpu()
     ours_KV = model.head_logits(entering_KD.to(head.weight)).to("cpu", torch.float64)
-    return exact_KV, measured_tolerance(exact_KV, ours_KV, head.weight.dtype)
+    return exact_KV, measured_tolerance(exact_KV, ours_KV, head.dtype)
 
 
 def _refusal(base: PreTrainedModel, reason: str) -> QAdapterError:
@@ -213,7 +213,7 @@ def _check(
     Args:
         args, kwargs: what the base's last layer was called with, after the states.
     """
-    base, size = model.base, model.head.weight.shape[1]
+    base, size = model.base, model.head.shape[1]
     tokens = probes(base)[0]["input_ids"].shape[1]
     generator = torch.Generator().manual_seed(0)
 

@@ -43,6 +43,7 @@ from qadapter.system.locking import lock_of, remove_stale, sole_run
 from qadapter.system.modes import give_usual_modes
 from qadapter.system.scratch import remove_abandoned, scratch_folder
 from qadapter.trunk.older_names import add_older_names
+from qadapter.trunk.sharding import require_whole
 
 if TYPE_CHECKING:
     from qadapter.policy.model import QAdapterModel
@@ -92,10 +93,12 @@ def export(
 
     Raises:
         QAdapterError: the policy has no exact export of this form (with the reason), the folder is
-            not empty or can't be written, or the check failed (with what differs).
+            not empty or can't be written, the base is sharded, or the check failed (with what
+            differs).
     """
     target = Path(output_dir).expanduser().absolute()
     require_free(target)
+    require_whole(model.base, "an export")
     require_exportable(
         _described(model), model.policy.stream_weights(), form, approximate=approximate,
         adapters=len(model.adapter.names) if model.adapts_trunk else 1, texts=texts is not None,

@@ -43,8 +43,8 @@ class LinearPolicy(NamedTuple):
     def rows(self) -> Iterator[tuple[slice, Tensor]]:
         """W' in float64, a block of rows at a time."""
         up_DR, down_RD = (x.detach().to("cpu", torch.float64) for x in (self.up_DR, self.down_RD))
-        for start in range(0, self.head.weight.shape[0], _ROWS):
-            block = slice(start, min(start + _ROWS, self.head.weight.shape[0]))
+        for start in range(0, self.head.shape[0], _ROWS):
+            block = slice(start, min(start + _ROWS, self.head.shape[0]))
             weight_VD = self.head.weight[block].to("cpu", torch.float64)
             yield block, (
                 self.weight_sum * weight_VD + self.adapter_weight * (weight_VD @ up_DR) @ down_RD
@@ -90,7 +90,7 @@ class LinearPolicy(NamedTuple):
         """
         hidden_ND = hidden_ND.to("cpu", torch.float64)
         u_stored = torch.finfo(stored).eps / 2
-        u_computed = torch.finfo(self.head.weight.dtype).eps / 2
+        u_computed = torch.finfo(self.head.dtype).eps / 2
         columns, tolerances = [], []
         for block, weight_VD in self.rows():
             products = hidden_ND @ weight_VD.T

@@ -27,6 +27,7 @@ from qadapter.policy import storage
 from qadapter.policy.dial import ComposedPolicy
 from qadapter.policy.model import QAdapterModel
 from qadapter.trunk.loading import LoadedBase
+from qadapter.trunk.sharding import entering, require_whole
 from qadapter_kernels.reference import accumulation_dtype
 
 
@@ -70,6 +71,7 @@ class ComposedModel(QAdapterModel):
         self.adapter.requires_grad_(False)
         self.eval()
 
+    @entering
     def head_logits(self, features: Tensor, strength: float | Tensor | None = None) -> Tensor:
         """As in ``QAdapterModel``; strength may be [B, n]."""
         if not (isinstance(strength, Tensor) and strength.dim() == 2):
@@ -77,6 +79,7 @@ class ComposedModel(QAdapterModel):
         hidden = [*(head(features) for head in self.heads), self.base_stream(features)]
         return self._mix(self.policy.trunk_weights(strength), hidden)
 
+    @entering
     def hidden_streams(
         self, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -162,6 +165,7 @@ def compose(
     ]
     first, base = models[0], models[0].base
     if first.adapts_trunk:
+        require_whole(base, "a composition of LoRA adapters that are loaded")
         base = first.adapter.bare_base()
     loaded = LoadedBase(base, first.base_identity.name, "", "")
     composed = assemble(

@@ -27,6 +27,7 @@ from qadapter.errors import QAdapterError
 from qadapter.policy.stream_cache import StreamCache, repeated
 from qadapter.trunk.caches import CACHE, is_paged, name_of_cache, take_cache
 from qadapter.trunk.lm_head import input_device, trunk
+from qadapter.trunk.sharding import require_whole
 from qadapter.trunk.shells import depth_of
 
 if TYPE_CHECKING:
@@ -277,13 +278,14 @@ class StreamedGeneration(GenerationMixin):
         stops: its cache is made for them.
 
         Raises:
-            QAdapterError: the installed transformers is too old for it.
+            QAdapterError: the installed transformers is too old for it; the base is sharded.
         """
         if Version(transformers.__version__) < Version(CONTINUOUS_BATCHING):
             raise QAdapterError(
                 f"continuous batching needs transformers {CONTINUOUS_BATCHING} or newer, and "
                 f"{transformers.__version__} is installed: use generate, or upgrade it"
             )
+        require_whole(self.base, "continuous batching")
         streams = self._streams(None)
         if len(streams) == 1:
             return super().init_continuous_batching(*args, **kwargs)

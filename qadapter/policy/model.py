@@ -36,6 +36,7 @@ from qadapter.trunk.lm_head import LanguageModelHead, trunk
 from qadapter.trunk.loading import LoadedBase, as_loaded
 from qadapter.trunk.memo import TrunkMemo
 from qadapter.trunk.packing import Packing, hidden_states
+from qadapter.trunk.sharding import entering, freeze, layout_of, make_alike
 from qadapter_kernels import linear_soft_value, soft_value
 from qadapter_kernels.reference import Coefficients, accumulation_dtype
 
@@ -89,6 +90,9 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         self.supports_gradient_checkpointing = self.adapts_trunk
         if hasattr(base, "hf_device_map"):  # trainers then leave it where it is
             self.hf_device_map = base.hf_device_map
+        if layout_of(base).engine:
+            self._is_fsdp_managed_module = True  # processes then generate equally many tokens
+            make_alike(adapter.state_dict().values())
 
     # --- building, saving, loading ----------------------------------------------------------
 
@@ -124,7 +128,8 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         cls, loaded: LoadedBase, config: AdapterConfig | PeftConfig, objective: ObjectiveConfig,
         identity: storage.BaseIdentity,
     ) -> QAdapterModel:
-        base = loaded.model.requires_grad_(False).eval()
+        base = loaded.model.eval()
+        freeze(base)
         LanguageModelHead.of(base)  # says what is wrong with it before anything is built
         if isinstance(config, AdapterConfig):
             adapter = config.build_on(base)
@@ -267,6 +272,7 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         )
         return self.policy
 
+    @entering
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None, past_key_values: Any = None,
@@ -314,11 +320,13 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         )
         return result.to_tuple() if return_dict is False else result
 
+    @entering
     def head_logits(self, features: Tensor, strength: float | Tensor | None = None) -> Tensor:
         """Logits of the policy [..., V] from ``features`` [..., D], of an adapter on the head."""
         adapter_hidden, base_hidden = self.adapter.streams(features)
         return self.policy_logits(base_hidden, adapter_hidden, strength=strength)
 
+    @entering
     def policy_logits(
         self, base_hidden: Tensor | None, adapter_hidden: Tensor | None, *,
         strength: float | Tensor | None = None,
@@ -359,6 +367,7 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         return self.head.finish(products, sum(weights)).to(weight.dtype)
 
     @torch.no_grad()
+    @entering
     def token_rewards(
         self, input_ids: Tensor, completion_mask: Tensor, attention_mask: Tensor | None = None
     ) -> Tensor:
@@ -370,7 +379,7 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         Returns:
             float32 [B, T], 0 elsewhere. By fact 8 an estimate of r₂: what the preferences reward.
         """
-        device = self.head.weight.device
+        device = self.head.device
         actions = find_actions(
             input_ids.to(device), completion_mask.to(device), self.objective.mask_alignment
         )
@@ -407,6 +416,7 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
 
     # --- what training and evaluation build on ----------------------------------------------
 
+    @entering
     def features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """What the frozen base says of every token, [B, T, D] in its dtype: what an adapter on the
         head reads, and what both streams are made of there, h_a by ``adapter`` and h_b by
@@ -419,21 +429,25 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
             before_norm=self.reads_before_norm,
         )
 
+    @entering
     def base_stream(self, features: Tensor) -> Tensor:
         """h_b [..., D] of features."""
         return features if self.adapts_trunk else self.adapter.base_stream(features)
 
+    @entering
     def base_hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The frozen base's last hidden states [B, T, D], after the final norm."""
         with torch.no_grad():
             return self.base_stream(self.features(input_ids, attention_mask))
 
+    @entering
     def adapter_hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The adapted stream's last hidden states [B, T, D]; gradients reach the adapter."""
         if self.adapts_trunk:
             return self._trunk_hidden(0, input_ids, attention_mask)
         return self.adapter(self.features(input_ids, attention_mask))
 
+    @entering
     def hidden_streams(
         self, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -454,6 +468,7 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         """Why the trunk can't be run in parts, though its lower blocks are not adapted; or ''."""
         return self.adapter.split_refused if self.adapts_trunk else ""
 
+    @entering
     def packed_base(self, packing: Packing, *, packed: bool) -> tuple[Tensor, Tensor | None]:
         """What the frozen base says of all packed tokens: their ``features`` [M, D], and the states
         that enter ``split_trunk``'s first block, where there is one; arguments as
@@ -487,7 +502,7 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
             hidden_MD = hidden_states(
                 self.base, packing, packed=packed, trunk=part, entering_ND=entering_ND
             )
-        return hidden_MD.to(self.head.weight.device)
+        return hidden_MD.to(self.head.device)
 
     def _trunk_streams(
         self, streams: Sequence[int], input_ids: Tensor, attention_mask: Tensor | None
@@ -514,8 +529,9 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
             (stream,), part=part, input_ids=input_ids, inputs_embeds=inputs_embeds,
             attention_mask=attention_mask, use_cache=False,
         ).last_hidden_state
-        return hidden.to(self.head.weight.device)  # another one's, where a device_map splits them
+        return hidden.to(self.head.device)  # another one's, where a device_map splits them
 
+    @entering
     def soft_value(
         self, adapter_hidden: Tensor, base_hidden: Tensor | None, actions: Tensor,
         coefficients: Coefficients | None = None, **kwargs: Any,

@@ -30,6 +30,7 @@ from qadapter.policy.continuous_batching import StreamOfCache, config_of_layers
 from qadapter.policy.dial import Policy
 from qadapter.policy.model import QAdapterModel
 from qadapter.trunk.lm_head import input_device, trunk
+from qadapter.trunk.sharding import require_whole
 from qadapter.trunk.shells import depth_of
 
 
@@ -96,6 +97,7 @@ class RequestBatches(PreTrainedModel, GenerationMixin):
         self, model: QAdapterModel, lora: LoraAdapter | None, final_norm: nn.Module | None,
         depth: int, choose: Callable[[list[Any], Tensor], list[int]],
     ):
+        require_whole(model.base, "serving")
         super().__init__(config_of_layers(model.config, depth))
         self.base = model.base
         self.lora = lora

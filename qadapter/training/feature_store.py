@@ -183,7 +183,7 @@ def cache_identity(model: QAdapterModel, pad_token_id: int) -> dict[str, Any]:
         "dtype": str(base.dtype),
         "mask_alignment": alignment,
         "pad_token_id": pad_token_id if alignment == "state" else None,
-        **_autocast(model.head.weight.device.type),
+        **_autocast(model.head.device.type),
     }
 
 

@@ -84,7 +84,7 @@ def feature_bytes(model: QAdapterModel, dataset: Dataset) -> np.ndarray:
     number, int32 = accumulation_dtype(model.base.dtype).itemsize, torch.int32.itemsize
     itemsize, text = model.base.dtype.itemsize, model.base.config.get_text_config()
     action = number + 2 * int32
-    action += model.head.weight.shape[1] * itemsize if kept.hidden else number
+    action += model.head.shape[1] * itemsize if kept.hidden else number
     token = int32 + (0 if kept.first_block is None else text.hidden_size * itemsize)
     actions, answers, prompts = (np.zeros(len(dataset), dtype=np.int64) for _ in range(3))
 
@@ -147,7 +147,7 @@ def compute_shard(
     counts = torch.tensor([len(answer.states) for answer in answers])
     offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     tokens = torch.from_numpy(np.concatenate([answer.tokens for answer in answers]))
-    num_actions, width = int(offsets[-1]), head.weight.shape[1]
+    num_actions, width = int(offsets[-1]), head.shape[1]
     numbers = {"base_logsumexp": torch.empty(num_actions, dtype=accumulation_dtype(base.dtype))}
     if kept.hidden:
         numbers["hidden"] = torch.empty((num_actions, width), dtype=base.dtype)

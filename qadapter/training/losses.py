@@ -130,7 +130,7 @@ def _packed_states(model: QAdapterModel, batch: Mapping[str, Any], **stream: Any
 
 
 def _padded_states(model: QAdapterModel, batch: Mapping[str, Any]) -> _ScoredStates:
-    device = model.head.weight.device
+    device = model.head.device
     actions = find_actions(
         batch["input_ids"].to(device), batch["completion_mask"].to(device),
         model.objective.mask_alignment,

@@ -93,7 +93,7 @@ class _Cache:
     """The file of one base's answers to one list of prompts."""
 
     def __init__(self, folder: Path, model: QAdapterModel, prompts: Sequence[list[int]]) -> None:
-        self.count, self.vocabulary = len(prompts), model.head.weight.shape[0]
+        self.count, self.vocabulary = len(prompts), model.head.shape[0]
         key = json.dumps([
             dataclasses.asdict(model.base_identity), digest_of(model.bare_base()),
             str(model.base.dtype),

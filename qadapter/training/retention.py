@@ -143,7 +143,7 @@ class RetentionStates:
 
     def _follow(self, model: QAdapterModel) -> None:
         """What is kept goes where the model is now."""
-        device = model.head.weight.device
+        device = model.head.device
         if self.features_MD.device == device:
             return
         for name in ("features_MD", "base_lse_M", "base_mean_M", "gradient_MD"):
@@ -242,12 +242,12 @@ def _batches(texts: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
 
 def _check_room(model: QAdapterModel, texts: Sequence[Tensor], first: Sequence[int]) -> None:
     """Refuse states that there is no memory for, before the base reads them."""
-    weight = model.head.weight
+    head = model.head
     num_states = sum(len(ids) - 1 - n for ids, n in zip(texts, first, strict=True))
-    itemsize = weight.itemsize + torch.promote_types(weight.dtype, torch.float32).itemsize
-    needed = 2 * num_states * weight.shape[1] * itemsize  # twice: they are joined in the end
-    if weight.device.type == "cuda":
-        room = torch.cuda.mem_get_info(weight.device)[0]
+    itemsize = head.dtype.itemsize + torch.promote_types(head.dtype, torch.float32).itemsize
+    needed = 2 * num_states * head.shape[1] * itemsize  # twice: they are joined in the end
+    if head.device.type == "cuda":
+        room = torch.cuda.mem_get_info(head.device)[0]
     else:
         room = available_memory()
     if needed > room:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from qadapter.errors import QAdapterError
 from qadapter.trunk.lm_head import trunk
+from qadapter.trunk.sharding import full, layout_of, within, without_hooks
 from qadapter.trunk.shells import (
     blocks_of,
     ending_of,
@@ -36,6 +37,8 @@ class FinalNorm:
     norm: nn.Module
     shrinks_by: float
     """How much larger states mostly are before it than behind it; a power of two."""
+    bare: nn.Module | None = None
+    """Of a sharded base: the norm, run with weights that are gathered here."""
 
     @classmethod
     def of(cls, base: PreTrainedModel) -> FinalNorm:
@@ -44,6 +47,10 @@ class FinalNorm:
             QAdapterError: the trunk doesn't end with one norm, it isn't in memory, or the two parts
                 together are not the whole.
         """
+        return within(base, lambda: cls._seen(base))
+
+    @classmethod
+    def _seen(cls, base: PreTrainedModel) -> FinalNorm:
         name, blocks = blocks_of(base)
         body = trunk(base)
         try:
@@ -58,8 +65,9 @@ class FinalNorm:
                         "device_map"
                     )
                 before = trunk_shell(body, name, 0, len(blocks), without=ending)
+                bare = without_hooks(norm) if layout_of(base).engine else None
                 text, padded = probes(base)
-                found = cls(before, norm, _ratio(before, norm, text))
+                found = cls(before, norm, _ratio(before, norm, text), bare)
                 alike = all(_alike(found, body, inputs) for inputs in (text, padded))
         except QAdapterError:
             raise
@@ -70,14 +78,14 @@ class FinalNorm:
         return found
 
     def __call__(self, states: Tensor) -> Tensor:
-        parameters = dict(self.norm.named_parameters())
+        parameters = {name: full(x) for name, x in self.norm.named_parameters()}
         here = next(iter(parameters.values()), states).device  # a device_map may put it elsewhere
         moved = states.to(here)
-        if all(x.dtype == states.dtype for x in parameters.values()):
+        if self.bare is None and all(x.dtype == states.dtype for x in parameters.values()):
             return self.norm(moved).to(states.device)
         # As the norm would be in the states' dtype: some refuse to mix two.
         cast = {name: x.to(states.dtype) for name, x in parameters.items()}
-        return functional_call(self.norm, cast, (moved,)).to(states.device)
+        return functional_call(self.bare or self.norm, cast, (moved,)).to(states.device)
 
 
 def _refusal(base: PreTrainedModel, reason: str) -> QAdapterError:

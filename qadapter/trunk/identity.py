@@ -21,6 +21,7 @@ from transformers import PretrainedConfig
 from qadapter.errors import QAdapterError, shown
 from qadapter.trunk.lm_head import head_weight
 from qadapter.trunk.loading import LoadedBase
+from qadapter.trunk.sharding import full, reshard
 
 _SAMPLES = 64
 """Elements of each tensor that enter ``sampled``."""
@@ -36,6 +37,7 @@ _WITHOUT_NUMBERS = (
     "quantization_config", "id2label", "label2id", "max_position_embeddings", "vocab_size",
     "tie_word_embeddings", "pretraining_tp", "return_dict", "auto_map", "output_attentions",
     "output_hidden_states", "problem_type", "is_decoder", "output_router_logits",
+    "distributed_config",
 )
 """Ends of names of configuration fields that say nothing about the logits of a text, or nothing
 that the weights don't say."""
@@ -120,7 +122,7 @@ class BaseIdentity:
 
 def digest_of_head(weight: Tensor) -> str:
     """SHA-256 of an lm_head [V, D], rounded to bfloat16."""
-    rounded = weight.detach().to("cpu", torch.bfloat16).contiguous()
+    rounded = full(weight).to("cpu", torch.bfloat16).contiguous()
     return hashlib.sha256(rounded.view(torch.uint8).numpy()).hexdigest()
 
 
@@ -139,7 +141,7 @@ def summed(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = No
     digest = hashlib.sha256()
     for _, tensor in sorted(tensors, key=lambda item: item[0]):
         sums, rest = [], b""
-        for block in tensor.detach().reshape(-1).split(_BLOCK):
+        for block in full(tensor).reshape(-1).split(_BLOCK):
             if dtype is not None and block.is_floating_point():
                 block = block.to(dtype)
             raw = block.contiguous().view(torch.uint8)
@@ -172,7 +174,7 @@ def sampled(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = N
     digest = hashlib.sha256()
     for _, tensor in sorted(tensors, key=lambda item: item[0]):
         step = max(1, tensor.numel() // _SAMPLES)
-        sample = tensor.detach().reshape(-1)[::step].contiguous().cpu()
+        sample = full(tensor).reshape(-1)[::step].contiguous().cpu()
         if dtype is not None and sample.is_floating_point():
             sample = sample.to(dtype)
         digest.update(sample.view(torch.uint8).numpy().tobytes())
@@ -181,6 +183,7 @@ def sampled(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = N
 
 def _in_reach(model: nn.Module) -> dict[str, Tensor]:
     """The state of a model, with what accelerate has put on a disk or in memory elsewhere."""
+    reshard(model)
     state = model.state_dict()
     for name in [name for name, x in state.items() if x.is_meta]:
         path, _, own = name.rpartition(".")

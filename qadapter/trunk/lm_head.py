@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qadapter.errors import QAdapterError
+from qadapter.trunk.sharding import full, full_weight, within
 
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier_scale")
 _DIVISORS = ("logits_scaling",)
@@ -30,14 +31,32 @@ class LanguageModelHead:
 
     @property
     def weight(self) -> Tensor:
-        """[V, D], without gradient; where and in the dtype that the base's now is."""
-        return self.base.get_output_embeddings().weight.detach()
+        """[V, D], without gradient; where and in the dtype that the base's now is. Of a sharded
+        base it is gathered: ``within`` it."""
+        return full_weight(self.base.get_output_embeddings())
 
     @property
     def bias(self) -> Tensor | None:
-        """[V], or None."""
+        """[V], or None; as ``weight``."""
         bias = getattr(self.base.get_output_embeddings(), "bias", None)
-        return None if bias is None else bias.detach()
+        return None if bias is None else full(bias)
+
+    @property
+    def device(self) -> torch.device:
+        return self._parameter.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._parameter.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        """(V, D), of the whole."""
+        return self._parameter.shape
+
+    @property
+    def _parameter(self) -> Tensor:
+        return self.base.get_output_embeddings().weight
 
     @classmethod
     def of(cls, base: nn.Module) -> LanguageModelHead:
@@ -74,16 +93,19 @@ class LanguageModelHead:
             products = torch.tanh(products / self.softcap) * self.softcap
         return products
 
+    @torch.no_grad()
     def _check(self) -> None:
-        base, weight = self.base, self.weight
-        tokens = torch.arange(1, 5, device=input_device(base))[None] % weight.shape[0]
-        with torch.no_grad():
-            hidden = trunk(base)(input_ids=tokens, use_cache=False).last_hidden_state
-            theirs = base(input_ids=tokens, use_cache=False).logits.to(weight.device).float()
-        ours = self(hidden).float()
+        base = self.base
+        tokens = torch.arange(1, 5, device=input_device(base))[None] % self.shape[0]
+
+        def logits() -> Tensor:
+            return self(trunk(base)(input_ids=tokens, use_cache=False).last_hidden_state)
+
+        ours = within(base, logits).float()
+        theirs = base(input_ids=tokens, use_cache=False).logits.to(ours.device).float()
         # 16-bit products of the same operands may differ in the last bits kept.
         size = theirs.nan_to_num(0.0, 0.0, 0.0).abs().max()  # a bias of −inf excludes its token
-        tolerance = 32 * torch.finfo(weight.dtype).eps * size.clamp_min(1.0)
+        tolerance = 32 * torch.finfo(self.dtype).eps * size.clamp_min(1.0)
         alike = ours.shape == theirs.shape
         alike = alike and torch.where(ours == theirs, 0.0, ours - theirs).abs().max() <= tolerance
         if not alike:

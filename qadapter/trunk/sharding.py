@@ -1,0 +1,232 @@
+"""Bases whose weights lie spread over processes: how, and the one way in.
+
+transformers shards a base while it loads it (``from_pretrained(…, distributed_config=
+DistributedConfig(fsdp_size=N))``, torch's FSDP2): each process keeps a part of every weight, and
+gathers a block's weights when the block runs. The adapter stays whole, and alike, on every one.
+
+FSDP2 gathers in hooks of the modules, and the first module that runs is taken for the root. So all
+that runs a part of a base, or reads its head, is run by ``within``. All processes must do so the
+same number of times, in the same order: each is a collective.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import (
+    FSDPModule,
+    FullyShardedDataParallel,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, Shard
+
+from qadapter.errors import QAdapterError
+
+T = TypeVar("T")
+
+WAY = (
+    "load it with AutoModelForCausalLM.from_pretrained(…, distributed_config=DistributedConfig("
+    "fsdp_size=N)) on N processes, or whole on each (data parallelism)"
+)
+"""Out of a layout that is refused."""
+_MODES = {
+    "pp_size": "pipeline parallelism", "ep_size": "expert parallelism",
+    "tp_size": "tensor parallelism",
+}
+"""Fields of transformers' DistributedConfig, and what a size above 1 means."""
+
+
+class Layout(NamedTuple):
+    """How a base lies over processes."""
+
+    engine: str = ""
+    """"FSDP2", or "": whole in every process."""
+    tp_size: int = 1
+    """Processes that see the same batch."""
+
+    @property
+    def sharded(self) -> bool:
+        return bool(self.engine)
+
+
+_layouts: WeakKeyDictionary[nn.Module, Layout] = WeakKeyDictionary()
+_inside: WeakSet[nn.Module] = WeakSet()
+
+
+def layout_of(base: nn.Module) -> Layout:
+    """
+    Raises:
+        QAdapterError: it is sharded in a way that can't be served; names the engine and a way out.
+    """
+    if base not in _layouts:
+        found = _found(base)
+        if found.engine:
+            base.run_within = _call
+            register_fsdp_forward_method(base, "run_within")
+        _layouts[base] = found
+    return _layouts[base]
+
+
+def within(base: nn.Module, function: Callable[[], T]) -> T:
+    """What ``function`` gives, run where a sharded base gathers what runs; inside another
+    ``within``, and for a whole base, simply run.
+
+    Args:
+        function: gives tensors, or tuples or outputs of a model that hold them.
+    """
+    if not isinstance(base, FSDPModule) or base in _inside:
+        return function()
+    layout_of(base)
+    _inside.add(base)
+    try:
+        return base.run_within(function)
+    finally:
+        _inside.discard(base)
+
+
+def require_whole(base: nn.Module, what: str) -> None:
+    """
+    Raises:
+        QAdapterError: the base is sharded, and something can't be done then; names it.
+    """
+    if engine := layout_of(base).engine:
+        raise QAdapterError(
+            f"{what} needs the whole base, and {engine} spreads it over processes: save the "
+            "adapter (save_pretrained), and load it in one process without distributed_config"
+        )
+
+
+def entering(method: Callable[..., T]) -> Callable[..., T]:
+    """A method of what has a ``base``, run ``within`` it."""
+
+    @functools.wraps(method)
+    def entered(self: Any, *args: Any, **kwargs: Any) -> T:
+        return within(self.base, functools.partial(method, self, *args, **kwargs))
+
+    return entered
+
+
+def _call(function: Callable[[], T]) -> T:
+    return function()
+
+
+def reshard(base: nn.Module) -> None:
+    """Keep nothing of a base that was gathered: its parameters then are what this process keeps."""
+    for module in base.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def freeze(base: nn.Module) -> None:
+    """No gradients for a base's weights. FSDP2 has each twice, and takes over what is set for the
+    one that is kept in parts."""
+    reshard(base)
+    base.requires_grad_(False)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor of which this process may hold a part alone. For those a collective:
+    all processes must ask, in the same order."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def full_weight(module: nn.Module) -> Tensor:
+    """A module's ``weight``, whole. FSDP2 keeps what was gathered here until it runs backward."""
+    if isinstance(module.weight, DTensor) and isinstance(module, FSDPModule):
+        module.unshard()
+    return full(module.weight)
+
+
+def kind_of(module: nn.Module) -> type[nn.Module]:
+    """A module's class; of one that FSDP2 sharded, what it was before."""
+    return type(module).__bases__[1] if isinstance(module, FSDPModule) else type(module)
+
+
+def without_hooks(
+    module: nn.Module, copies: dict[nn.Module, nn.Module] | None = None
+) -> nn.Module:
+    """Modules of the same tensors, and of the classes they had before they were sharded, whose
+    weights nothing gathers: to be read, or run with others (``torch.func.functional_call``)."""
+    copies = {} if copies is None else copies
+    if module not in copies:
+        copies[module] = copy = object.__new__(kind_of(module))
+        vars(copy).update(vars(module) | vars(nn.Module()) | {"training": module.training})
+        copy._parameters, copy._buffers = dict(module._parameters), dict(module._buffers)
+        copy._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
+        copy._modules = {
+            name: None if child is None else without_hooks(child, copies)
+            for name, child in module._modules.items()
+        }
+    return copies[module]
+
+
+@torch.no_grad()
+def make_alike(tensors: Iterable[Tensor]) -> None:
+    """Give all processes the first one's."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+
+# --- what is found ------------------------------------------------------------------------------
+
+
+def _found(base: nn.Module) -> Layout:
+    name = kind_of(base).__name__
+    if any(isinstance(module, FullyShardedDataParallel) for module in base.modules()):
+        raise QAdapterError(f"{name} is sharded by FSDP1, which can't be served: {WAY}")
+    parameters = list(base.parameters())
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+        raise QAdapterError(f"{name} is sharded by DeepSpeed ZeRO-3, which can't be served: {WAY}")
+    config = getattr(getattr(base, "config", None), "distributed_config", None)
+    for field, mode in _MODES.items():
+        if (getattr(config, field, None) or 1) > 1:
+            raise QAdapterError(
+                f"{name} is spread by {mode} ({field}), which can't be served: {WAY}"
+            )
+    if not any(isinstance(module, FSDPModule) for module in base.modules()):
+        if any(isinstance(parameter, DTensor) for parameter in parameters):
+            raise QAdapterError(f"{name} is sharded, not by FSDP2, which can't be served: {WAY}")
+        return Layout()
+    _check_fully_sharded(base, parameters, config)
+    return Layout("FSDP2")
+
+
+def _check_fully_sharded(base: nn.Module, parameters: list[nn.Parameter], config: object) -> None:
+    name = kind_of(base).__name__
+    if not isinstance(base, FSDPModule):
+        raise QAdapterError(
+            f"parts of {name} are sharded by FSDP2, the whole is not: call fully_shard on it too, "
+            f"or {WAY}"
+        )
+    shards = [p for p in parameters if isinstance(p, DTensor)]
+    if any(isinstance(x, Shard) for p in shards for x in p.placements[:-1]):
+        raise QAdapterError(
+            f"{name} is spread by FSDP2 and another parallelism at once, which can't be served: "
+            f"{WAY}"
+        )
+    offloaded = any(p.device.type != p.device_mesh.device_type for p in shards)
+    if offloaded or getattr(config, "fsdp_cpu_offload", False):
+        raise QAdapterError(
+            f"{name} is kept on the CPU by FSDP2 (fsdp_cpu_offload), which can't be served: load "
+            "it without, on more processes if need be"
+        )
+    states = [fully_shard.state(m) for m in base.modules() if isinstance(m, FSDPModule)]
+    if any(state._mp_policy.param_dtype not in (None, base.dtype) for state in states):
+        raise QAdapterError(
+            f"{name} has FSDP2's mixed precision, which is for weights that are trained: load a "
+            "frozen base without it (fsdp_mixed_precision), in the dtype that it computes in"
+        )
+    if getattr(base, "is_quantized", False):
+        raise QAdapterError(
+            f"{name} is quantized and sharded by FSDP2, which can't be served: quantized, it may "
+            "fit whole on each GPU; or load it without quantization"
+        )
