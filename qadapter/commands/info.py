@@ -9,7 +9,7 @@ from rich.table import Table
 
 from qadapter.console.environment import devices, versions
 from qadapter.console.terminal import Terminal
-from qadapter.trunk.loading import cache_dir
+from qadapter.system.caches import cache_dir
 from qadapter_kernels import backends, serving
 from qadapter_kernels.dispatch import ENVIRONMENT_VARIABLE
 

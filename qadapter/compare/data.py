@@ -75,7 +75,7 @@ def prepare(
         domain=config.domain, rejected_domains=config.rejected_domains, limit=config.max_rows,
     )
     tokens, report = tokenize_preferences(pairs, tokenizer, max_length=config.max_length)
-    tokens = tokens.add_column("pair", report.indices)
+    tokens = tokens.add_column("pair", report.indices.tolist())
     summary, all_pairs = report.summary(), len(tokens)
     for note, count in report.notes.items():
         if note.endswith("left_out"):

@@ -15,10 +15,10 @@ import datasets
 from qadapter.console.signals import Terminated
 from qadapter.errors import QAdapterError
 from qadapter.policy import storage
+from qadapter.system.caches import cache_dir
 from qadapter.system.locking import sole_run
 from qadapter.system.manifest import MANIFEST_NAME
 from qadapter.system.room import free_disk, require_writable
-from qadapter.trunk.loading import cache_dir
 
 RUN_FILES = (
     storage.WEIGHTS_NAME, storage.CONFIG_NAME, storage.PEFT_CONFIG_NAME, MANIFEST_NAME,

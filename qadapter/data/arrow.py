@@ -234,19 +234,40 @@ class ParquetRows:
         return ParquetRows(self.files, self.rows[start:stop])
 
     def take(self, names: Mapping[str, str]) -> Iterable[Row]:
-        columns, tables, end = sorted(set(names.values())), [], 0
+        schemas = []
+        for file, _ in self._spans():
+            schema = _read_parquet(file, pq.read_schema)
+            there = [field for field in schema if field.name in names.values()]
+            schemas.append(pa.schema(there, schema.metadata))
+            if not there:
+                raise QAdapterError(f"{file} has none of the columns that other files have")
+            rows = ArrowRows(schemas[-1].empty_table(), listed(self.files))
+            rows.take({new: old for new, old in names.items() if old in rows.columns})
+        try:
+            pa.unify_schemas(schemas, promote_options="default")
+        except pa.ArrowException as error:
+            raise QAdapterError(
+                f"{listed(self.files)} do not have the same columns: {error}"
+            ) from error
+        return Again(lambda: self._rows(names))
+
+    def _spans(self) -> Iterator[tuple[Path, range]]:
+        """Files, and which of their rows are taken."""
+        end = 0
         for file in self.files:
             start, end = end, end + _read_parquet(file, pq.read_metadata).num_rows
             wanted = range(max(self.rows.start, start) - start, min(self.rows.stop, end) - start)
             if wanted:
-                tables.append(_read_parquet(file, _read_span, columns, wanted))
-        where, (table, *others) = listed(self.files), tables
-        try:
-            if others:
-                table = pa.concat_tables(tables, promote_options="default")
-        except pa.ArrowException as error:
-            raise QAdapterError(f"{where} do not have the same columns: {error}") from error
-        return ArrowRows(table, where).take(names)
+                yield file, wanted
+
+    def _rows(self, names: Mapping[str, str]) -> Iterator[Row]:
+        columns, where = sorted(set(names.values())), listed(self.files)
+        for file, wanted in self._spans():
+            for table in _naming(file, _read_span(file, columns, wanted)):
+                there = {new: old for new, old in names.items() if old in table.column_names}
+                missing = dict.fromkeys(names.keys() - there.keys())
+                for row in ArrowRows(table, where).take(there):
+                    yield missing | row
 
 
 def _read_parquet(file: Path, read: Callable[..., Any], *arguments: Any) -> Any:
@@ -256,8 +277,14 @@ def _read_parquet(file: Path, read: Callable[..., Any], *arguments: Any) -> Any:
         raise QAdapterError(f"{file} can't be read as Parquet: {error}") from error
 
 
-def _read_span(file: Path, columns: list[str], rows: range) -> pa.Table:
-    """These rows, from the row groups that hold them; raises as `limited`."""
+def _naming(file: Path, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """The same; what is wrong with the file is said when it is met."""
+    while (table := _read_parquet(file, lambda _: next(tables, None))) is not None:
+        yield table
+
+
+def _read_span(file: Path, columns: list[str], rows: range) -> Iterator[pa.Table]:
+    """These rows, from the row groups that hold them, piece by piece; raises as `limited`."""
     with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
         groups, first, start = [], 0, 0
         for group in range(parquet.num_row_groups):
@@ -266,22 +293,17 @@ def _read_span(file: Path, columns: list[str], rows: range) -> pa.Table:
                 first = first if groups else start
                 groups.append(group)
             start = end
-        schema = parquet.schema_arrow
+        schema, at = parquet.schema_arrow, first
         columns = [column for column in columns if column in schema.names]
-        if not columns:
-            raise QAdapterError(f"{file} has none of the columns that other files have")
-        batches, left = [], rows.stop - first
         for batch in limited(parquet.iter_batches(_BATCH, groups, columns), file):
-            batches.append(batch.slice(0, left))
-            left -= len(batch)
-            if left <= 0:
-                break
-        if not batches:
-            return schema.empty_table().select(columns)
-        table = pa.Table.from_batches(batches).replace_schema_metadata(schema.metadata)
-    if len(table) < rows.stop - first:
-        raise pa.ArrowInvalid(f"it has {len(table) + first} rows, not {rows.stop} or more")
-    return table.slice(rows.start - first, len(rows))
+            start, stop = max(rows.start - at, 0), min(rows.stop - at, len(batch))
+            at += len(batch)
+            if start < stop:
+                part = batch.slice(start, stop - start)
+                yield pa.Table.from_batches([part]).replace_schema_metadata(schema.metadata)
+            if at >= rows.stop:
+                return
+    raise pa.ArrowInvalid(f"it has {at} rows, not {rows.stop} or more")
 
 
 def limited(batches: Iterable[pa.RecordBatch], file: Path) -> Iterator[pa.RecordBatch]:

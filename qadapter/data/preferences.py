@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Json, List, Value, concatenate_datasets
+from datasets import Dataset, Features, Json, List, Value
 
 from qadapter.data.arrow import Row
 from qadapter.data.formats import (
@@ -23,11 +23,10 @@ from qadapter.data.formats import (
 from qadapter.data.report import BadRow
 from qadapter.data.rows import Rows, rows_of
 from qadapter.data.sources import read_rows
+from qadapter.data.spooled import Spool
 from qadapter.data.unused import check_unused
 from qadapter.errors import QAdapterError, listed, nearest, shown
 
-# Rows turned into Arrow at a time, so that only a chunk is held as Python objects.
-_CHUNK = 10_000
 _KNOWN = (*COLUMNS, *EXTRA_COLUMNS, *TOKENIZED_BY_US)
 _PLAIN_MESSAGE = {"role": Value("string"), "content": Value("string")}
 
@@ -62,12 +61,13 @@ def load_preferences(
         limit: read only this many source rows.
 
     Returns:
-        A `datasets.Dataset`, in memory, with a row a pair: `prompt`, `chosen`, `rejected` (text,
-        or lists of messages, the answers without the prompt's) or `prompt_ids`, `chosen_ids`,
-        `rejected_ids`; `tools` and `chat_template_kwargs` where the source has them; `row` (int64,
-        index in the source), `prompt_id` (the same for equal prompts, in any dataset) and `problem`
-        (null, or why the pair cannot be used, its other columns then being null:
-        `tokenize_preferences` counts and drops those).
+        A `datasets.Dataset` with a row a pair: `prompt`, `chosen`, `rejected` (text, or lists of
+        messages, the answers without the prompt's) or `prompt_ids`, `chosen_ids`, `rejected_ids`;
+        `tools` and `chat_template_kwargs` where the source has them; `row` (int64, index in the
+        source), `prompt_id` (the same for equal prompts, in any dataset) and `problem` (null, or
+        why the pair cannot be used, its other columns then being null: `tokenize_preferences`
+        counts and drops those). It is in memory while it is small, else in a file that goes with
+        this process.
 
     Raises:
         QAdapterError: nothing by that name, unreadable (file and line), empty, or without the
@@ -115,21 +115,11 @@ def _convert(
     mapped = rows.take(taken)
     form = detect_format(mapped, seen, name=name, domain=domain, rejected_domains=rejected_domains)
     tokenized_by_us = form.kind == "tokenized" and set(TOKENIZED_BY_US).issubset(seen)
-    features = _features(form, mapped, seen)
-    records: list[dict[str, Any]] = []
-    chunks: list[Dataset] = []
+    spool = Spool(_features(form, mapped, seen), name)
     for index, row in enumerate(mapped):
-        for pair in pairs_of_row(row, form):
-            record = _record(pair, index)
-            if tokenized_by_us:
-                record |= {key: row[key] for key in TOKENIZED_BY_US}
-            records.append(record)
-        if len(records) >= _CHUNK:
-            chunks.append(_to_dataset(records, features))
-            records = []
-    if records:
-        chunks.append(_to_dataset(records, features))
-    pairs = concatenate_datasets(chunks) if len(chunks) > 1 else chunks[0]
+        kept = {key: row[key] for key in TOKENIZED_BY_US} if tokenized_by_us else {}
+        spool.extend(_record(pair, index) | kept for pair in pairs_of_row(row, form))
+    pairs = spool.dataset()
     unused = [column for column in unmapped if column not in taken.values()]
     check_unused(pairs, rows, form, unused, name)
     return pairs
@@ -205,9 +195,3 @@ def _prompt_id(pair: Mapping[str, Any]) -> str:
 def _hash(value: Any) -> str:
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
-
-
-def _to_dataset(records: list[dict[str, Any]], features: Features) -> Dataset:
-    return Dataset.from_dict(
-        {name: [record.get(name) for record in records] for name in features}, features=features
-    )

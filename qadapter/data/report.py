@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import numpy as np
 from rich.table import Table
 from rich.text import Text
 
@@ -80,7 +81,7 @@ class PreparationReport:
     Attributes:
         total: pairs that came in.
         kept: pairs that came out.
-        indices: where each of them stood among the pairs that came in, in order.
+        indices: where each of them stood among the pairs that came in, in order, int64 [kept].
         dropped: reason (a key of `DROP_REASONS`) → pairs dropped for it.
         notes: note (a key of `NOTES`) → pairs kept with that change.
         first_rows: reason or note → up to five source rows, in order.
@@ -93,7 +94,9 @@ class PreparationReport:
 
     total: int
     kept: int = 0
-    indices: list[int] = field(default_factory=list, repr=False)
+    indices: np.ndarray = field(
+        default_factory=lambda: np.zeros(0, np.int64), repr=False, compare=False
+    )
     dropped: dict[str, int] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
     first_rows: dict[str, list[int]] = field(default_factory=dict)

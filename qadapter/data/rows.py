@@ -54,21 +54,21 @@ class ListRows:
 
     def take(self, names: Mapping[str, str]) -> Iterable[Row]:
         return Again(lambda: (
-            {new: _plain(row[old]) for new, old in names.items() if old in row}
+            {new: plain(row[old]) for new, old in names.items() if old in row}
             for row in self.rows
         ))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Lists, dicts and Python's own scalars; a float that is no number stands for nothing."""
     if isinstance(value, str):
         return str(value)
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if hasattr(value, "tolist"):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, float) and value != value:
         return None
     return value

@@ -8,13 +8,12 @@ from datasets import Dataset, ReadInstruction, load_dataset
 from datasets import config as datasets_config
 from huggingface_hub import HfApi, constants
 
-from qadapter.data.arrow import ArrowRows, ParquetRows, Row
-from qadapter.data.rows import ListRows, Rows
+from qadapter.data.arrow import ArrowRows, ParquetRows
+from qadapter.data.json_rows import read_json_files
+from qadapter.data.rows import Rows
 from qadapter.data.saved import read_saved
 from qadapter.data.split_files import choose_files, files_of_readme
 from qadapter.errors import QAdapterError, listed
-from qadapter.system.documents import parse_json
-from qadapter.system.textfiles import decode, read_bytes, split_lines
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 # Files that `datasets` and the hub keep beside the data.
@@ -123,52 +122,10 @@ def _read_files(files: list[Path], limit: int | None) -> Rows:
         raise QAdapterError(
             f"{files[0].parent} mixes JSON and Parquet files; name one of {listed(files)}"
         )
-    rows: list[Row] = []
     for file in files:
-        rows += _read_json(file, None if limit is None else limit - len(rows))
-    return ListRows(rows, listed(files))
-
-
-def _read_json(file: Path, limit: int | None) -> list[Row]:
-    """A JSON list of objects, or one object a line; told apart by the first character."""
-    if not file.name.endswith(SUFFIXES):
-        raise QAdapterError(f"{file}: unknown kind of file; known are {', '.join(SUFFIXES)}")
-    text = decode(read_bytes(file), file, errors="surrogatepass")
-    if text.lstrip()[:1] == "[":
-        rows = parse_json(text, file, line=1, surrogates=True)
-        for index, row in enumerate(rows[:limit]):
-            if not isinstance(row, dict):
-                raise QAdapterError(f"{file}: row {index} is a {type(row).__name__}, not an object")
-        return rows[:limit]
-    rows = []
-    for number, line in enumerate(split_lines(text), 1):
-        if limit is not None and len(rows) >= limit:
-            break
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line, file, line=number, surrogates=True)
-        except QAdapterError:
-            if not rows:
-                _refuse_single_object(text, file)
-            raise
-        if not isinstance(row, dict):
-            raise QAdapterError(f"{file}:{number} holds a {type(row).__name__}, not an object")
-        rows.append(row)
-    return rows
-
-
-def _refuse_single_object(text: str, file: Path) -> None:
-    """Raise when the file is one object over several lines, which reads as bad JSON Lines."""
-    try:
-        value = parse_json(text, file, surrogates=True)
-    except QAdapterError:
-        return
-    keys = f" with the keys {listed(value)}" if isinstance(value, dict) else ""
-    raise QAdapterError(
-        f"{file} holds one JSON {type(value).__name__}{keys}; rows must be a JSON list of objects, "
-        "or one object a line"
-    )
+        if not file.name.endswith(SUFFIXES):
+            raise QAdapterError(f"{file}: unknown kind of file; known are {', '.join(SUFFIXES)}")
+    return read_json_files(files, limit)
 
 
 def _may_be_hub_name(name: str) -> bool:

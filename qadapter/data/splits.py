@@ -3,8 +3,10 @@
 import random
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 from datasets import Dataset
 
+from qadapter.data.columns import pieces
 from qadapter.errors import QAdapterError
 
 
@@ -26,29 +28,37 @@ def split_by_prompt(
         QAdapterError: a size out of range, or a part that would be empty.
     """
     sizes = list(held_out) if isinstance(held_out, Sequence) else [held_out]
-    prompt_ids = dataset["prompt_id"][:] if len(dataset) else []
-    prompts = sorted(set(prompt_ids))
+    # Of each pair the number of its prompt among all prompts, which are sorted.
+    prompts, prompt_of = np.unique(_prompt_ids(dataset), return_inverse=True)
     counts = [_count(size, len(prompts)) for size in sizes]
     if sum(counts) >= len(prompts):
         raise QAdapterError(
             f"cannot hold out {sum(counts)} of {len(prompts)} prompts: none is left for training"
         )
-    random.Random(seed).shuffle(prompts)
-    part_of: dict[str, int] = {}
+    order = list(range(len(prompts)))
+    random.Random(seed).shuffle(order)
+    part_of = np.zeros(len(prompts), dtype=np.int64)
+    start = 0
     for part, count in enumerate(counts, 1):
-        part_of.update(dict.fromkeys(prompts[len(part_of) : len(part_of) + count], part))
-    indices: list[list[int]] = [[] for _ in range(len(counts) + 1)]
-    for index, prompt_id in enumerate(prompt_ids):
-        indices[part_of.get(prompt_id, 0)].append(index)
-    return tuple(dataset.select(part) for part in indices)
+        part_of[order[start : start + count]] = part
+        start += count
+    parts = part_of[prompt_of]
+    return tuple(
+        dataset.select(np.flatnonzero(parts == part)) for part in range(len(counts) + 1)
+    )
 
 
 def without_prompts(dataset: Dataset, prompt_ids: Iterable[str]) -> Dataset:
     """The pairs whose `prompt_id` is none of these; they may be none."""
-    excluded = set(prompt_ids)
-    return dataset.select(
-        [i for i, prompt in enumerate(dataset["prompt_id"]) if prompt not in excluded]
-    )
+    found = _prompt_ids(dataset)
+    excluded = np.unique(np.asarray([*prompt_ids], dtype=object).astype(str))
+    return dataset.select(np.flatnonzero(~np.isin(found, excluded)))
+
+
+def _prompt_ids(dataset: Dataset) -> np.ndarray:
+    """Of each pair; arrays of text take a fraction of what as many strings do."""
+    parts = [x.to_numpy(zero_copy_only=False).astype(str) for x in pieces(dataset, "prompt_id")]
+    return np.concatenate([np.zeros(0, "U1"), *parts])
 
 
 def _count(size: float | int, total: int) -> int:

@@ -4,17 +4,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from qadapter.data.arrow import Row
+from qadapter.data.columns import list_lengths, list_sums
 from qadapter.data.encoding import SIDES, Encoder, TokenPair, encoder_for
 from qadapter.data.preferences import as_preferences
 from qadapter.data.report import BadRow, PreparationReport
-from qadapter.data.sources import Row
 from qadapter.errors import QAdapterError
 
 TruncationMode = Literal["keep_start", "keep_end"]
 OnBadRow = Literal["drop", "raise"]
+_BATCH = 1000
 
 _FEATURES = Features(
     {f"{name}_ids": List(Value("int32")) for name in ("prompt", *SIDES)}
@@ -98,26 +101,30 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 def _keep_good(tokenized: Dataset, report: PreparationReport) -> Dataset:
     """Count everything in `report`; return the usable pairs without the working columns."""
-    rows, problems = list(tokenized["row"]), list(tokenized["problem"])
-    good = [i for i, problem in enumerate(problems) if problem is None]
-    report.kept, report.indices = len(good), good
-    for row, problem, notes in zip(rows, problems, tokenized["notes"], strict=True):
-        if problem is not None:
-            report.count(report.dropped, BadRow.parse(problem).reason, [row])
-        for note in notes:
-            report.count(report.notes, note, [row])
-    if not good:
+    good: list[np.ndarray] = []
+    start = 0
+    for batch in tokenized.select_columns(["row", "problem", "notes"]).iter(_BATCH):
+        problems = batch["problem"]
+        for row, problem, notes in zip(batch["row"], problems, batch["notes"], strict=True):
+            if problem is not None:
+                report.count(report.dropped, BadRow.parse(problem).reason, [row])
+            for note in notes:
+                report.count(report.notes, note, [row])
+        good.append(start + np.flatnonzero([problem is None for problem in problems]))
+        start += len(problems)
+    kept = np.concatenate([np.zeros(0, np.int64), *good])
+    report.kept, report.indices = len(kept), kept
+    if not len(kept):
         raise QAdapterError(f"no preference pair can be used: {report.summary()}")
-    if len(good) < len(rows):
-        tokenized = tokenized.select(good)
-    unmasked = True
-    lengths = {name: [] for name in ("prompt", *SIDES)}
-    for batch in tokenized.iter(1000):
-        for name in lengths:
-            lengths[name] += map(len, batch[f"{name}_ids"])
-        unmasked &= all(all(mask) for side in SIDES for mask in batch[f"{side}_mask"])
-    report.answer_tokens = sum(sum(lengths[side]) for side in SIDES)
-    report.longest = max(p + max(c, r) for p, c, r in zip(*lengths.values(), strict=True))
+    if len(kept) < start:
+        tokenized = tokenized.select(kept)
+    prompt, *answers = (list_lengths(tokenized, f"{name}_ids") for name in ("prompt", *SIDES))
+    report.answer_tokens = int(sum(x.sum() for x in answers))
+    report.longest = int((prompt + np.maximum(*answers)).max())
+    unmasked = all(
+        np.array_equal(list_sums(tokenized, f"{side}_mask"), lengths)
+        for side, lengths in zip(SIDES, answers, strict=True)
+    )
     masks = [f"{side}_mask" for side in SIDES] if unmasked else []
     return tokenized.remove_columns(["notes", "problem", *masks])
 

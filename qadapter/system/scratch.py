@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import shutil
@@ -34,6 +35,34 @@ def scratch_folder(parent: str | Path, purpose: str) -> Iterator[Path]:
         yield folder
     finally:
         _remove(folder)
+
+
+def process_folder(parent: str | Path, purpose: str) -> Path:
+    """A temporary folder for as long as this process lives; each call with the same arguments gives
+    the same one. What killed processes left in the same place is removed first.
+
+    Args:
+        parent: is made. purpose: as in ``scratch_folder``.
+
+    Raises:
+        OSError: the parent can't be made or written.
+    """
+    parent = Path(parent).absolute()
+    key = os.getpid(), parent, purpose  # what a fork has of its parent is its parent's
+    if key not in _process_folders:
+        parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(parent)
+        _process_folders[key] = _make(parent, purpose)
+        atexit.register(_remove_at_exit, *key)
+    return _process_folders[key]
+
+
+_process_folders: dict[tuple[int, Path, str], Path] = {}
+
+
+def _remove_at_exit(pid: int, parent: Path, purpose: str) -> None:
+    if pid == os.getpid():
+        _remove(_process_folders.pop((pid, parent, purpose)))
 
 
 @contextlib.contextmanager

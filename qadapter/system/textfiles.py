@@ -6,11 +6,13 @@ from __future__ import annotations
 import codecs
 import errno
 import gzip
+import itertools
 import os
 import stat
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from qadapter.errors import QAdapterError
 
@@ -23,6 +25,8 @@ _MARKS = (
 ZIPPED_BYTES, ZIPPED_TIMES = 64 * 2**20, 100
 """A .gz may hold the first, or the second times its own size, whichever is more: text shrinks to a
 tenth or so, a hundredth is made to fill the memory."""
+_LOOKED_AT = 2**20
+"""Bytes that tell how a file's lines end."""
 
 
 def read_text(path: str | Path, *, most: int | None = None) -> str:
@@ -59,16 +63,44 @@ def read_bytes(path: str | Path, *, most: int | None = None) -> bytes:
             with gzip.open(file, "rb") as stream:
                 data = stream.read(least + 1)
             if len(data) > grown:
-                raise QAdapterError(
-                    f"{path} can't be read: it grows to more than {ZIPPED_TIMES} times its size; "
-                    "if it really holds that much, unzip it yourself"
-                )
+                raise _grown(path)
     except (OSError, EOFError, zlib.error, ValueError) as error:  # ValueError: a name with \0
-        reason = getattr(error, "strerror", None) or error
-        raise QAdapterError(f"{path} can't be read: {reason}") from error
+        raise _unreadable(path, error) from error
     if most is not None and len(data) > most:
         raise QAdapterError(f"{path} can't be read: it holds more than {most:,} bytes")
     return data
+
+
+def _unreadable(path: str | Path, error: Exception) -> QAdapterError:
+    reason = getattr(error, "strerror", None) or error
+    return QAdapterError(f"{path} can't be read: {reason}")
+
+
+def _grown(path: str | Path) -> QAdapterError:
+    return QAdapterError(
+        f"{path} can't be read: it grows to more than {ZIPPED_TIMES} times its size; if it really "
+        "holds that much, unzip it yourself"
+    )
+
+
+class _Unzipped(gzip.GzipFile):
+    """A .gz that ends in an error where it grows beyond the limits."""
+
+    def __init__(self, file: Path) -> None:
+        self._left = max(ZIPPED_BYTES, ZIPPED_TIMES * _size(file))
+        super().__init__(file, "rb")
+
+    def _count(self, data: bytes) -> bytes:
+        self._left -= len(data)
+        if self._left < 0:
+            raise _grown(self.name)
+        return data
+
+    def read(self, size: int = -1) -> bytes:
+        return self._count(super().read(self._left + 1 if size < 0 else size))
+
+    def readline(self, size: int = -1) -> bytes:
+        return self._count(super().readline(self._left + 1 if size < 0 else size))
 
 
 def _size(file: Path) -> int:
@@ -96,19 +128,82 @@ def decode(data: bytes, name: str | Path, *, errors: str = "strict") -> str:
     except UnicodeDecodeError as error:
         if encoding.startswith("utf-8"):
             line = data.count(b"\n", 0, error.start) + 1
-            raise QAdapterError(
-                f"{name}:{line} is not UTF-8 text (byte {data[error.start]:#04x}): save it as UTF-8"
-            ) from error
+            raise _not_utf8(name, line, data[error.start]) from error
         raise QAdapterError(
             f"{name} begins like {encoding.upper()} and is not: save it as UTF-8"
         ) from error
     if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise QAdapterError(
-            f"{name}:{line} holds a zero byte: it is no text, or UTF-16 without a byte order mark; "
-            "save it as UTF-8"
-        )
+        raise _zero_byte(name, text.count("\n", 0, text.index("\0")) + 1)
     return text
+
+
+def _not_utf8(name: str | Path, line: int, byte: int) -> QAdapterError:
+    return QAdapterError(f"{name}:{line} is not UTF-8 text (byte {byte:#04x}): save it as UTF-8")
+
+
+def _zero_byte(name: str | Path, line: int) -> QAdapterError:
+    return QAdapterError(
+        f"{name}:{line} holds a zero byte: it is no text, or UTF-16 without a byte order mark; "
+        "save it as UTF-8"
+    )
+
+
+def lines_of(path: str | Path, *, errors: str = "strict") -> Iterator[str]:
+    """``split_lines`` of a file's text, of which one line is in memory at a time. UTF-16, UTF-32,
+    and files whose lines end with ``\\r`` alone, are read whole.
+
+    Args:
+        errors: as ``decode``'s.
+
+    Raises:
+        QAdapterError: as ``read_text``; what is wrong with a line when it is reached.
+    """
+    file = Path(path).expanduser()
+    try:
+        with _stream(file) as stream:
+            begin = stream.read(_LOOKED_AT)
+            whole = any(
+                begin.startswith(mark) for mark, encoding in _MARKS if encoding != "utf-8-sig"
+            ) or (b"\n" not in begin and b"\r" in begin)
+            if not whole:
+                yield from _decoded(itertools.chain(_cut(begin, stream), stream), path, errors)
+    except QAdapterError:
+        raise
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise _unreadable(path, error) from error
+    if whole:
+        yield from split_lines(decode(read_bytes(path), path, errors=errors))
+
+
+def _stream(file: Path) -> BinaryIO:
+    if _size(file) and str(file).endswith(".gz"):
+        return _Unzipped(file)
+    return open(file, "rb")
+
+
+def _cut(begin: bytes, stream: BinaryIO) -> Iterator[bytes]:
+    """The lines that begin in what was read of a file."""
+    lines = begin.split(b"\n")
+    for line in lines[:-1]:
+        yield line + b"\n"
+    yield lines[-1] + stream.readline()
+
+
+def _decoded(lines: Iterable[bytes], name: str | Path, errors: str) -> Iterator[str]:
+    ended = True
+    for number, line in enumerate(lines, 1):
+        data, ended = line.removesuffix(b"\n"), line.endswith(b"\n")
+        if number == 1:
+            data = data.removeprefix(codecs.BOM_UTF8)
+        try:
+            text = data.decode("utf-8", errors)
+        except UnicodeDecodeError as error:
+            raise _not_utf8(name, number, data[error.start]) from error
+        if "\0" in text:
+            raise _zero_byte(name, number)
+        yield text.removesuffix("\r")
+    if ended:
+        yield ""
 
 
 def split_lines(text: str) -> list[str]:

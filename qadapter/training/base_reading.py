@@ -41,7 +41,7 @@ class BaseReading(Trainer):
     args: QAdapterConfig
     _retention_texts: Any = None
     _retention_states: RetentionStates | None = None
-    _training_prompts: list[list[int]]
+    _training_prompts: Sequence[list[int]]
     _reporter: Reporter | None = None
     _say: Callable[[str], None] | None = None
     _pads_because: str | None = None

@@ -121,7 +121,9 @@ class FeatureSet(torch.utils.data.Dataset):
         self.shards, self.kept = list(shards), kept
         self._starts = np.cumsum([0, *(len(s.rows) for s in self.shards)]).tolist()
         self._line_starts = [
-            None if s.lines is None else np.cumsum([0, *s.lengths.tolist()]) for s in self.shards
+            None if s.lines is None else
+            np.concatenate([[0], np.cumsum(s.lengths.numpy(), dtype=np.int64)])
+            for s in self.shards
         ]
 
     def __len__(self) -> int:

@@ -29,6 +29,7 @@ from qadapter.data import fingerprint
 from qadapter.errors import QAdapterError
 from qadapter.policy.model import QAdapterModel
 from qadapter.system import locking
+from qadapter.system.caches import cache_dir as default_cache_dir
 from qadapter.system.documents import read_json
 from qadapter.system.hashing import file_sha256
 from qadapter.system.modes import give_usual_modes
@@ -48,11 +49,12 @@ from qadapter.training.features import (
 )
 from qadapter.trunk.base_dtype import autocast_dtype
 from qadapter.trunk.identity import digest_of
-from qadapter.trunk.loading import cache_dir as default_cache_dir
 from qadapter.trunk.packing import can_pack
 
 FORMAT_VERSION = 3
 MIB = 1 << 20
+_MOST_PAIRS = 4096
+"""Of a shard, which is put together in memory."""
 
 
 def load_or_compute(
@@ -314,5 +316,6 @@ def _spans(dataset: Dataset, model: QAdapterModel, shard_mb: int) -> Iterator[tu
     while start < len(dataset):
         before = sizes[start - 1] if start else 0
         end = max(start + 1, int(np.searchsorted(sizes, before + limit, side="right")))
+        end = min(end, start + _MOST_PAIRS)
         yield start, end
         start = end

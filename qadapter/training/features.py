@@ -7,7 +7,7 @@ one run of tokens (``qadapter.trunk.packing``).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from qadapter_kernels.reference import accumulation_dtype
 
 __all__ = [
     "FeatureCollator", "FeatureSet", "PairFeatures", "Shard", "Tokens", "compute_features",
-    "compute_shard", "feature_bytes", "longest", "token_counts",
+    "compute_shard", "feature_bytes", "longest", "run_idly", "sizes", "token_counts",
 ]
 
 _CAPPED_ROWS = 256
@@ -80,26 +80,44 @@ class Tokens:
 def feature_bytes(model: QAdapterModel, dataset: Dataset) -> np.ndarray:
     """What each pair's features take at most, in memory or on disk, int64 [P]; from token counts
     alone (what several pairs have in common is then kept once)."""
-    kept = Kept.of(model)
-    number, int32 = accumulation_dtype(model.base.dtype).itemsize, torch.int32.itemsize
-    itemsize, text = model.base.dtype.itemsize, model.base.config.get_text_config()
-    action = number + 2 * int32
-    action += model.head.shape[1] * itemsize if kept.hidden else number
-    token = int32 + (0 if kept.first_block is None else text.hidden_size * itemsize)
-    actions, answers, prompts = (np.zeros(len(dataset), dtype=np.int64) for _ in range(3))
-
+    kept, prompts, answers, actions = Kept.of(model), 0, 0, 0
     for side in SIDES:
-        answers += list_lengths(dataset, f"{side}_ids")
+        lengths = list_lengths(dataset, f"{side}_ids")
         masked = f"{side}_mask" in dataset.column_names
-        actions += list_sums(dataset, f"{side}_mask") if masked else (
-            list_lengths(dataset, f"{side}_ids")
-        )
+        answers = answers + lengths
+        actions = actions + (list_sums(dataset, f"{side}_mask") if masked else lengths)
+    if kept.ids:
+        prompts = list_lengths(dataset, "prompt_ids")
+    text = model.base.config.get_text_config()
+    return sizes(
+        kept, model.base.dtype, model.head.shape[1], text.hidden_size, prompts, answers,
+        actions,
+    )
+
+
+Count = TypeVar("Count", int, np.ndarray)
+
+
+def sizes(
+    kept: Kept, dtype: torch.dtype, features: int, hidden: int, prompts: Count, answers: Count,
+    actions: Count,
+) -> Count:
+    """Bytes of the features of a pair, or of each of several.
+
+    Args:
+        kept: which parts. dtype: of the base.
+        features: width of what the head reads. hidden: of what enters a block.
+        prompts: tokens of the pair's prompt. answers: of both answers. actions: of those that are
+            scored.
+    """
+    number, int32 = accumulation_dtype(dtype).itemsize, torch.int32.itemsize
+    action = number + 2 * int32 + (features * dtype.itemsize if kept.hidden else number)
     # Two offsets and two lengths, and the row.
     size = actions * action + 2 * (8 + 4) + 8
     if kept.ids:
-        prompts = list_lengths(dataset, "prompt_ids")
-        size += (prompts + answers) * token
-        size += (2 * prompts + answers) * int32  # the lines
+        entering = 0 if kept.first_block is None else hidden * dtype.itemsize
+        size = size + (prompts + answers) * (int32 + entering)
+        size = size + (2 * prompts + answers) * int32  # the lines
     return size
 
 

@@ -10,14 +10,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from qadapter.data import padding_id
+from qadapter.data.columns import pieces
 from qadapter.errors import QAdapterError
 from qadapter.policy.model import QAdapterModel
 from qadapter.policy.sampling import fused_sample
+from qadapter.system.caches import cache_dir as default_cache_dir
 from qadapter.system.documents import read_json
 from qadapter.system.locking import exclusive
 from qadapter.system.progress import Progress
@@ -25,7 +28,6 @@ from qadapter.system.scratch import remove_abandoned, replacing
 from qadapter.system.sealed import opened, sealed
 from qadapter.trunk.identity import digest_of
 from qadapter.trunk.lm_head import input_device
-from qadapter.trunk.loading import cache_dir as default_cache_dir
 
 COUNT, MAX_NEW_TOKENS, BATCH_SIZE, SEED = 96, 64, 16, 0
 
@@ -36,9 +38,31 @@ Sample = tuple[list[int], list[int]]
 """(prompt ids, answer ids)."""
 
 
-def different_prompts(dataset: Dataset) -> list[list[int]]:
+def different_prompts(dataset: Dataset) -> Sequence[list[int]]:
     """The prompts of tokenized pairs, each once, in order."""
-    return list({tuple(ids): list(ids) for ids in dataset["prompt_ids"]}.values())
+    digests = [
+        np.frombuffer(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), np.uint64)[0]
+        for lists in pieces(dataset, "prompt_ids") for ids in lists.to_numpy(zero_copy_only=False)
+    ]
+    _, first = np.unique(np.array(digests, dtype=np.uint64), return_index=True)
+    return _Prompts(dataset.select_columns(["prompt_ids"]), np.sort(first))
+
+
+class _Prompts(Sequence):
+    """Those of some pairs, read as they are asked for.
+
+    Args:
+        pairs: their numbers.
+    """
+
+    def __init__(self, dataset: Dataset, pairs: np.ndarray) -> None:
+        self.dataset, self.pairs = dataset, pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> list[int]:
+        return list(self.dataset[int(self.pairs[index])]["prompt_ids"])
 
 
 def load_or_sample(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -227,7 +227,7 @@ class QAdapterTrainer(Runs):
         """What the policy is held to, and how firmly. Where nothing was asked for, it is held to
         the library's passages if they can be read; a line says so if not."""
         args, own = self.args, isinstance(dataset, str) and dataset == OWN
-        self._training_prompts: list[list[int]] = []
+        self._training_prompts: Sequence[list[int]] = []
         if args.retention_coef is None and train_dataset is None:
             args.retention_coef = 0.0
         if args.retention_coef == 0:
@@ -461,7 +461,7 @@ class QAdapterTrainer(Runs):
             card.write(self, Path(self.args.output_dir), model_name, dataset_name, tags)
 
 
-def _prompts(dataset: Dataset | FeatureSet | None) -> list[list[int]]:
+def _prompts(dataset: Dataset | FeatureSet | None) -> Sequence[list[int]]:
     """What the base's own samples answer."""
     if not isinstance(dataset, Dataset):
         raise QAdapterError(

@@ -6,9 +6,7 @@ import copy
 import functools
 import itertools
 import logging
-import os
 import pickle
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +25,7 @@ from transformers import (
 )
 
 from qadapter.errors import QAdapterError, beginning
+from qadapter.system.caches import cache_dir
 from qadapter.system.locking import exclusive
 from qadapter.system.scratch import scratch_folder
 from qadapter.trunk import whole
@@ -60,17 +59,6 @@ class LoadedBase(NamedTuple):
     name: str
     location: str
     reason: str
-
-
-def cache_dir() -> Path:
-    """Where downloads are kept: ``$XDG_CACHE_HOME/qadapter``, else ``~/.cache/qadapter``; for a
-    user without a home, a folder of temporary files."""
-    if named := os.environ.get("XDG_CACHE_HOME"):
-        return Path(named) / "qadapter"
-    try:
-        return Path.home() / ".cache" / "qadapter"
-    except RuntimeError:  # no HOME, and a user that the system does not know: a container's
-        return Path(tempfile.gettempdir()) / f"qadapter-{os.getuid()}"
 
 
 def resolve_base(

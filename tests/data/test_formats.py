@@ -293,7 +293,7 @@ def test_unusable_datasets(rows, kwargs, words):
 
 
 def test_many_rows_keep_their_order_over_chunks(monkeypatch):
-    monkeypatch.setattr("qadapter.data.preferences._CHUNK", 3)
+    monkeypatch.setattr("qadapter.data.spooled._CHUNK", 3)
     rows = [{"prompt": f"p{i}", "chosen": "b", "rejected": "c"} for i in range(8)]
     dataset = as_preferences(rows)
     assert list(dataset["prompt"]) == [f"p{i}" for i in range(8)]
