@@ -19,7 +19,7 @@ from qadapter.system.scratch import process_folder
 
 _CHUNK = 1_000
 """Rows turned into Arrow at a time, so that only a chunk is held as Python objects."""
-_IN_MEMORY = 64 * 2**20
+_IN_MEMORY = 16 * 2**20
 """Bytes that a dataset may take in memory."""
 
 logger = logging.getLogger(__name__)
