@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from qadapter_kernels import (
 )
 from qadapter_kernels.checks import coefficients, finite
 from qadapter_kernels.reference import minus_infinity
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _CHOICES = {
     "parametrization": ("policy", "q"),
@@ -240,6 +243,7 @@ def linear_q_adapter_loss(
     logit_scale: float = 1.0, num_pairs: float | None = None, num_actions: float | None = None,
     base_action_logit: Tensor | None = None, base_logsumexp: Tensor | None = None,
     workspace_mb: int = 512, return_statistics: bool = False, backend: str | None = None,
+    group: ProcessGroup | None = None, vocab_start: int = 0,
 ) -> QAdapterLossOutput:
     """The same loss from hidden states through a frozen head: no [2B, T, V] tensor is ever held.
 
@@ -248,6 +252,9 @@ def linear_q_adapter_loss(
             ``base_action_logit`` and ``base_logsumexp`` stand for it.
         lm_head_weight: [V, D], frozen. bias, logit_scale: logits = logit_scale·(h·Wᵀ + bias).
         workspace_mb: upper bound in MiB on the memory for logits.
+        group, vocab_start: the processes over which the head is shared out, each with its rows of
+            ``lm_head_weight`` and ``bias`` from token id ``vocab_start`` on, and what else is given
+            alike on all of them; as in ``qadapter_kernels.linear_soft_value``.
 
     The rest, and what is raised, as in ``q_adapter_loss``.
     """
@@ -261,7 +268,7 @@ def linear_q_adapter_loss(
         _rows(adapter_hidden, actions), base_hidden, lm_head_weight, actions.token_N,
         **config.coefficients._asdict(), bias=bias, logit_scale=logit_scale,
         **{name: _rows(x, actions) for name, x in cached.items()}, workspace_mb=workspace_mb,
-        return_statistics=return_statistics, backend=backend,
+        return_statistics=return_statistics, backend=backend, group=group, vocab_start=vocab_start,
     )
     soft, statistics = outputs if return_statistics else (outputs, None)
     return _assemble(soft, statistics, actions, config, num_pairs, num_actions, backend)

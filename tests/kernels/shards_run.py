@@ -30,6 +30,7 @@ from cases import (
 )
 from torch import distributed
 
+from qadapter.objective import ObjectiveConfig, linear_q_adapter_loss
 from qadapter_kernels import linear_action_logit, linear_logsumexp, linear_soft_value
 from qadapter_kernels.shards import Collectives
 
@@ -248,6 +249,25 @@ def a_cached_base():
     )
 
 
+def the_preference_loss_is_one_process():
+    case = double(linear_case(rows=24, vocab=61, bias=True))
+    shard, where = of_shard(case)
+    ids = torch.arange(24).reshape(4, 6) * 7 % 61
+    mask = ids % 3 > 0
+    config = ObjectiveConfig(alpha_0=0.3, alpha_tilde=0.5)
+    found = []
+    for x, options in ((shard, where), (case, {})):
+        hidden = case.adapter_hidden.reshape(4, 6, -1).clone().requires_grad_()
+        out = linear_q_adapter_loss(
+            hidden, case.base_hidden.view_as(hidden), x.weight, ids, mask, config, bias=x.bias,
+            return_statistics=True, **options,
+        )
+        out.loss.backward()
+        found.append((out.loss.detach(), out.token_rewards, *out.statistics, hidden.grad))
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=EXACT)
+
+
 def no_gradient_is_asked_for():
     case = double(linear_case(rows=4))
     with torch.no_grad():
@@ -383,7 +403,8 @@ CHECKS: tuple[Callable[[], None], ...] = (
     float64_is_one_process_to_1e_10, every_backend_and_dtype_keeps_the_usual_tolerance,
     statistics_are_one_process, statistics_at_the_edges, excluded_tokens_and_rows,
     a_certain_policy_keeps_its_digits, an_offset_of_all_logits_changes_nothing_but_the_value,
-    padded_vocabularies, a_cached_base, no_gradient_is_asked_for, autocast_rounds_as_one_process,
+    padded_vocabularies, a_cached_base, the_preference_loss_is_one_process,
+    no_gradient_is_asked_for, autocast_rounds_as_one_process,
     two_collectives_forward_one_backward, what_does_not_fit_is_named_on_every_rank,
     a_group_of_some_of_the_ranks,
 )
