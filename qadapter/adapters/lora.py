@@ -38,7 +38,7 @@ from qadapter.errors import QAdapterError, beginning
 from qadapter.trunk.checkpointing import checkpoints_reentrantly
 from qadapter.trunk.lm_head import input_device, trunk
 from qadapter.trunk.loading import shell_of
-from qadapter.trunk.sharding import freeze, require_whole, within
+from qadapter.trunk.sharding import freeze, require_whole, require_whole_matrices, within
 from qadapter.trunk.split import SplitTrunk, lowest_adapted
 
 PRESETS = {
@@ -79,6 +79,7 @@ class LoraAdapter:
 
     def __init__(self, base: PreTrainedModel, config: PeftConfig):
         name = type(base).__name__
+        require_whole_matrices(base, "an adapter of PEFT's")
         freeze(base)
         require_adapting(config)
         require_matching(config, (name for name, _ in base.named_modules()))

@@ -27,7 +27,7 @@ from qadapter.errors import QAdapterError
 from qadapter.policy.stream_cache import StreamCache, repeated
 from qadapter.trunk.caches import CACHE, is_paged, name_of_cache, take_cache
 from qadapter.trunk.lm_head import input_device, trunk
-from qadapter.trunk.sharding import require_whole
+from qadapter.trunk.sharding import require_whole, share_draws
 from qadapter.trunk.shells import depth_of
 
 if TYPE_CHECKING:
@@ -213,7 +213,9 @@ class StreamedGeneration(GenerationMixin):
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; a cache may be given by any of the names its versions have."""
+        """As in transformers; a cache may be given by any of the names its versions have. The
+        processes of a tensor-parallel base must all call it, with the same inputs."""
+        share_draws(self.base)
         cache = take_cache(kwargs)
         if cache is not None:
             kwargs[CACHE] = cache

@@ -36,7 +36,7 @@ from qadapter.trunk.lm_head import LanguageModelHead, trunk
 from qadapter.trunk.loading import LoadedBase, as_loaded
 from qadapter.trunk.memo import TrunkMemo
 from qadapter.trunk.packing import Packing, hidden_states
-from qadapter.trunk.sharding import entering, freeze, layout_of, make_alike
+from qadapter.trunk.sharding import FSDP2, entering, freeze, layout_of, make_alike
 from qadapter_kernels import linear_soft_value, soft_value
 from qadapter_kernels.reference import Coefficients, accumulation_dtype
 
@@ -90,9 +90,11 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         self.supports_gradient_checkpointing = self.adapts_trunk
         if hasattr(base, "hf_device_map"):  # trainers then leave it where it is
             self.hf_device_map = base.hf_device_map
-        if layout_of(base).engine:
-            self._is_fsdp_managed_module = True  # processes then generate equally many tokens
+        layout = layout_of(base)
+        if layout.engine:
             make_alike(adapter.state_dict().values())
+        if layout.engine == FSDP2:
+            self._is_fsdp_managed_module = True  # processes then generate equally many tokens
 
     # --- building, saving, loading ----------------------------------------------------------
 
@@ -350,21 +352,19 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         """Logits of a weighted sum of streams [..., D]; weights are numbers or [B]."""
         if len(hidden) == 1 and not isinstance(weights[0], Tensor) and weights[0] == 1:
             return self.head(hidden[0])  # nothing is rounded on the way: the base, bit for bit
-        weight = self.head.weight
-        dtype = accumulation_dtype(weight.dtype)
-        hidden = [h.to(weight.device) for h in hidden]
+        device, dtype = self.head.device, accumulation_dtype(self.head.dtype)
+        hidden = [h.to(device) for h in hidden]
         per_row = (-1,) + (1,) * (hidden[0].dim() - 1)
         weights = [
-            w.to(weight.device, dtype).view(per_row) if isinstance(w, Tensor) else w
+            w.to(device, dtype).view(per_row) if isinstance(w, Tensor) else w
             for w in weights
         ]
         terms = list(zip(weights, hidden, strict=True))
         if self.head.softcap is not None:
             # The cap is not linear: the streams are combined as logits.
-            return sum(w * self.head(h).to(dtype) for w, h in terms).to(weight.dtype)
+            return sum(w * self.head(h).to(dtype) for w, h in terms).to(self.head.dtype)
         mixed = sum(w * h.to(dtype) for w, h in terms)
-        products = nn.functional.linear(mixed.to(weight.dtype), weight)
-        return self.head.finish(products, sum(weights)).to(weight.dtype)
+        return self.head(mixed, sum(weights)).to(self.head.dtype)
 
     @torch.no_grad()
     @entering
@@ -545,17 +545,17 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
             kwargs: ``base_action_logit``, ``base_logsumexp``, ``return_statistics``,
                 ``workspace_mb``, ``backend``.
         """
-        coef, weight = coefficients or self.objective.coefficients, self.head.weight
+        coef, device = coefficients or self.objective.coefficients, self.head.device
         adapter_hidden, base_hidden, actions = (
-            x if x is None else x.to(weight.device) for x in (adapter_hidden, base_hidden, actions)
+            x if x is None else x.to(device) for x in (adapter_hidden, base_hidden, actions)
         )
         for name in ("base_action_logit", "base_logsumexp"):
             if kwargs.get(name) is not None:
-                kwargs[name] = kwargs[name].to(weight.device)
+                kwargs[name] = kwargs[name].to(device)
         if self.head.softcap is None:
             return linear_soft_value(
-                adapter_hidden, base_hidden, weight, actions, **coef._asdict(),
-                bias=self.head.bias, logit_scale=self.head.logit_scale, **kwargs,
+                adapter_hidden, base_hidden, actions=actions, **self.head.operands,
+                **coef._asdict(), **kwargs,
             )
         kwargs.pop("workspace_mb", None)
         adapter_logits = self.head(adapter_hidden)

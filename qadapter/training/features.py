@@ -283,10 +283,10 @@ def _numbers(model: QAdapterModel, hidden_ND: Tensor, tokens_N: Tensor) -> dict[
     """b[action] and lse(b), [N] each."""
     head = model.head
     if head.softcap is None:
-        linear = {"bias": head.bias, "logit_scale": head.logit_scale}
+        found = {"hidden": hidden_ND, "actions": tokens_N, **head.operands}
         return {
-            "base_action_logit": linear_action_logit(hidden_ND, head.weight, tokens_N, **linear),
-            "base_logsumexp": linear_logsumexp(hidden_ND, head.weight, tokens_N, **linear),
+            "base_action_logit": linear_action_logit(**found),
+            "base_logsumexp": linear_logsumexp(**found),
         }
     logits, lses = [], []
     for hidden_RD, tokens_R in zip(

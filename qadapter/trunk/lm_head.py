@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qadapter.errors import QAdapterError
-from qadapter.trunk.sharding import full, full_weight, within
+from qadapter.trunk.sharding import full, full_weight, product_over, rows_of, within
 
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier_scale")
 _DIVISORS = ("logits_scaling",)
@@ -40,6 +41,21 @@ class LanguageModelHead:
         """[V], or None; as ``weight``."""
         bias = getattr(self.base.get_output_embeddings(), "bias", None)
         return None if bias is None else full(bias)
+
+    @property
+    def operands(self) -> dict[str, Any]:
+        """What ``qadapter_kernels``' linear operators take of it; of a tensor-parallel base this
+        process's rows, and with whom it shares the others."""
+        shard = rows_of(self.base, self._parameter)
+        if shard is None:
+            return {"weight": self.weight, "bias": self.bias, "logit_scale": self.logit_scale}
+        bias = self.bias
+        if bias is not None:
+            bias = bias[shard.start : shard.start + len(shard.rows)]
+        return {
+            "weight": shard.rows, "bias": bias, "logit_scale": self.logit_scale,
+            "group": shard.mesh.get_group(), "vocab_start": shard.start,
+        }
 
     @property
     def device(self) -> torch.device:
@@ -77,13 +93,19 @@ class LanguageModelHead:
         head._check()
         return head
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of hidden states [..., D]."""
-        weight = self.weight
-        return self.finish(F.linear(hidden.to(weight.device, weight.dtype), weight), 1.0)
+    def __call__(self, hidden: Tensor, bias_weight: float | Tensor = 1.0) -> Tensor:
+        """Logits [..., V] of hidden states [..., D], of which ``bias_weight`` is that of the bias:
+        how often it is in the sum of streams that they are."""
+        hidden = hidden.to(self.device, self.dtype)
+        rows = rows_of(self.base, self._parameter)
+        if rows is None:
+            products = F.linear(hidden, self.weight)
+        else:
+            products = product_over(rows, hidden, self._parameter)
+        return self.finish(products, bias_weight)
 
     def finish(self, products: Tensor, bias_weight: float | Tensor) -> Tensor:
-        """Bias, scale and cap on h·Wᵀ; ``bias_weight``: how often the bias is in the sum."""
+        """Bias, scale and cap on h·Wᵀ; ``bias_weight`` as for a call."""
         bias = self.bias
         if bias is not None:
             products = products + bias_weight * bias

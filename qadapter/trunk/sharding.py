@@ -7,6 +7,9 @@ gathers a block's weights when the block runs. The adapter stays whole, and alik
 FSDP2 gathers in hooks of the modules, and the first module that runs is taken for the root. So all
 that runs a part of a base, or reads its head, is run by ``within``. All processes must do so the
 same number of times, in the same order: each is a collective.
+
+Or it splits every matrix, and each process computes its part of every product (``tp_size=N``,
+tensor parallelism): all see the same batch, and have the same hidden states.
 """
 
 from __future__ import annotations
@@ -18,14 +21,16 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     FSDPModule,
     FullyShardedDataParallel,
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from qadapter.errors import QAdapterError
 
@@ -38,18 +43,25 @@ WAY = (
 """Out of a layout that is refused."""
 _MODES = {
     "pp_size": "pipeline parallelism", "ep_size": "expert parallelism",
-    "tp_size": "tensor parallelism",
+    "enable_expert_parallel": "expert parallelism",
 }
 """Fields of transformers' DistributedConfig, and what a size above 1 means."""
+FSDP2, TENSOR_PARALLEL = "FSDP2", "tensor parallelism"
+"""Engines that are served."""
 
 
 class Layout(NamedTuple):
     """How a base lies over processes."""
 
     engine: str = ""
-    """"FSDP2", or "": whole in every process."""
-    tp_size: int = 1
-    """Processes that see the same batch."""
+    """``FSDP2``, ``TENSOR_PARALLEL``, or "": whole in every process."""
+    mesh: DeviceMesh | None = None
+    """Of a tensor-parallel base."""
+
+    @property
+    def tp_size(self) -> int:
+        """Processes that see the same batch."""
+        return 1 if self.mesh is None else self.mesh.size()
 
     @property
     def sharded(self) -> bool:
@@ -67,7 +79,7 @@ def layout_of(base: nn.Module) -> Layout:
     """
     if base not in _layouts:
         found = _found(base)
-        if found.engine:
+        if found.engine == FSDP2:
             base.run_within = _call
             register_fsdp_forward_method(base, "run_within")
         _layouts[base] = found
@@ -100,6 +112,18 @@ def require_whole(base: nn.Module, what: str) -> None:
         raise QAdapterError(
             f"{what} needs the whole base, and {engine} spreads it over processes: save the "
             "adapter (save_pretrained), and load it in one process without distributed_config"
+        )
+
+
+def require_whole_matrices(base: nn.Module, what: str) -> None:
+    """
+    Raises:
+        QAdapterError: the base is tensor-parallel, and something can't be done then; names it.
+    """
+    if layout_of(base).engine == TENSOR_PARALLEL:
+        raise QAdapterError(
+            f"{what} can't be put into a base that {TENSOR_PARALLEL} (tp_size) splits: take a head "
+            "adapter, or load it with distributed_config=DistributedConfig(fsdp_size=N)"
         )
 
 
@@ -136,6 +160,34 @@ def full(tensor: Tensor) -> Tensor:
     all processes must ask, in the same order."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class Rows(NamedTuple):
+    """What a process of a tensor-parallel group has of a tensor that lies over it row by row."""
+
+    rows: Tensor
+    start: int
+    """Number of the first."""
+    mesh: DeviceMesh
+
+
+def rows_of(base: nn.Module, tensor: Tensor) -> Rows | None:
+    """None for a tensor that is not split so."""
+    if layout_of(base).engine != TENSOR_PARALLEL or not isinstance(tensor, DTensor):
+        return None
+    if tensor.placements != (Shard(0),):
+        return None
+    mesh, length = tensor.device_mesh, tensor.shape[0]
+    each = -(-length // mesh.size())  # as torch.chunk, after which the last may have fewer, or none
+    start = min(each * mesh.get_local_rank(), length)
+    return Rows(tensor.detach().to_local(), start, mesh)
+
+
+def product_over(rows: Rows, hidden: Tensor, weight: DTensor) -> Tensor:
+    """hidden·weightᵀ, whole on every process, and so is its gradient. A collective, and another
+    backward."""
+    hidden = DTensor.from_local(hidden, rows.mesh, [Replicate()], run_check=False)
+    return F.linear(hidden, weight.detach()).full_tensor()
 
 
 def full_weight(module: nn.Module) -> Tensor:
@@ -176,6 +228,22 @@ def make_alike(tensors: Iterable[Tensor]) -> None:
             dist.broadcast(tensor, src=0)
 
 
+def share_draws(base: nn.Module) -> None:
+    """Give the processes of a tensor-parallel base the first one's random numbers: all draw the
+    same tokens. A collective."""
+    mesh = layout_of(base).mesh
+    if mesh is None:
+        return
+    modules = [torch.random]
+    if mesh.device_type != "cpu":
+        modules.append(torch.get_device_module(mesh.device_type))
+    states = [module.get_rng_state() for module in modules]
+    group = mesh.get_group()
+    dist.broadcast_object_list(states, src=dist.get_global_rank(group, 0), group=group)
+    for module, state in zip(modules, states, strict=True):
+        module.set_rng_state(state)
+
+
 # --- what is found ------------------------------------------------------------------------------
 
 
@@ -188,16 +256,33 @@ def _found(base: nn.Module) -> Layout:
         raise QAdapterError(f"{name} is sharded by DeepSpeed ZeRO-3, which can't be served: {WAY}")
     config = getattr(getattr(base, "config", None), "distributed_config", None)
     for field, mode in _MODES.items():
-        if (getattr(config, field, None) or 1) > 1:
+        if (size := getattr(config, field, None)) is True or (size or 1) > 1:
             raise QAdapterError(
                 f"{name} is spread by {mode} ({field}), which can't be served: {WAY}"
             )
     if not any(isinstance(module, FSDPModule) for module in base.modules()):
-        if any(isinstance(parameter, DTensor) for parameter in parameters):
-            raise QAdapterError(f"{name} is sharded, not by FSDP2, which can't be served: {WAY}")
-        return Layout()
+        shards = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
+        return _tensor_parallel(base, shards) if shards else Layout()
     _check_fully_sharded(base, parameters, config)
-    return Layout("FSDP2")
+    return Layout(FSDP2)
+
+
+def _tensor_parallel(base: nn.Module, shards: list[DTensor]) -> Layout:
+    name, mesh = kind_of(base).__name__, shards[0].device_mesh
+    if getattr(base, "tp_size", None) is None:
+        raise QAdapterError(
+            f"{name} is sharded, not by FSDP2 and not by transformers, which can't be served: {WAY}"
+        )
+    if any(x.device_mesh != mesh for x in shards) or mesh.ndim != 1:
+        raise QAdapterError(
+            f"{name} is spread over processes in several ways at once, which can't be served: {WAY}"
+        )
+    if getattr(base, "is_quantized", False):
+        raise QAdapterError(
+            f"{name} is quantized and spread by {TENSOR_PARALLEL}, which can't be served: "
+            "quantized, it may fit whole on each GPU; or load it without quantization"
+        )
+    return Layout(TENSOR_PARALLEL, mesh)
 
 
 def _check_fully_sharded(base: nn.Module, parameters: list[nn.Parameter], config: object) -> None:

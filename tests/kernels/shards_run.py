@@ -1,4 +1,4 @@
-"""One rank of the vocabulary-parallel tests; test_shards.py starts them and reads what each wrote.
+"""One rank of the vocabulary-parallel tests; test_shards.py starts them.
 
 Every check runs on all ranks: the head's rows are shared out over them, and what comes back is held
 against the whole head on the same inputs. Shapes: N rows, V vocabulary, D hidden size.
@@ -6,12 +6,10 @@ against the whole head on the same inputs. Shapes: N rows, V vocabulary, D hidde
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import sys
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -28,6 +26,7 @@ from cases import (
     linear_definition,
     linear_ours,
 )
+from ranks import alike, report
 from torch import distributed
 
 from qadapter.objective import ObjectiveConfig, linear_q_adapter_loss
@@ -65,10 +64,7 @@ def ours(case: LinearCase, backend: str | None = None, empty: bool = False, **op
 
 
 def assert_alike(tensors) -> None:
-    mine = [bits(x).tolist() for x in tensors]
-    theirs = [None] * distributed.get_world_size()
-    distributed.all_gather_object(theirs, mine)
-    assert all(x == mine for x in theirs), "ranks differ"
+    assert alike([bits(x).tolist() for x in tensors]), "ranks differ"
 
 
 def assert_equal(result, expected, tolerance: float = EXACT) -> None:
@@ -416,24 +412,5 @@ def checks_of(world_size: int) -> dict[str, Callable[[], None]]:
     return {check.__name__: check for check in (*CHECKS, *(SLOW if world_size == 2 else ()))}
 
 
-def main(folder: Path, rank: int, world_size: int) -> None:
-    """Writes {check: None or what went wrong} to ``rank.json`` in the folder."""
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world_size,
-        timeout=timedelta(seconds=60),
-    )
-    found = {}
-    for name, check in checks_of(world_size).items():
-        torch.manual_seed(0)
-        try:
-            check()
-            found[name] = None
-        except Exception:
-            found[name] = traceback.format_exc()
-        (folder / f"{rank}.json").write_text(json.dumps(found))
-    distributed.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    report(checks_of(int(os.environ["WORLD_SIZE"])), Path(sys.argv[1]))

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from ranks import run_ranks
 from shards_run import checks_of
 
 from qadapter_kernels.shards import Collectives
@@ -19,30 +17,11 @@ DOCS = Path(__file__).parents[2] / "docs/scale.md"
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What each rank of a world size found, started once: {check: [None or an error, a rank]}."""
+    """What each rank of a world size found; started once."""
 
     @functools.cache
-    def run(world_size: int) -> dict[str, list[str | None]]:
-        folder = tmp_path_factory.mktemp(f"shards{world_size}")
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, str(SCRIPT), str(folder), str(rank), str(world_size)],
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            )
-            for rank in range(world_size)
-        ]
-        try:
-            for rank in ranks:
-                output, _ = rank.communicate(timeout=300)
-                assert rank.returncode == 0, output
-        finally:
-            for rank in ranks:
-                rank.kill()
-        each = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world_size)]
-        return {
-            check: [rank.get(check, "not reached") for rank in each]
-            for check in checks_of(world_size)
-        }
+    def run(world_size: int) -> list[dict[str, str | None]]:
+        return run_ranks(SCRIPT, tmp_path_factory.mktemp("ranks"), world_size)
 
     return run
 
@@ -52,8 +31,8 @@ def found(tmp_path_factory):
     for size in (2, 4) for check in checks_of(size)
 ])
 def test_of_the_shards(found, world_size, check):
-    for rank, error in enumerate(found(world_size)[check]):
-        assert error is None, f"rank {rank} of {world_size}: {error}"
+    for rank, errors in enumerate(found(world_size)):
+        assert errors[check] is None, f"rank {rank} of {world_size}: {errors[check]}"
 
 
 def test_the_estimate_that_the_docs_show():
