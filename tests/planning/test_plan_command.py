@@ -9,6 +9,7 @@ import pytest
 from tiny_models import cli, preference_rows, save_tiny, write_jsonl
 
 from qadapter.errors import QAdapterError
+from qadapter.planning import Engine, choose
 from qadapter.planning.machines import machine_of
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -99,6 +100,17 @@ def test_machines():
     assert machine_of("H100-PCIe").per_node == 1
     with pytest.raises(QAdapterError):
         machine_of("8xTPU")
+
+
+def test_the_faster_way_is_taken_or_the_simpler_of_like_ones():
+    def way(name, needs, step_seconds):
+        return Engine(name, 1, 1, {"all": needs}, 10.0, step_seconds, 0.0, 100, "products", 0.0)
+
+    ways = [way("too large", 11, 1.0), way("slow", 9, 3.0), way("simple", 8, 2.1),
+            way("fast", 7, 2.0)]
+    assert choose(ways).name == "simple"
+    assert choose([way("slow", 9, 3.0), way("fast", 7, 2.0)]).name == "fast"
+    assert choose(ways[:1]) is None
 
 
 def test_without_pairs_or_model(place, capsys):
