@@ -14,6 +14,8 @@ from typing import NamedTuple
 from qadapter.planning.lengths import Lengths
 from qadapter.planning.shapes import Shape, Trained
 from qadapter.training.config import QAdapterConfig
+from qadapter.training.feature_set import Kept
+from qadapter.training.features import sizes
 from qadapter_kernels.linear import CPU_CHUNK_ROWS
 
 TRUNK_RATE, HEAD_RATE = 0.47, 0.79
@@ -21,8 +23,6 @@ TRUNK_RATE, HEAD_RATE = 0.47, 0.79
 steps of SmolLM2 in bfloat16 (benchmarks/results/training_step.jsonl)."""
 _NUMBERS = 16
 """Bytes a trained parameter: itself, its gradient and Adam's two means in float32."""
-_INDICES = 8
-"""Of an action, its token and its state's place; int32."""
 
 
 class Run(NamedTuple):
@@ -137,7 +137,7 @@ def costs_of(
         step=Work(trunk_flops, 2 * passes * actions * shape.product),
         gathered=gathered * shape.itemsize,
         reading=_reading(shape, lengths) if run.cached else Work(0.0, 0.0),
-        features=round(_features(shape, lengths, run, not head_adapter, split)),
+        features=round(_features(shape, trained, lengths, run, split)),
     )
 
 
@@ -167,16 +167,17 @@ def _reading(shape: Shape, lengths: Lengths) -> Work:
     return Work(trunk, 2 * lengths.actions * shape.product)
 
 
-def _features(shape: Shape, lengths: Lengths, run: Run, ids: bool, split: bool) -> float:
+def _features(
+    shape: Shape, trained: Trained, lengths: Lengths, run: Run, split: bool
+) -> float:
     if not run.cached:
         return 0.0
-    number = max(4, shape.itemsize)
-    action = number + _INDICES + (shape.hidden * shape.itemsize if run.hidden else number)
-    total = lengths.actions * action + 32
-    if ids:
-        total += lengths.tokens * (4 + (shape.hidden * shape.itemsize if split else 0))
-        total += 4 * (lengths.tokens + float(lengths.prompt.mean()))
-    return total
+    kept = Kept(run.hidden, trained.first_block is not None, trained.first_block if split else None)
+    answers = lengths.chosen + lengths.rejected
+    of_pairs = sizes(
+        kept, shape.dtype, shape.hidden, shape.hidden, lengths.prompt, answers, answers
+    )
+    return float(of_pairs.mean())
 
 
 def steps_of(lengths: Lengths, config: QAdapterConfig, processes: int) -> int:

@@ -54,8 +54,12 @@ class Shape:
     """0 where it is tied to the embeddings."""
     around: int
     """What is neither: norms, and parts that no text runs through."""
-    itemsize: int
-    """Bytes a weight."""
+    dtype: torch.dtype
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes a weight."""
+        return self.dtype.itemsize
 
     @property
     def weights(self) -> int:
@@ -101,7 +105,7 @@ class Shape:
             query=heads * width, key_value=groups * width, inner=_inner(config),
             block=round(in_blocks / len(blocks)), active=round(active / len(blocks)),
             embeddings=embeddings.weight.numel(), head=0 if tied else head.weight.numel(),
-            around=total - counted, itemsize=dtype.itemsize,
+            around=total - counted, dtype=dtype,
         )
 
 
