@@ -160,6 +160,22 @@ def test_bad_options(place, tmp_path, fails, arguments, parts):
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
 
 
+def test_commands_of_one_process_take_no_base_of_several(place, tmp_path, fails):
+    spread = ("--model_init_kwargs", "{distributed_config: {tp_size: 2}}")
+    for command in (
+        ("eval", place / "run", "--dataset_name", place / "pairs.jsonl", "--output_dir", tmp_path),
+        ("generate", place / "run", "--prompt", "x"),
+        ("export", place / "run", "--output_dir", tmp_path / "out"),
+    ):
+        line = fails(*command, *spread)
+        assert "distributed_config is for qadapter train" in line and "device_map: auto" in line
+    line = fails(
+        "train", "--model_name_or_path", place / "model", "--dataset_name", place / "pairs.jsonl",
+        "--output_dir", tmp_path / "lora", *spread,
+    )
+    assert "tensor parallelism" in line and "adapter_kind head" in line and "fsdp_size" in line
+
+
 def test_options_are_looked_at_before_the_model(place, tmp_path, fails):
     nowhere = ("--model_name_or_path", tmp_path / "nowhere")
     assert "not a checkpoint" in fails(*train(

@@ -27,6 +27,7 @@ from qadapter.errors import QAdapterError, shown
 from qadapter.policy import storage
 from qadapter.policy.model import QAdapterModel
 from qadapter.trunk.loading import base_without_weights, load_base, load_tokenizer, resolve_base
+from qadapter.trunk.sharding import require_whole_matrices_of
 
 
 def say_base(name: str, console: Console) -> str:
@@ -66,6 +67,17 @@ def loading_options(
     return kwargs
 
 
+def require_one_process(options: dict[str, Any]) -> None:
+    """Raises QAdapterError where a base would be spread over processes: only training's are many.
+    """
+    for name in ("distributed_config", "tp_plan", "tp_size"):
+        if options.get(name) is not None:
+            raise QAdapterError(
+                f"model_init_kwargs: {name} is for qadapter train; this command runs in one "
+                "process: device_map: auto spreads a base over all GPUs that it sees"
+            )
+
+
 def check_without_weights(
     base_name: str, options: dict[str, Any], tokenizer: PreTrainedTokenizerBase,
     adapter: Callable[[PreTrainedModel], AdapterConfig | PeftConfig] | None = None,
@@ -91,6 +103,8 @@ def check_without_weights(
         if dataset is not None:
             check_pairs(dataset, shell, tokenizer, f"the {name} data")
     config = None if adapter is None else adapter(shell)
+    if config is not None and not isinstance(config, AdapterConfig):
+        require_whole_matrices_of(options.get("distributed_config"), "an adapter of PEFT's")
     if config is not None:
         require_room(shell, config)
 
@@ -106,6 +120,7 @@ def load_model(
     options = loading_options(
         arguments, arguments.trust_remote_code, arguments.model_init_kwargs
     ) | {"say": saying(console)}
+    require_one_process(options)
     name = arguments.model_name_or_path
     if not is_adapter(name):
         for option in ("base_model_name_or_path", "strength"):

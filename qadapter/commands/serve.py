@@ -10,7 +10,12 @@ import typer
 from transformers import PreTrainedTokenizerBase
 
 from qadapter.commands import arguments as args
-from qadapter.commands.loading import loading_options, say_base, settle_template
+from qadapter.commands.loading import (
+    loading_options,
+    require_one_process,
+    say_base,
+    settle_template,
+)
 from qadapter.commands.options import Group, command
 from qadapter.console.environment import quiet_libraries
 from qadapter.console.progress import progress_bar, saying
@@ -115,6 +120,7 @@ def run(options: ServeArguments, model_args: args.AdapterArguments, given: set[s
     loading = loading_options(
         model_args, model_args.trust_remote_code, model_args.model_init_kwargs
     ) | {"say": saying(console)}
+    require_one_process(loading)
     folders = options.adapters
     base = model_args.base_model_name_or_path or storage.read(folders[0]).base.name
     base = say_base(base, console)

@@ -62,6 +62,7 @@ from qadapter.training.resuming import check_options
 from qadapter.training.stopping import TrainingStopped
 from qadapter.trunk.base_dtype import dtype_of
 from qadapter.trunk.loading import load_tokenizer
+from qadapter.trunk.sharding import layout_of
 
 _DATA = (
     "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split",
@@ -132,7 +133,7 @@ def run(
 ) -> None:
     """Train, evaluate, write the run's folder."""
     start = time.monotonic()
-    console = Terminal()
+    console = Terminal(quiet=config.process_index > 0)  # each line once
     for name in ("dataset_name", "output_dir"):
         if name not in given:
             raise QAdapterError(f"train needs --{name}")
@@ -142,8 +143,7 @@ def run(
     resume = True if str(resume).lower() == "true" else resume
     with _folder(model_args, script, config, measures, bool(resume)) as folder:
         if resume:
-            say = saying(console) if config.process_index == 0 else lambda line: None
-            resume = find_checkpoint(folder, resume, say)
+            resume = find_checkpoint(folder, resume, saying(console))
             check_options(config, Path(resume), lambda line: None)  # said when training begins
         with telling_how_to_go_on(folder, lambda: how_to_go_on(folder)):
             _run(
@@ -205,12 +205,10 @@ def _run(
         base_name, loading, tokenizer, config.adapter_config, train=train.dataset,
         eval=None if test is None else test.dataset,
     )
-    main_process = config.process_index == 0
-    if main_process:
-        for name, tokenized in (("training", train), ("held-out", test)):
-            if tokenized is not None:
-                console.print(f"{name} pairs:")
-                console.print(tokenized.report.table())
+    for name, tokenized in (("training", train), ("held-out", test)):
+        if tokenized is not None:
+            console.print(f"{name} pairs:")
+            console.print(tokenized.report.table())
     config.model_init_kwargs = {k: v for k, v in loading.items() if v is not None}
     say = saying(console)
     with progress_bar(console, "loading the base", "", closing=False):
@@ -220,22 +218,22 @@ def _run(
             reporter=functools.partial(progress_bar, console),
         )
     model = trainer.model
-    if main_process:
-        if config.retention_coef and "retention_coef" not in given:
-            held_to = {
-                BUILT_IN: "the library's own English passages",
-                OWN: "the base's own answers to training prompts, sampled first",
-            }.get(named or BUILT_IN, named)
-            console.print(f"held to {held_to} (--retention_coef {config.retention_coef:g}; 0: off)",
-                          highlight=False)
-        if script.overwrite_output_dir and not resume:
-            remove_files(folder, RUN_FILES)
+    if config.retention_coef and "retention_coef" not in given:
+        held_to = {
+            BUILT_IN: "the library's own English passages",
+            OWN: "the base's own answers to training prompts, sampled first",
+        }.get(named or BUILT_IN, named)
+        console.print(f"held to {held_to} (--retention_coef {config.retention_coef:g}; 0: off)",
+                      highlight=False)
+    main_process = config.process_index == 0
+    if main_process and script.overwrite_output_dir and not resume:
+        remove_files(folder, RUN_FILES)
     # The tokenized pairs: training puts their features in place of them.
     test_dataset = trainer.eval_dataset
     _train(trainer, resume, folder, console)
-    if not main_process:
-        return
-    if config.save_strategy == "no":
+    if not main_process and layout_of(model.base).engine == "":
+        return  # else all measure with the first one: what it runs is a collective
+    if main_process and config.save_strategy == "no":
         trainer.save_model()
     if trainer.stop_wanted:  # in its last step
         raise Terminated(f"the adapter is there, not yet measured: qadapter eval {folder}")
@@ -246,6 +244,8 @@ def _run(
             base_states=_base_states(trainer),
         )
     )
+    if not main_process:
+        return
     with telling_how_to_go_on(folder, f"the adapter is there: qadapter eval {folder}"):
         _write(trainer, measured, folder, time.monotonic() - start)
     if measured is not None:

@@ -15,7 +15,7 @@ tensor parallelism): all see the same batch, and have the same hidden states.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -121,10 +121,23 @@ def require_whole_matrices(base: nn.Module, what: str) -> None:
         QAdapterError: the base is tensor-parallel, and something can't be done then; names it.
     """
     if layout_of(base).engine == TENSOR_PARALLEL:
-        raise QAdapterError(
-            f"{what} can't be put into a base that {TENSOR_PARALLEL} (tp_size) splits: take a head "
-            "adapter, or load it with distributed_config=DistributedConfig(fsdp_size=N)"
-        )
+        raise _matrices_are_split(what)
+
+
+def require_whole_matrices_of(distributed_config: Any, what: str) -> None:
+    """The same of a base that is still to be loaded; ``distributed_config`` as it would be given:
+    transformers' own, a mapping or None."""
+    given = distributed_config
+    size = given.get("tp_size") if isinstance(given, Mapping) else getattr(given, "tp_size", None)
+    if isinstance(size, int) and size > 1:
+        raise _matrices_are_split(what)
+
+
+def _matrices_are_split(what: str) -> QAdapterError:
+    return QAdapterError(
+        f"{what} can't be put into a base that {TENSOR_PARALLEL} (tp_size) splits: take a head "
+        "adapter (adapter_kind head), or spread the base by fsdp_size"
+    )
 
 
 def entering(method: Callable[..., T]) -> Callable[..., T]:
