@@ -7,6 +7,7 @@ from qadapter.data.fingerprints import fingerprint
 from qadapter.data.preferences import as_preferences, load_preferences
 from qadapter.data.report import DROP_REASONS, NOTES, PreparationReport
 from qadapter.data.splits import split_by_prompt, without_prompts
+from qadapter.data.streams import PreferenceStream, stream_preferences
 from qadapter.data.templates import set_chat_template, use_chat_template
 from qadapter.data.texts import read_prompts, read_texts
 from qadapter.data.tokenization import TokenizedPreferences, tokenize_preferences
@@ -18,6 +19,7 @@ __all__ = [
     "EndOfTurn",
     "PlainText",
     "PreferenceCollator",
+    "PreferenceStream",
     "PreparationReport",
     "Prompt",
     "PromptEncoder",
@@ -35,6 +37,7 @@ __all__ = [
     "read_texts",
     "set_chat_template",
     "split_by_prompt",
+    "stream_preferences",
     "tokenize_preferences",
     "use_chat_template",
     "without_prompts",

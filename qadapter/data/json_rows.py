@@ -13,7 +13,7 @@ from qadapter.errors import QAdapterError, listed
 from qadapter.system.documents import parse_json
 from qadapter.system.textfiles import decode, lines_of, read_bytes, split_lines
 
-_WHOLE = 32 * 2**20
+_WHOLE = 4 * 2**20
 """Bytes of text up to which files are read once, as a whole. Larger ones are read line by line,
 each time their rows are gone through."""
 _SHRUNK = 8

@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets import Dataset, Features, Json, List, Value
 
@@ -27,7 +27,7 @@ from qadapter.data.spooled import Spool
 from qadapter.data.unused import check_unused
 from qadapter.errors import QAdapterError, listed, nearest, shown
 
-_KNOWN = (*COLUMNS, *EXTRA_COLUMNS, *TOKENIZED_BY_US)
+KNOWN = (*COLUMNS, *EXTRA_COLUMNS, *TOKENIZED_BY_US)
 _PLAIN_MESSAGE = {"role": Value("string"), "content": Value("string")}
 
 
@@ -95,7 +95,7 @@ def as_preferences(
     canonical = {"row", "prompt_id", "problem"}
     if isinstance(dataset, Dataset) and canonical.issubset(dataset.column_names):
         return dataset
-    rows = rows_of(dataset, [*_KNOWN, *(columns or {}).values()])
+    rows = rows_of(dataset, [*KNOWN, *(columns or {}).values()])
     if not len(rows):
         raise QAdapterError("the dataset holds no rows")
     return _convert(rows, "the dataset", columns, domain, rejected_domains)
@@ -108,21 +108,56 @@ def _convert(
     domain: str | None,
     rejected_domains: Sequence[str] | None,
 ) -> Dataset:
-    mapping = _check_mapping(columns or {}, rows.columns, name)
-    unmapped = [column for column in rows.columns if column not in mapping.values()]
-    seen = [*unmapped, *mapping]
-    taken = {column: mapping.get(column, column) for column in used_columns(seen)}
-    mapped = rows.take(taken)
-    form = detect_format(mapped, seen, name=name, domain=domain, rejected_domains=rejected_domains)
-    tokenized_by_us = form.kind == "tokenized" and set(TOKENIZED_BY_US).issubset(seen)
-    spool = Spool(_features(form, mapped, seen), name)
-    for index, row in enumerate(mapped):
-        kept = {key: row[key] for key in TOKENIZED_BY_US} if tokenized_by_us else {}
-        spool.extend(_record(pair, index) | kept for pair in pairs_of_row(row, form))
+    conversion = Conversion.of(rows, name, columns, domain, rejected_domains)
+    spool = Spool(conversion.features, name)
+    for index, row in enumerate(rows.take(conversion.taken)):
+        spool.extend(conversion.records(row, index))
     pairs = spool.dataset()
-    unused = [column for column in unmapped if column not in taken.values()]
-    check_unused(pairs, rows, form, unused, name)
+    check_unused(pairs, rows, conversion.form, conversion.unused, name)
     return pairs
+
+
+class Conversion(NamedTuple):
+    """How the rows of a source become canonical pairs.
+
+    Attributes:
+        taken: columns that are read, canonical name → name in the source.
+        unused: other columns of the source.
+        features: of the pairs.
+        kept: columns of the source that pairs keep as they are.
+    """
+
+    form: Format
+    taken: dict[str, str]
+    unused: list[str]
+    features: Features
+    kept: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls, rows: Rows, name: str, columns: Mapping[str, str] | None, domain: str | None,
+        rejected_domains: Sequence[str] | None,
+    ) -> "Conversion":
+        """Read off a source's columns and rows; arguments and errors as `load_preferences`."""
+        mapping = _check_mapping(columns or {}, rows.columns, name)
+        unmapped = [column for column in rows.columns if column not in mapping.values()]
+        seen = [*unmapped, *mapping]
+        taken = {column: mapping.get(column, column) for column in used_columns(seen)}
+        mapped = rows.take(taken)
+        form = detect_format(
+            mapped, seen, name=name, domain=domain, rejected_domains=rejected_domains
+        )
+        tokenized_by_us = form.kind == "tokenized" and set(TOKENIZED_BY_US).issubset(seen)
+        return cls(
+            form, taken, [column for column in unmapped if column not in taken.values()],
+            _features(form, mapped, seen), TOKENIZED_BY_US if tokenized_by_us else (),
+        )
+
+    def records(self, row: Row, index: int) -> Iterator[dict[str, Any]]:
+        """The pairs of a row, which has the canonical names; `index`: in the source."""
+        kept = {key: row[key] for key in self.kept}
+        for pair in pairs_of_row(row, self.form):
+            yield _record(pair, index) | kept
 
 
 def _check_mapping(columns: Mapping[str, str], seen: Sequence[str], name: str) -> dict[str, str]:

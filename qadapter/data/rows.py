@@ -93,7 +93,7 @@ def rows_of(data: Any, known: Sequence[str]) -> Rows:
     if isinstance(data, Dataset):
         return ArrowRows(data)
     if isinstance(data, IterableDataset):
-        return _stream_rows(data, known, name)
+        return ListRows(without_media(data, known, name), name)
     if isinstance(data, str | os.PathLike):
         raise QAdapterError(f"the dataset is a name, {str(data)!r}: load_preferences reads it")
     if isinstance(data, Mapping):
@@ -114,16 +114,19 @@ def rows_of(data: Any, known: Sequence[str]) -> Rows:
     )
 
 
-def _stream_rows(data: IterableDataset, known: Sequence[str], name: str) -> ListRows:
+def without_media(data: IterableDataset, known: Sequence[str], name: str) -> IterableDataset:
+    """A stream without the columns that are of no use; raises QAdapterError where one of ``known``
+    holds images, sounds or the like."""
     if data.features is None:
-        return ListRows(data, name)
+        return data
     wanted = [column for column in data.features if column in known]
     for column in wanted:
         if media := media_of(data.features[column]):
             refuse_media(name, column, media)
     # The other columns are left out, unless they are text, which tells what is in the rows.
-    plain = [c for c in data.features if c in wanted or media_of(data.features[c]) is None]
-    return ListRows(data.select_columns(plain), name)
+    return data.select_columns(
+        [c for c in data.features if c in wanted or media_of(data.features[c]) is None]
+    )
 
 
 def _rows_of_columns(data: Mapping[str, Any], known: Sequence[str], name: str) -> ListRows:

@@ -3,8 +3,9 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset, ReadInstruction, load_dataset
+from datasets import ReadInstruction, load_dataset
 from datasets import config as datasets_config
 from huggingface_hub import HfApi, constants
 
@@ -33,23 +34,33 @@ def read_rows(
             file that is not what its name says (with file and line).
     """
     name = os.fspath(dataset_name)
+    if (path := local_path(name)) is not None:
+        rows = _read_slice(
+            lambda name, limit: _read_local(path, config, name, limit), split, limit
+        )
+        if not len(rows):
+            raise QAdapterError(f"{path} holds no rows" + (f" in {split!r}" * path.is_dir()))
+        return rows
+    dataset = load_from_hub(name, config, split)
+    if not len(dataset):
+        raise QAdapterError(f"hub dataset {name} holds no rows in {split!r}")
+    return _first(ArrowRows(dataset, name), limit)
+
+
+def local_path(name: str) -> Path | None:
+    """The file or folder of this name, or None where it can be the hub's.
+
+    Raises:
+        QAdapterError: neither.
+    """
     path = Path(name).expanduser()
     try:
         exists = path.exists()
     except OSError as error:
         raise QAdapterError(f"{path} cannot be read: {error.strerror}") from error
-    if exists:
-        read = _read_folder if path.is_dir() else _read_file
-        rows = _read_slice(lambda name, limit: read(path, config, name, limit), split, limit)
-        if not len(rows):
-            raise QAdapterError(f"{path} holds no rows" + (f" in {split!r}" * path.is_dir()))
-        return rows
-    if not _may_be_hub_name(name):
+    if not exists and not _may_be_hub_name(name):
         raise QAdapterError(f"no file or folder {path}")
-    dataset = _load_from_hub(name, config, split)
-    if not len(dataset):
-        raise QAdapterError(f"hub dataset {name} holds no rows in {split!r}")
-    return _first(ArrowRows(dataset, name), limit)
+    return path if exists else None
 
 
 def _first(rows: Rows, limit: int | None) -> Rows:
@@ -75,34 +86,46 @@ def _read_slice(
     return _first(rows.part(start, len(rows) if stop is None else stop), limit)
 
 
-def _read_file(path: Path, config: str | None, split: str, limit: int | None) -> Rows:
-    if config is not None:
-        raise QAdapterError(
-            f"config {config!r} names a part of a hub dataset, but {path} is a local path"
-        )
-    if split != "train":
-        raise QAdapterError(
-            f"{path} is a single file and has no split {split!r}; name the file that holds it, "
-            "or leave the split at 'train'"
-        )
-    return _read_files([path], limit)
+def local_files(path: Path, config: str | None, split: str) -> list[Path] | None:
+    """The files of a split of a local file or folder; None where ``save_to_disk`` wrote it.
 
-
-def _read_folder(path: Path, config: str | None, split: str, limit: int | None) -> Rows:
+    Raises:
+        QAdapterError: no such split, nothing in it, or a config that nothing here has.
+    """
+    if not path.is_dir():
+        if config is not None:
+            raise QAdapterError(
+                f"config {config!r} names a part of a hub dataset, but {path} is a local path"
+            )
+        if split != "train":
+            raise QAdapterError(
+                f"{path} is a single file and has no split {split!r}; name the file that holds it, "
+                "or leave the split at 'train'"
+            )
+        return [path]
     saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
     if not saved and (named := files_of_readme(path, config, split)) is not None:
-        return _read_files(named, limit)
+        return named
     if config is not None:
         raise QAdapterError(
             f"config {config!r} names a part of a hub dataset, but {path} is a local path without "
             "a README.md that lists configurations"
         )
     if saved:
-        return _first(read_saved(path, split), limit)
+        return None
     files = sorted(file for file in path.rglob("*") if _is_data(file, path))
     if not files:
         raise QAdapterError(f"folder {path} holds no {', '.join(SUFFIXES)} file")
-    return _read_files(choose_files(path, files, split, SUFFIXES), limit)
+    return choose_files(path, files, split, SUFFIXES)
+
+
+def _read_local(path: Path, config: str | None, split: str, limit: int | None) -> Rows:
+    files = local_files(path, config, split)
+    if files is None:
+        return _first(read_saved(path, split), limit)
+    if are_parquet(files):
+        return _first(ParquetRows(files), limit)
+    return read_json_files(files, limit)
 
 
 def _is_data(file: Path, folder: Path) -> bool:
@@ -114,18 +137,17 @@ def _is_data(file: Path, folder: Path) -> bool:
     )
 
 
-def _read_files(files: list[Path], limit: int | None) -> Rows:
+def are_parquet(files: list[Path]) -> bool:
+    """Whether they are Parquet; raises QAdapterError where they are neither that nor JSON."""
     parquet = [file.name.endswith(".parquet") for file in files]
-    if all(parquet):
-        return _first(ParquetRows(files), limit)
-    if any(parquet):
+    if any(parquet) and not all(parquet):
         raise QAdapterError(
             f"{files[0].parent} mixes JSON and Parquet files; name one of {listed(files)}"
         )
     for file in files:
         if not file.name.endswith(SUFFIXES):
             raise QAdapterError(f"{file}: unknown kind of file; known are {', '.join(SUFFIXES)}")
-    return read_json_files(files, limit)
+    return all(parquet)
 
 
 def _may_be_hub_name(name: str) -> bool:
@@ -139,10 +161,12 @@ def _may_be_hub_name(name: str) -> bool:
     )
 
 
-def _load_from_hub(name: str, config: str | None, split: str) -> Dataset:
+def load_from_hub(name: str, config: str | None, split: str, streaming: bool = False) -> Any:
+    """A `Dataset`, or an `IterableDataset` that is read as it is asked for; raises QAdapterError
+    where there is none."""
     try:
         _check_reachable(name)
-        return load_dataset(name, config, split=split)
+        return load_dataset(name, config, split=split, streaming=streaming)
     except Exception as error:
         # `datasets` and the hub client raise a dozen unrelated classes here (their own, OSError,
         # ValueError for splits and configs, HTTP errors); the cause stays attached for debugging.

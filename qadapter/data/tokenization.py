@@ -71,13 +71,8 @@ def tokenize_preferences(
         QAdapterError: no pair is left (with all reasons), a bad pair under "raise" (with its row),
             or a tokenizer without chat template or eos token where one is needed.
     """
-    _check_choice("truncation_mode", truncation_mode, ("keep_start", "keep_end"))
-    _check_choice("on_bad_row", on_bad_row, ("drop", "raise"))
-    if max_length is not None and max_length < 2:
-        raise QAdapterError(f"max_length must be at least 2 (prompt and answer), not {max_length}")
     pairs = as_preferences(dataset)
-    encode, end = encoder_for(pairs, tokenizer)
-    step = _Preparation(encode, max_length, truncation_mode, on_bad_row)
+    step, report = prepare(pairs, tokenizer, max_length, truncation_mode, on_bad_row)
     tokenized = pairs.map(
         step,
         remove_columns=[n for n in pairs.column_names if n not in ("row", "prompt_id")],
@@ -85,13 +80,27 @@ def tokenize_preferences(
         num_proc=num_proc,
         desc="Tokenizing preferences",
     )
+    return TokenizedPreferences(_keep_good(tokenized, report), report)
+
+
+def prepare(
+    pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None,
+    truncation_mode: TruncationMode, on_bad_row: OnBadRow,
+) -> tuple["Preparation", PreparationReport]:
+    """What tokenizes pairs like these, and a report that counts none yet; arguments and errors as
+    `tokenize_preferences`."""
+    _check_choice("truncation_mode", truncation_mode, ("keep_start", "keep_end"))
+    _check_choice("on_bad_row", on_bad_row, ("drop", "raise"))
+    if max_length is not None and max_length < 2:
+        raise QAdapterError(f"max_length must be at least 2 (prompt and answer), not {max_length}")
+    encode, end = encoder_for(pairs, tokenizer)
     report = PreparationReport(len(pairs), max_length=max_length, truncation_mode=truncation_mode)
     if end is not None:
         report.end_of_turn = tokenizer.convert_ids_to_tokens(end.token_id)
         report.end_of_turn_source = (
             "chat template" if end.from_template else "tokenizer's eos token"
         )
-    return TokenizedPreferences(_keep_good(tokenized, report), report)
+    return Preparation(encode, max_length, truncation_mode, on_bad_row), report
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -130,7 +139,7 @@ def _keep_good(tokenized: Dataset, report: PreparationReport) -> Dataset:
 
 
 @dataclass
-class _Preparation:
+class Preparation:
     """A canonical row to the columns of `_FEATURES`; what `Dataset.map` runs, in any process."""
 
     encode: Encoder

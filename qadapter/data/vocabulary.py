@@ -6,7 +6,8 @@ another model. In a batch they are an index error, or an assert on a device.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -62,6 +63,17 @@ def check_pairs(
                 row = dataset[index]["row"] if "row" in dataset.column_names else index
                 raise _unknown(token, known, tokenizer, f"{name}: the {place} of row {row}")
             start += len(lists)
+
+
+def check_pair(
+    pair: Mapping[str, Any], known: int, tokenizer: PreTrainedTokenizerBase | None, name: str
+) -> None:
+    """`check_pairs` of one; `known`: ids from 0 that the model has, `num_tokens`."""
+    for column, place in _PLACES.items():
+        ids = pair[column]
+        if ids and not 0 <= min(ids) <= max(ids) < known:
+            token = next(token for token in ids if not 0 <= token < known)
+            raise _unknown(token, known, tokenizer, f"{name}: the {place} of row {pair['row']}")
 
 
 def _first_unknown(lists: pa.Array, known: int) -> tuple[int, int]:

@@ -6,12 +6,14 @@ All of it happens once, before the first step; how much room it takes is known b
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list, gather_object
+import torch
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -29,6 +31,7 @@ from qadapter.training.features import compute_features, feature_bytes, longest
 from qadapter.training.own_samples import load_or_sample
 from qadapter.training.placement import DiskRoom, place
 from qadapter.training.retention import RetentionStates, scored_sequences
+from qadapter.training.streaming import StreamedPairs
 from qadapter.trunk.packing import can_pack
 
 logger = logging.getLogger(__name__)
@@ -183,10 +186,25 @@ class BaseReading(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:
             raise QAdapterError("training needs a train_dataset")
+        if isinstance(self.train_dataset, StreamedPairs):
+            return self._stream_loader(self.train_dataset)
         if self.caches_features:
             self.train_dataset = self._features(("train", self.train_dataset))[0]
         self._settle_packing(self.train_dataset)
         return super().get_train_dataloader()
+
+    def _stream_loader(self, stream: StreamedPairs) -> DataLoader:
+        """Nothing is fetched ahead: when a checkpoint is saved, the stream is where training is."""
+        crew = self._crew()
+        stream.batch_size, stream.seat, stream.seats = (
+            self._train_batch_size, crew.seat, crew.seats
+        )
+        stream.collate = lambda pairs: send_to_device(self.data_collator(pairs), self.args.device)
+        self._settle_packing(stream)
+        # A generator of its own: the global one is where the checkpoint left it.
+        return DataLoader(
+            stream, batch_size=None, collate_fn=lambda batch: batch, generator=torch.Generator()
+        )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -212,12 +230,12 @@ class BaseReading(Trainer):
         self._settle_packing(test_dataset)
         return super().get_test_dataloader(test_dataset)
 
-    def _settle_packing(self, dataset: Dataset | FeatureSet) -> None:
+    def _settle_packing(self, dataset: Dataset | FeatureSet | StreamedPairs) -> None:
         """Whether trunks run on rows without padding; once they can't, they don't."""
         model, wanted = self.model, self.args.padding_free
         packed = wanted is not False and self._pads_because is None
         if packed:
-            reason = can_pack(model.base, longest(dataset), gradients=model.adapts_trunk)
+            reason = can_pack(model.base, _longest(dataset), gradients=model.adapts_trunk)
             if reason is not None and wanted:
                 raise QAdapterError(f"padding_free: {reason}")
             if reason is not None:
@@ -257,3 +275,10 @@ def _disk_room(folders: Iterable[Path], sizes: Sequence[int]) -> DiskRoom:
             feature_store.check_folder(folder)
             to_write += size - there
     return DiskRoom(str(place.parent), free_disk(place), to_write)
+
+
+def _longest(dataset: Dataset | FeatureSet | StreamedPairs) -> int:
+    """Tokens of the longest sequence, or the most that one of a stream may have."""
+    if isinstance(dataset, StreamedPairs):
+        return dataset.max_length or sys.maxsize
+    return longest(dataset)

@@ -12,9 +12,10 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -208,6 +209,8 @@ class AdapterCheckpoints(Trainer):
 
     _limit: int | None = None
     """save_total_limit, while training."""
+    _as_given: Mapping[str, Any] = MappingProxyType({})
+    """Other options that are not theirs while training."""
 
     _checkpoint: str | None = None
     """What this run goes on from."""
@@ -260,6 +263,7 @@ class AdapterCheckpoints(Trainer):
                 Record.of(
                     self._pairs_digest, self._retention_states, self.args.world_size
                 ).write(folder)
+                self._save_place(folder)
                 manifest.write(folder, _files(folder))
         except Exception as error:  # of torch, tokenizers, …: each tells of a full disk its own way
             if self.args.should_save and folder.is_dir():
@@ -270,6 +274,9 @@ class AdapterCheckpoints(Trainer):
             ) from error
         if self.args.should_save:
             self._rotate(run_dir, folder)
+
+    def _save_place(self, folder: Path) -> None:
+        """Of a run on a stream, where in it the run is."""
 
     def _rotate(self, run_dir: Path, newest: Path) -> None:
         """Remove what ``save_total_limit`` does not keep: first what isn't whole, then what was
@@ -318,6 +325,7 @@ class AdapterCheckpoints(Trainer):
         options = self.args.to_dict()
         if self._limit is not None:
             options["save_total_limit"] = self._limit
+        options |= self._as_given
         return json.dumps(options, indent=2)
 
     # --- going on from one ----------------------------------------------------------------------

@@ -246,6 +246,10 @@ class QAdapterConfig(TrainingArguments):
     dataset_num_proc: int | None = field(
         default=None, metadata={"help": "Processes that tokenize; none for the main one alone."}
     )
+    shuffle_buffer: int = field(
+        default=1000,
+        metadata={"help": "Pairs of a stream among which the next one is drawn; 0: as they come."},
+    )
 
     # --- features of the frozen base, and memory ---
     cache_features: str = field(

@@ -29,6 +29,7 @@ from qadapter.system.documents import read_json
 from qadapter.training.config import QAdapterConfig
 from qadapter.training.feature_set import FeatureSet
 from qadapter.training.retention import RetentionStates
+from qadapter.training.streaming import StreamedPairs
 
 ARGUMENTS_NAME = "training_args.json"
 RECORD_NAME = "resuming.json"
@@ -37,7 +38,7 @@ _SAME = (
     "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon",
     "weight_decay", "max_grad_norm", "seed", "data_seed", "train_sampling_strategy",
     "dataloader_drop_last", "ignore_data_skip", "bf16", "fp16", "retention_coef",
-    "retention_states", "accelerator_config",
+    "retention_states", "accelerator_config", "shuffle_buffer",
 )
 """Options that decide where training goes. The objective and the adapter are saved with it, and
 the tokenized pairs tell what the options of the data made."""
@@ -171,8 +172,11 @@ def check_processes(folder: Path, processes: int, say: Callable[[str], None]) ->
             "numbers (dropout) start anew")
 
 
-def digest_of_pairs(dataset: Dataset | FeatureSet) -> str:
-    """Of the tokens and their order; features made elsewhere have a digest of their own kind."""
+def digest_of_pairs(dataset: Dataset | FeatureSet | StreamedPairs) -> str:
+    """Of the tokens and their order, of a stream those of its first pairs; features made elsewhere
+    have a digest of their own kind."""
+    if isinstance(dataset, StreamedPairs):
+        return dataset.digest()
     if isinstance(dataset, Dataset):
         return digest(dataset)
     whole = hashlib.sha256()

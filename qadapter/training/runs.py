@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from qadapter.training.checkpoints import (
     how_to_go_on,
 )
 from qadapter.training.stopping import LeftAnEvaluation, Stopping, StopWhenAsked
+from qadapter.training.streaming import StreamedPairs
 
 
 class Runs(BaseReading, Stopping, AdapterCheckpoints):
@@ -55,8 +58,9 @@ class Runs(BaseReading, Stopping, AdapterCheckpoints):
             )
         if self.train_dataset is None:
             raise QAdapterError("training needs a train_dataset")
+        streamed = isinstance(self.train_dataset, StreamedPairs)
         checks.check_best_is_met(
-            self.args, len(self.train_dataset), self.accelerator.num_processes
+            self.args, 0 if streamed else len(self.train_dataset), self.accelerator.num_processes
         )
         if self._pairs_digest is None:  # features take their place
             self._pairs_digest = resuming.digest_of_pairs(self.train_dataset)
@@ -88,7 +92,8 @@ class Runs(BaseReading, Stopping, AdapterCheckpoints):
         if checkpoint is not None:
             resuming.check_retention(Path(checkpoint), self._retention_states)
         try:
-            return super().train(checkpoint, **kwargs)
+            with self._own_place(checkpoint):
+                return super().train(checkpoint, **kwargs)
         except AllStepsTaken:
             self.is_in_train = False
             self._end_rotation(Path(checkpoint))
@@ -100,3 +105,34 @@ class Runs(BaseReading, Stopping, AdapterCheckpoints):
             # Mixed precision is the training's: accelerate leaves it around the model's forward.
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         return TrainOutput(self.state.global_step, 0.0, {})
+
+    # --- streams --------------------------------------------------------------------------------
+
+    @contextmanager
+    def _own_place(self, checkpoint: str | None) -> Iterator[None]:
+        """A stream goes on by itself where it was: inside, transformers skips nothing."""
+        stream = self.train_dataset
+        if not isinstance(stream, StreamedPairs):
+            yield
+            return
+        if checkpoint is None:
+            stream.start_over()
+        else:
+            stream.load(Path(checkpoint))
+        self._as_given = {"ignore_data_skip": self.args.ignore_data_skip}
+        self.args.ignore_data_skip = True
+        try:
+            yield
+        finally:
+            self.args.ignore_data_skip = self._as_given.pop("ignore_data_skip")
+
+    def _save_place(self, folder: Path) -> None:
+        stream = self.train_dataset
+        if not isinstance(stream, StreamedPairs):
+            return
+        taken = self.state.global_step * (
+            stream.batch_size * stream.seats * self.args.gradient_accumulation_steps
+        )
+        if stream.given != taken:
+            raise QAdapterError(f"the stream gave {stream.given} pairs, and training took {taken}")
+        stream.save(folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -27,8 +27,10 @@ from qadapter.data import (
     use_chat_template,
 )
 from qadapter.data.passages import BUILT_IN
+from qadapter.data.streams import DatasetSource, PreferenceStream
 from qadapter.data.templates import default_of
 from qadapter.data.tokenization import TokenizedPreferences
+from qadapter.data.vocabulary import num_tokens
 from qadapter.errors import QAdapterError
 from qadapter.policy.model import QAdapterModel
 from qadapter.system.progress import Reporter
@@ -46,6 +48,7 @@ from qadapter.training.losses import Totals, averages, batch_loss, count
 from qadapter.training.own_samples import OWN, different_prompts
 from qadapter.training.retention import as_texts, check_head, scored_sequences
 from qadapter.training.runs import Runs
+from qadapter.training.streaming import StreamedPairs, check_arguments
 from qadapter.trunk.loading import load_tokenizer
 from qadapter.trunk.shells import depth_of
 from qadapter.trunk.split import lowest_adapted
@@ -67,7 +70,8 @@ class QAdapterTrainer(Runs):
         data_collator: for tokenized pairs, where features are not cached, such as
             ``qadapter.data.PreferenceCollator``, which pads; default: they are laid out in one row.
         train_dataset: pairs in any format of ``qadapter.data``, raw or tokenized; or all that
-            ``tokenize_preferences`` gives, whose report is kept.
+            ``tokenize_preferences`` gives, whose report is kept. An ``IterableDataset``, or what
+            ``stream_preferences`` gives, is read as training goes; that needs ``max_steps``.
         eval_dataset: the same, or a dict of them.
         processing_class: the tokenizer; default: the base's, loaded by its name.
         compute_metrics: gets ``EvalPrediction`` with ``predictions`` [P, 2], the rewards of chosen
@@ -116,6 +120,11 @@ class QAdapterTrainer(Runs):
         if not isinstance(args, QAdapterConfig):
             raise QAdapterError(f"args must be a QAdapterConfig, got {type(args).__name__}")
         self._reporter, self._say = reporter, say
+        if isinstance(train_dataset, IterableDataset):
+            train_dataset = PreferenceStream(DatasetSource(train_dataset))
+        if isinstance(train_dataset, PreferenceStream):
+            check_arguments(args)
+            args.cache_features = "none"
         model = as_qadapter_model(
             model, args, quantization_config, peft_config,
             say if args.process_index == 0 else None,
@@ -257,7 +266,9 @@ class QAdapterTrainer(Runs):
 
     # --- data -------------------------------------------------------------------------------
 
-    def _prepare(self, dataset: Any, name: str) -> Dataset | FeatureSet:
+    def _prepare(self, dataset: Any, name: str) -> Dataset | FeatureSet | StreamedPairs:
+        if isinstance(dataset, PreferenceStream):
+            return self._prepare_stream(dataset, name)
         if isinstance(dataset, FeatureSet):
             dataset.check(self.model, f"the {name} data")
             return dataset
@@ -272,6 +283,18 @@ class QAdapterTrainer(Runs):
         )
         check_pairs(tokenized, self.model, self.processing_class, f"the {name} data")
         return tokenized
+
+    def _prepare_stream(self, stream: PreferenceStream, name: str) -> StreamedPairs:
+        if name != "train":
+            raise QAdapterError(f"the {name} data is a stream: load_preferences reads all of it")
+        pairs = StreamedPairs(
+            stream, self._load_tokenizer(), max_length=self.args.max_length,
+            truncation_mode=self.args.truncation_mode, on_bad_row=self.args.on_bad_row,
+            known=num_tokens(self.model), shuffle_buffer=self.args.shuffle_buffer,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+        )
+        self.reports[name] = pairs.report
+        return pairs
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [
@@ -461,8 +484,10 @@ class QAdapterTrainer(Runs):
             card.write(self, Path(self.args.output_dir), model_name, dataset_name, tags)
 
 
-def _prompts(dataset: Dataset | FeatureSet | None) -> Sequence[list[int]]:
+def _prompts(dataset: Dataset | FeatureSet | StreamedPairs | None) -> Sequence[list[int]]:
     """What the base's own samples answer."""
+    if isinstance(dataset, StreamedPairs):
+        return dataset.prompts
     if not isinstance(dataset, Dataset):
         raise QAdapterError(
             'retention_dataset "own" needs training data with prompts to sample from: these are '
