@@ -122,6 +122,15 @@ class ScriptArguments(DataArguments):
     test_fraction: float = _field(
         0.1, "Share of the prompts held out where no test split is named; 0 holds out none."
     )
+    streaming: bool = _field(
+        False, "Read the training pairs as training goes, not before: needs max_steps. They are "
+        "shuffled by shuffle_buffer."
+    )
+    features_only: bool = _field(
+        False, "Compute the base's features into feature_cache_dir and stop. The same command on "
+        "several machines, or several times on one, shares the work; without this flag it then "
+        "trains on them."
+    )
     retention_dataset_name: str | None = _field(
         None, "Unrelated texts for retention_coef: .txt (one a line) or .jsonl (key: text), "
         "built-in (English passages that come with qadapter), or own (the base's own answers to "

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -37,9 +38,11 @@ from qadapter.console.progress import TrainingProgress, progress_bar, saying
 from qadapter.console.signals import Terminated, on_termination
 from qadapter.console.terminal import Terminal
 from qadapter.data import (
+    PreferenceStream,
     TokenizedPreferences,
     load_preferences,
     split_by_prompt,
+    stream_preferences,
     tokenize_preferences,
     without_prompts,
 )
@@ -54,7 +57,7 @@ from qadapter.evaluation import (
 from qadapter.evaluation.report import Section, pictures_markdown, write_json
 from qadapter.policy import storage
 from qadapter.system.markup import markdown_list
-from qadapter.training import QAdapterConfig, QAdapterTrainer, checks
+from qadapter.training import QAdapterConfig, QAdapterTrainer, checks, streaming
 from qadapter.training.checkpoints import find_checkpoint, how_to_go_on
 from qadapter.training.feature_set import FeatureSet
 from qadapter.training.own_samples import OWN
@@ -67,6 +70,7 @@ from qadapter.trunk.sharding import layout_of
 _DATA = (
     "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split",
     "test_dataset_name", "test_fraction", "columns", "domain", "rejected_domains", "max_rows",
+    "streaming",
 )
 _PREPARATION = ("max_length", "truncation_mode", "on_bad_row")
 _OBJECTIVE = (
@@ -81,6 +85,7 @@ _TRAINING = (
     "eval_steps", "logging_steps", "save_strategy", "save_steps", "save_total_limit",
     "resume_from_checkpoint", "seed",
 )
+_STREAMING = ("shuffle_buffer",)
 _MEMORY = ("cache_features", "padding_free", "feature_cache_dir", "feature_batch_tokens",
            "feature_shard_mb", "workspace_mb", "pad_to_multiple_of", "dataset_num_proc",
            "model_init_kwargs", "trust_remote_code")
@@ -88,7 +93,7 @@ GROUPS = (
     Group(args.ModelArguments, "Model"),
     Group(args.ScriptArguments, "Data", _DATA),
     Group(QAdapterConfig, "Model", ("chat_template_path",)),
-    Group(QAdapterConfig, "Data", _PREPARATION),
+    Group(QAdapterConfig, "Data", (*_PREPARATION, *_STREAMING)),
     Group(QAdapterConfig, "Output", ("output_dir",)),
     Group(args.ScriptArguments, "Output", ("overwrite_output_dir",)),
     Group(QAdapterConfig, "Adapter and objective", _OBJECTIVE),
@@ -97,6 +102,7 @@ GROUPS = (
     Group(QAdapterConfig, "Training", _TRAINING),
     Group(args.MeasureArguments, "Evaluation after training"),
     Group(QAdapterConfig, "Memory and loading", _MEMORY),
+    Group(args.ScriptArguments, "Memory and loading", ("features_only",)),
     Group(QAdapterConfig, "Options of transformers.TrainingArguments", hidden=True),
 )
 # The command decides these itself; they would be accepted and ignored.
@@ -141,6 +147,10 @@ def run(
         raise QAdapterError(f"test_fraction must be from 0 to below 1, got {script.test_fraction}")
     resume: str | bool | None = config.resume_from_checkpoint
     resume = True if str(resume).lower() == "true" else resume
+    if config.shuffle_buffer is not None and not script.streaming:
+        raise QAdapterError("shuffle_buffer is for streaming: other data is shuffled as a whole")
+    if script.features_only:
+        _check_features_only(script, config, bool(resume))
     with _folder(model_args, script, config, measures, bool(resume)) as folder:
         if resume:
             resume = find_checkpoint(folder, resume, saying(console))
@@ -155,7 +165,10 @@ def _folder(
     model_args: args.ModelArguments, script: args.ScriptArguments, config: QAdapterConfig,
     measures: args.MeasureArguments, resuming: bool,
 ) -> AbstractContextManager[Path]:
-    """The output folder, for this run alone; of several processes the main one sees to it."""
+    """The output folder, for this run alone; of several processes the main one sees to it. One that
+    only computes features leaves it alone."""
+    if script.features_only:
+        return _instead_of_output(config)
     if config.process_index > 0:
         return contextlib.nullcontext(Path(config.output_dir).expanduser())
     # The model card takes the name of a README that may be the user's own.
@@ -172,6 +185,27 @@ def _folder(
     )
 
 
+@contextlib.contextmanager
+def _instead_of_output(config: QAdapterConfig) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        config.output_dir = folder
+        yield Path(folder)
+
+
+def _check_features_only(
+    script: args.ScriptArguments, config: QAdapterConfig, resuming: bool
+) -> None:
+    if config.cache_features in ("memory", "none"):
+        raise QAdapterError(
+            f"features_only writes features to disk: not with cache_features "
+            f"{config.cache_features}"
+        )
+    for name, given in (("resume_from_checkpoint", resuming), ("streaming", script.streaming)):
+        if given:
+            raise QAdapterError(f"features_only does not go with {name}")
+    config.cache_features = "disk"
+
+
 def _run(
     model_args: args.ModelArguments, script: args.ScriptArguments, config: QAdapterConfig,
     measures: args.MeasureArguments, given: set[str], folder: Path, resume: str | None,
@@ -181,7 +215,10 @@ def _run(
     measured_texts = read_measures(measures)
     named = script.retention_dataset_name
     retention_texts = None if named in (None, OWN) else read_held_to(named)
-    train_pairs, test_pairs = _load_pairs(script, config.seed, console)
+    if script.streaming:
+        train_pairs, test_pairs = _open_stream(script, config, given)
+    else:
+        train_pairs, test_pairs = _load_pairs(script, config.seed, console)
     if test_pairs is None:
         if "eval_strategy" in given and config.eval_strategy != "no":
             raise QAdapterError("eval_strategy needs held-out pairs: set test_fraction above 0")
@@ -198,15 +235,18 @@ def _run(
     check_texts("retention_file", measures.retention_file, measured_texts, tokenizer)
     check_texts("retention_dataset_name", named, retention_texts, tokenizer)
     # All that needs no weights comes before they are loaded.
-    train = _tokenize(train_pairs, tokenizer, config)
+    train = train_pairs
+    if not script.streaming:
+        train = _tokenize(train_pairs, tokenizer, config)
+        checks.check_best_is_met(config, len(train.dataset), config.world_size)
     test = None if test_pairs is None else _tokenize(test_pairs, tokenizer, config)
-    checks.check_best_is_met(config, len(train.dataset), config.world_size)
     check_without_weights(
-        base_name, loading, tokenizer, config.adapter_config, train=train.dataset,
+        base_name, loading, tokenizer, config.adapter_config,
+        train=None if script.streaming else train.dataset,
         eval=None if test is None else test.dataset,
     )
     for name, tokenized in (("training", train), ("held-out", test)):
-        if tokenized is not None:
+        if isinstance(tokenized, TokenizedPreferences):
             console.print(f"{name} pairs:")
             console.print(tokenized.report.table())
     config.model_init_kwargs = {k: v for k, v in loading.items() if v is not None}
@@ -228,6 +268,11 @@ def _run(
     main_process = config.process_index == 0
     if main_process and script.overwrite_output_dir and not resume:
         remove_files(folder, RUN_FILES)
+    if script.features_only:
+        trainer.read_base()
+        console.print("the features are on disk: train by the same command without "
+                      "--features_only", highlight=False)
+        return
     # The tokenized pairs: training puts their features in place of them.
     test_dataset = trainer.eval_dataset
     _train(trainer, resume, folder, console)
@@ -272,6 +317,36 @@ def _tokenize(
     )
 
 
+def _open_stream(
+    script: args.ScriptArguments, config: QAdapterConfig, given: set[str]
+) -> tuple[PreferenceStream, Dataset | None]:
+    """(training pairs as a stream, held-out pairs or None)."""
+    streaming.check_arguments(config)
+    if script.max_rows is not None:
+        raise QAdapterError("max_rows is not for streaming: max_steps ends it")
+    apart = script.test_dataset_name or script.dataset_test_split
+    if not apart and "test_fraction" in given and script.test_fraction:
+        raise QAdapterError(
+            "test_fraction needs all prompts, and a stream is not read before training: name "
+            "held-out pairs with test_dataset_name or dataset_test_split, or set it to 0"
+        )
+    options = script.load_kwargs()
+    options.pop("limit")
+    stream = stream_preferences(script.dataset_name, split=script.dataset_train_split, **options)
+    if not apart:
+        return stream, None
+    test = _load_test(script)
+    stream.left_out = frozenset(test["prompt_id"])
+    return stream, test
+
+
+def _load_test(script: args.ScriptArguments) -> Dataset:
+    return load_preferences(
+        script.test_dataset_name or script.dataset_name,
+        split=script.dataset_test_split or "train", **script.load_kwargs(),
+    )
+
+
 def _load_pairs(
     script: args.ScriptArguments, seed: int, console: Console
 ) -> tuple[Dataset, Dataset | None]:
@@ -286,10 +361,7 @@ def _load_pairs(
     train = load_preferences(
         script.dataset_name, split=script.dataset_train_split, **script.load_kwargs()
     )
-    test = load_preferences(
-        script.test_dataset_name or script.dataset_name,
-        split=script.dataset_test_split or "train", **script.load_kwargs(),
-    )
+    test = _load_test(script)
     kept = without_prompts(train, test["prompt_id"])
     if len(kept) == 0:
         raise QAdapterError("every training prompt is also held out: nothing is left to train on")

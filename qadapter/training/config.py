@@ -38,7 +38,7 @@ _AT_LEAST = {
     **dict.fromkeys((
         "learning_rate", "warmup_steps", "max_grad_norm", "weight_decay", "adam_epsilon",
         "logging_steps", "eval_steps", "save_steps", "eval_delay", "dataloader_num_workers",
-        "seed", "data_seed", "retention_coef",
+        "seed", "data_seed", "retention_coef", "shuffle_buffer",
     ), 0),
     "max_length": 2,  # a token of the prompt, one of the answer
     "max_steps": -1,  # transformers' own default: not set
@@ -246,9 +246,10 @@ class QAdapterConfig(TrainingArguments):
     dataset_num_proc: int | None = field(
         default=None, metadata={"help": "Processes that tokenize; none for the main one alone."}
     )
-    shuffle_buffer: int = field(
-        default=1000,
-        metadata={"help": "Pairs of a stream among which the next one is drawn; 0: as they come."},
+    shuffle_buffer: int | None = field(
+        default=None,
+        metadata={"help": "Pairs of a stream among which the next one is drawn (1000); 0: as they "
+                  "come."},
     )
 
     # --- features of the frozen base, and memory ---

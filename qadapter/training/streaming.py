@@ -34,6 +34,8 @@ _LISTS = {
 }
 _DIGESTED = 128
 """Pairs by which a stream is known again."""
+_BUFFER = 1000
+"""Pairs that are shuffled at a time where no number is given."""
 _DRAWS = 1024
 """Random numbers that are made at a time."""
 
@@ -224,6 +226,11 @@ class StreamedPairs(torch.utils.data.IterableDataset):
         ]
         for name, value in state["counts"].items():
             setattr(self.report, name, value)
+
+
+def buffer_of(args: QAdapterConfig) -> int:
+    """Pairs among which the next one is drawn."""
+    return _BUFFER if args.shuffle_buffer is None else args.shuffle_buffer
 
 
 def check_arguments(args: QAdapterConfig) -> None:

@@ -35,7 +35,7 @@ from qadapter.errors import QAdapterError
 from qadapter.policy.model import QAdapterModel
 from qadapter.system.progress import Reporter
 from qadapter.system.room import require_writable
-from qadapter.training import card, checks
+from qadapter.training import card, checks, streaming
 from qadapter.training.assembly import EitherCollator, as_qadapter_model
 from qadapter.training.config import (
     OWN_SAMPLES_COEF,
@@ -48,7 +48,7 @@ from qadapter.training.losses import Totals, averages, batch_loss, count
 from qadapter.training.own_samples import OWN, different_prompts
 from qadapter.training.retention import as_texts, check_head, scored_sequences
 from qadapter.training.runs import Runs
-from qadapter.training.streaming import StreamedPairs, check_arguments
+from qadapter.training.streaming import StreamedPairs
 from qadapter.trunk.loading import load_tokenizer
 from qadapter.trunk.shells import depth_of
 from qadapter.trunk.split import lowest_adapted
@@ -123,8 +123,10 @@ class QAdapterTrainer(Runs):
         if isinstance(train_dataset, IterableDataset):
             train_dataset = PreferenceStream(DatasetSource(train_dataset))
         if isinstance(train_dataset, PreferenceStream):
-            check_arguments(args)
+            streaming.check_arguments(args)
             args.cache_features = "none"
+        elif args.shuffle_buffer is not None:
+            raise QAdapterError("shuffle_buffer is for streams: other data is shuffled as a whole")
         model = as_qadapter_model(
             model, args, quantization_config, peft_config,
             say if args.process_index == 0 else None,
@@ -290,7 +292,8 @@ class QAdapterTrainer(Runs):
         pairs = StreamedPairs(
             stream, self._load_tokenizer(), max_length=self.args.max_length,
             truncation_mode=self.args.truncation_mode, on_bad_row=self.args.on_bad_row,
-            known=num_tokens(self.model), shuffle_buffer=self.args.shuffle_buffer,
+            known=num_tokens(self.model),
+            shuffle_buffer=streaming.buffer_of(self.args),
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
         )
         self.reports[name] = pairs.report

@@ -318,8 +318,10 @@ def test_other_pairs_or_another_buffer_are_refused(make_trainer, tmp_path):
         build(make_trainer, folder, None, build_pairs(COUNT, seed=5).to_iterable_dataset()).train(
             resume_from_checkpoint=True
         )
-    with pytest.raises(QAdapterError, match="trained on other pairs"):
-        build(make_trainer, folder, None, build_pairs(COUNT)).train(resume_from_checkpoint=True)
+    with pytest.raises(QAdapterError, match="shuffle_buffer 7, this run"):
+        build(make_trainer, folder, None, build_pairs(COUNT), shuffle_buffer=None).train(
+            resume_from_checkpoint=True
+        )
 
 
 def test_held_to_the_base_s_own_answers(make_trainer, tmp_path):
@@ -340,7 +342,9 @@ def test_what_a_stream_cannot_do_is_said(make_trainer, tmp_path, options, words)
         build(make_trainer, tmp_path, None, build_pairs(4).to_iterable_dataset(), **options)
 
 
-def test_held_out_pairs_are_no_preference_stream(make_trainer, tmp_path):
-    with pytest.raises(QAdapterError, match="the eval data is a stream: load_preferences"):
-        build(make_trainer, tmp_path, None, build_pairs(4),
+def test_a_buffer_is_for_streams(make_trainer, tmp_path):
+    with pytest.raises(QAdapterError, match="shuffle_buffer is for streams"):
+        build(make_trainer, tmp_path, None, build_pairs(4))
+    with pytest.raises(QAdapterError, match="the eval data is a stream"):
+        build(make_trainer, tmp_path, None, build_pairs(4), shuffle_buffer=None,
               evaluation=opened(build_pairs(4).to_iterable_dataset()))
