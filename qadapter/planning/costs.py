@@ -80,8 +80,11 @@ class Costs(NamedTuple):
     head: int
     """Logits at a time, and hidden states of the actions."""
     step: Work
+    read: int
+    """Bytes of the base that products read."""
     gathered: int
-    """Bytes of the base that a step reads, and a sharded one gathers."""
+    """Bytes of a sharded base that are sent to every process: what runs at each of its passes, and
+    embeddings and head, which stay until the backward pass has run."""
     reading: Work
     """Of the base's one pass over a pair."""
     features: int
@@ -126,8 +129,9 @@ def costs_of(
         trunk_flops += forward(shape.depth)
         passes += 1
     trunk_flops += 6 * trained.parameters * (actions if head_adapter else tokens)
-    gathered = 2 * blocks * shape.block + (0 if run.cached else shape.depth * shape.block)
-    gathered += shape.product * passes
+    of_base = 0 if run.cached else shape.depth * shape.block
+    again = 2 if run.retention and blocks else 1  # its texts run in a pass of their own
+    gathered = 2 * again * blocks * shape.block + of_base + shape.embeddings + shape.head
     return Costs(
         weights=shape.weights * shape.itemsize,
         in_flight=(shape.embeddings + shape.head + 2 * shape.block) * shape.itemsize,
@@ -135,6 +139,7 @@ def costs_of(
         activations=round(tokens * _kept(shape, trained, blocks, run.checkpointing)),
         head=_head_bytes(shape, actions, run, head_adapter, cpu),
         step=Work(trunk_flops, 2 * passes * actions * shape.product),
+        read=(2 * blocks * shape.block + of_base + passes * shape.product) * shape.itemsize,
         gathered=gathered * shape.itemsize,
         reading=_reading(shape, lengths) if run.cached else Work(0.0, 0.0),
         features=round(_features(shape, trained, lengths, run, split)),

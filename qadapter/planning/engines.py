@@ -97,9 +97,10 @@ def _engine(
         "logits at a time, states": costs.head,
     }
     computed = costs.step.seconds(device.flops)
-    read = costs.gathered / device.bandwidth
-    sent = costs.gathered * (shards - 1) / shards / link
-    micro = {"products": computed, "memory": read, "the network": sent}
+    micro = {
+        "products": computed, "memory": costs.read / device.bandwidth,
+        "the network": costs.gathered * (shards - 1) / shards / link,
+    }
     bound_by = max(micro, key=micro.get)
     # One batch of the reading at a time, behind each the next blocks' weights.
     batch = math.ceil(lengths.pairs * lengths.tokens / config.feature_batch_tokens / processes)
