@@ -98,6 +98,7 @@ def test_no_chat_template(place, train, tmp_path):
     assert code == 2 and "chat" in line and "template" in line
 
 
+@pytest.mark.slow
 def test_loading_options_from_flags_and_files(train, tmp_path):
     """As YAML in a flag, as a mapping in a file, and a flag that takes true and false."""
     code, line = train(

@@ -180,6 +180,7 @@ def test_a_loras_weights_are_mixed_as_two_checkpoints_are(bench, place):
             )
 
 
+@pytest.mark.slow
 def test_an_interpolated_row_has_weights_for_its_dial(place):
     rows = {
         "dpo": {"method": "dpo", "adapter": {"kind": "lora", "r": 2}},
@@ -262,6 +263,7 @@ def test_the_best_of_the_bases_answers_are_learned(bench, tmp_path, place):
     assert again[: len(stored)] == stored and len(again) == 4 * len(best)
 
 
+@pytest.mark.slow
 def test_a_best_of_n_row_trains_the_row_that_rewards_first(place, monkeypatch):
     rows = {
         "best": {"method": "best_of_n", "of": "q", "n": 2}, "q": {"method": "q_adapter"},
@@ -338,6 +340,7 @@ def test_the_teacher_is_the_base_that_was_shown_the_preferred_answer(bench, tmp_
     assert (policy - base).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_the_student_comes_nearer_to_its_teacher(place, tmp_path):
     training = {**settings()["training"], "num_train_epochs": 8}
     bench = bench_of(place, "longer", training=training)

@@ -66,6 +66,7 @@ def read(folder, name, file):
     return json.loads((run_folder(folder / "out", name, 0) / file).read_text())
 
 
+@pytest.mark.slow
 def test_a_broken_off_comparison_goes_on_where_it_was(place):
     _, again = place
     assert not any("sft" in line or "replay" in line for line in again)
@@ -193,6 +194,7 @@ def test_another_configuration_is_refused_by_name(place):
         run_comparison(config, folder)
 
 
+@pytest.mark.slow
 def test_a_method_that_was_left_out_must_be_what_it_was_when_it_comes_back(tmp_path):
     folder = write_place(tmp_path)
     methods = {"q": settings()["methods"]["q"], "dpo": settings()["methods"]["dpo"]}
@@ -369,6 +371,7 @@ def test_no_changed_number_of_a_result_is_believed(place, tmp_path):
         read_results(config, out, "validation")
 
 
+@pytest.mark.slow
 def test_an_adapter_that_is_not_whole_is_trained_again(place, tmp_path):
     folder, _ = place
     config, lines = read_config(folder / "compare.yaml"), []
@@ -410,6 +413,7 @@ def test_the_test_split_is_measured_on_request_and_recorded(place, capsys):
     assert "scored on it more than once: dpo seed 0" in page
 
 
+@pytest.mark.slow
 def test_the_report_is_one_file_that_says_it_all(place, capsys):
     folder, _ = place
     out = folder / "out"
@@ -465,6 +469,7 @@ def test_rows_are_compared_prompt_by_prompt(place):
     assert f"{turned.gain.value:.2f} [" in page.split("The dial")[1]
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_from_results_alone(place, tmp_path):
     folder, _ = place
     config = read_config(folder / "compare.yaml")
@@ -508,6 +513,7 @@ def test_pictures_are_drawn_from_results_alone(place, tmp_path):
     assert len(looks) == len(many)
 
 
+@pytest.mark.slow
 def test_without_prompts_nothing_is_sampled_and_what_is_left_is_reported(place, capsys):
     folder, _ = place
     path = write_config(
@@ -534,6 +540,7 @@ def test_without_prompts_nothing_is_sampled_and_what_is_left_is_reported(place, 
     assert "Against dpo" in page and "Each judge apart" not in page
 
 
+@pytest.mark.slow
 def test_sweeps_may_go_unasked(place):
     folder, _ = place
     config = read_config(write_config(

@@ -451,6 +451,7 @@ def saved(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_an_export_has_the_checkpoints_type_whatever_this_cpu_multiplies_faster(
     saved, tmp_path, monkeypatch, capsys
 ):
@@ -489,6 +490,7 @@ def test_the_command_exports_and_checks_in_another_process(saved, tmp_path, caps
     assert "| strength | 0.5 |" in text and "transformers (in the check)" in text
 
 
+@pytest.mark.slow
 def test_the_other_process_can_refuse(tmp_path):
     request = {"export": str(tmp_path), "threads": 1, "base": None, "revision": None,
                "dtype": "float32", "attn_implementation": "sdpa", "device": "cpu"}

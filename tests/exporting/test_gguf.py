@@ -84,6 +84,7 @@ def card(folder):
 # --- the policy in a file -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_policy_becomes_one_file_that_transformers_reads(tmp_path):
     """By the two processes of an export."""
     # Their reader doesn't look for biases, unless it is told so by another config.

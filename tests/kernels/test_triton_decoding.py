@@ -183,6 +183,7 @@ def test_draws_survive_hugging_faces_filters(data):
     assert logits[0, token] >= weakest  # ties at top-p's threshold are all kept
 
 
+@pytest.mark.slow
 def test_ties_at_the_threshold_are_all_kept():
     """top-k as Hugging Face; top-p keeps a whole group of equal logits or none of it."""
     logits = torch.tensor([2.0, 1.0, 1.0, 1.0, 0.0, -0.0], dtype=torch.bfloat16).expand(24, 6)
@@ -190,6 +191,7 @@ def test_ties_at_the_threshold_are_all_kept():
     assert set(draw(logits, top_p=0.6).tolist()) == {0, 1, 2, 3}
 
 
+@pytest.mark.slow
 def test_draws_are_named_by_seed_offset_row_and_column(monkeypatch):
     """The same in any launch geometry and batch; another seed, offset or row draws anew."""
     logits = torch.randn(1, 600).expand(8, 600)

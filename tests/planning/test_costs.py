@@ -230,6 +230,7 @@ def test_plans_are_near_what_was_measured(record):
         assert 0.9 < needed / record["peak_extra_mib"] < 1.25
 
 
+@pytest.mark.slow
 def test_the_larger_half_of_the_records_is_told_within_a_tenth():
     ratios = [1e3 * _plan_of(r).step.seconds(CPU_RATE) / r["ms"] for r in _measured()
               if r["device"] == "cpu"]

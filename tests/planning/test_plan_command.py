@@ -119,6 +119,7 @@ def test_without_pairs_or_model(place, capsys):
     assert code == 2 and "no such folder" in err
 
 
+@pytest.mark.slow
 def test_the_table_of_the_docs_is_todays(monkeypatch):
     monkeypatch.syspath_prepend(str(DOCS))
     monkeypatch.delitem(sys.modules, "what_it_plans", raising=False)

@@ -144,6 +144,7 @@ def test_a_plain_model_is_drawn_from_too():
     assert_drawn_from(exactly(base, prompt), tokens)
 
 
+@pytest.mark.slow
 @needs_kernel
 def test_a_padded_batch_over_many_steps(model, draws):
     """With one token left to draw from, sampling is greedy: positions, caches and ends included."""

@@ -530,6 +530,7 @@ def test_contrast_in_both_themes(browser, stub, theme):
     browser.command("Emulation.setEmulatedMedia", features=[])
 
 
+@pytest.mark.slow
 def test_whoever_can_not_see_it_is_told(browser, stub):
     """Every control has a name, and an answer says whose it is."""
     stub.adapters = {"polite": 1.0, "brief": 0.5}

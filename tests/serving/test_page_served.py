@@ -18,6 +18,7 @@ BASE, CUSTOM = ".side:first-child", ".side:last-child"
 KEY = "a-key-of-some-length"
 
 
+@pytest.mark.slow
 def test_the_page_shows_what_the_models_say(tmp_path):
     folder = save_adapters(tmp_path)
     tokenizer, model = load_tokenizer(folder / "base"), reference(folder, "gated")

@@ -140,6 +140,7 @@ def test_the_command_from_its_first_line_to_its_last(folder, tmp_path):
 # --- load ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @batches_continuously
 def test_thirty_two_clients_lose_nothing_in_a_cache_too_small_for_them(folder, monkeypatch):
     from qadapter.serving import engine
