@@ -38,7 +38,15 @@ from qadapter.errors import QAdapterError, beginning
 from qadapter.trunk.checkpointing import checkpoints_reentrantly
 from qadapter.trunk.lm_head import input_device, trunk
 from qadapter.trunk.loading import shell_of
-from qadapter.trunk.sharding import freeze, require_whole, require_whole_matrices, within
+from qadapter.trunk.sharding import (
+    freeze,
+    layout_of,
+    require_whole,
+    require_whole_matrices,
+    reshard,
+    stand_ins,
+    within,
+)
 from qadapter.trunk.split import SplitTrunk, lowest_adapted
 
 PRESETS = {
@@ -84,9 +92,10 @@ class LoraAdapter:
         require_adapting(config)
         require_matching(config, (name for name, _ in base.named_modules()))
         before = _probe(base)
+        reshard(base)
         frozen = {id(p) for p in base.parameters()}
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), stand_ins(base):
                 # PEFT reads a property by the name that transformers gives up.
                 warnings.simplefilter("ignore", FutureWarning)
                 self.peft_model = peft.get_peft_model(base, _trainable(config))
@@ -118,10 +127,12 @@ class LoraAdapter:
             QAdapterError: PEFT can't hold both.
         """
         base, name = self.peft_model.get_base_model(), f"adapter_{len(self.names)}"
+        reshard(base)
         frozen = {id(p) for p in base.parameters()} - {id(p) for p in self.parameters()}
         require_matching(config, (name for name, _ in base.named_modules()))
         try:
-            self.peft_model.add_adapter(name, _trainable(config))
+            with stand_ins(base):
+                self.peft_model.add_adapter(name, _trainable(config))
         except Exception as error:
             raise QAdapterError(
                 f"PEFT can't hold these adapters together: {beginning(error)}"
@@ -286,7 +297,11 @@ class LoraAdapter:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The adapter's own parameters."""
-        return map(self.peft_model.get_base_model().get_parameter, self._weights)
+        return (parameter for _, parameter in self._named_weights())
+
+    def _named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        base = self.peft_model.get_base_model()
+        return ((name, base.get_parameter(name)) for name in self._weights)
 
     @property
     def drops(self) -> bool:
@@ -329,6 +344,9 @@ class LoraAdapter:
         Args:
             state_dict: of the whole ``QAdapterModel``, where a trainer gathered it.
         """
+        if state_dict is None and layout_of(self.peft_model.get_base_model()).engine:
+            # The base's own would let go of what it gathered, in this process alone.
+            state_dict = dict(self._named_weights())
         if state_dict is not None:
             state_dict = {
                 "base_model.model." + name.removeprefix("base."): x
@@ -350,6 +368,8 @@ class LoraAdapter:
             reason = "it fits no layer"
         elif outside:
             reason = f"it adapts {', '.join(outside)}: the two streams share a frozen head"
+        elif layout_of(base).engine and any(p.isnan().any() for p in self.parameters()):
+            reason = "it is made from the base's weights, of which each process keeps a part"
         else:
             with self.off(), _recording(base) as ran:
                 after = _probe(base)

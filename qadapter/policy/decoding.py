@@ -282,12 +282,12 @@ class StreamedGeneration(GenerationMixin):
         Raises:
             QAdapterError: the installed transformers is too old for it; the base is sharded.
         """
+        require_whole(self.base, "continuous batching")
         if Version(transformers.__version__) < Version(CONTINUOUS_BATCHING):
             raise QAdapterError(
                 f"continuous batching needs transformers {CONTINUOUS_BATCHING} or newer, and "
                 f"{transformers.__version__} is installed: use generate, or upgrade it"
             )
-        require_whole(self.base, "continuous batching")
         streams = self._streams(None)
         if len(streams) == 1:
             return super().init_continuous_batching(*args, **kwargs)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from qadapter.training.placement import DiskRoom, place
 from qadapter.training.retention import RetentionStates, scored_sequences
 from qadapter.training.streaming import StreamedPairs
 from qadapter.trunk.packing import can_pack
+from qadapter.trunk.sharding import layout_of
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +130,7 @@ class BaseReading(Trainer):
         return Crew(
             seat=self.accelerator.process_index, seats=self.accelerator.num_processes,
             index=self.accelerator.process_index, leader=self.accelerator.process_index,
-            gather=lambda x: gather_object([x]),
+            lockstep=bool(layout_of(self.model.base).engine), gather=lambda x: gather_object([x]),
         )
 
     def _place(self, datasets: Sequence[Dataset]) -> str:
@@ -169,11 +170,12 @@ class BaseReading(Trainer):
         if texts is None:
             with (
                 self._working("the base answers training prompts", "answers") as progress,
-                self.accelerator.main_process_first(),
+                nullcontext() if self._crew().lockstep else self.accelerator.main_process_first(),
             ):
                 texts = load_or_sample(
                     self.model, self._training_prompts, self.processing_class,
                     cache_dir=self.args.feature_cache_dir, progress=progress, say=self._tell,
+                    crew=self._crew(),
                 )
         with self._working("the base reads the retention texts", "texts") as progress:
             return RetentionStates(

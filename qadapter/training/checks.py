@@ -23,6 +23,7 @@ from transformers.training_args import OptimizerNames
 
 from qadapter.errors import QAdapterError, nearest, shown
 from qadapter.system.documents import parse_json
+from qadapter.training import engines
 from qadapter.training.losses import PER_ACTION, PER_ALL_ACTIONS, PER_PAIR
 
 if TYPE_CHECKING:
@@ -36,8 +37,6 @@ _UNSUPPORTED = {
     "torch_compile": (False, "the loss does not go through the model's forward"),
     "torch_compile_backend": (None, "the loss does not go through the model's forward"),
     "torch_compile_mode": (None, "the loss does not go through the model's forward"),
-    "fsdp": (None, "the adapter is small: use data parallelism (accelerate launch)"),
-    "deepspeed": (None, "the adapter is small: use data parallelism (accelerate launch)"),
     "include_num_input_tokens_seen": ("no", "num_tokens is always logged"),
     "average_tokens_across_devices": (True, "every mean is over all processes"),
     "parallelism_config": (None, "the adapter is small: use data parallelism (accelerate launch)"),
@@ -77,6 +76,7 @@ def check_supported(args: QAdapterConfig) -> None:
         unset = not value and allowed in (0.0, False, None, "no")
         if value != allowed and not unset:
             raise QAdapterError(f"{name}={shown(value)} can't be honoured: {reason}")
+    engines.settle(args)
     for name, kind in _ENUMS.items():
         _check_choice(args, name, [member.value for member in kind])
     for name in ("log_level", "log_level_replica"):

@@ -45,3 +45,7 @@ class Crew(NamedTuple):
     def most(self, count: int) -> int:
         """The highest count of all processes."""
         return max(self.gather(count)) if self.lockstep else count
+
+    def first(self, x: Any) -> Any:
+        """What the first process hands in."""
+        return self.gather(x)[0] if self.lockstep else x

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qadapter.objective import find_actions, policy_logprob, sequence_loss
 from qadapter.policy.model import QAdapterModel
+from qadapter.trunk.sharding import within
 
 PER_PAIR = (
     "preference_loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies",
@@ -55,6 +56,12 @@ def batch_loss(
         totals: the step this batch is a part of; default: the batch is all there is.
         workspace_mb: upper bound on the memory for logits, MiB.
     """
+    return within(model.base, lambda: _batch_loss(model, batch, totals, workspace_mb))
+
+
+def _batch_loss(
+    model: QAdapterModel, batch: Mapping[str, Any], totals: Totals | None, workspace_mb: int
+) -> BatchLoss:
     states = _scored_states(model, batch)
     # Without a cached lse(b) the base's logits are computed, and its statistics cost nothing more.
     need_statistics = states.base_logsumexp is None
@@ -93,7 +100,8 @@ def batch_loss(
             ]
         ).float()
     # Where a device_map splits the base, to the batch's device, which is where trainers sum up.
-    return BatchLoss(terms.loss.to(device), rewards_B2.to(device), columns.to(device))
+    # Of views, engines that hook what comes out of a root warn.
+    return BatchLoss(terms.loss.to(device).clone(), rewards_B2.to(device), columns.to(device))
 
 
 class _ScoredStates(NamedTuple):

@@ -26,6 +26,7 @@ from qadapter.system.locking import exclusive
 from qadapter.system.progress import Progress
 from qadapter.system.scratch import remove_abandoned, replacing
 from qadapter.system.sealed import opened, sealed
+from qadapter.training.crew import Crew
 from qadapter.trunk.identity import digest_of
 from qadapter.trunk.lm_head import input_device
 
@@ -69,6 +70,7 @@ def load_or_sample(
     model: QAdapterModel, prompts: Sequence[list[int]],
     tokenizer: PreTrainedTokenizerBase | None, *, cache_dir: str | Path | None = None,
     progress: Progress | None = None, say: Callable[[str], None] | None = None,
+    crew: Crew | None = None,
 ) -> list[Sample]:
     """One sample of the base for each of up to ``COUNT`` prompts; from the cache if it is there.
     Several processes may ask for the same at once: one draws, the others wait for it.
@@ -80,6 +82,8 @@ def load_or_sample(
             written, samples are kept in memory alone.
         progress: called with (answers done, of how many).
         say: gets a line about another process that is waited for, or a cache that can't be used.
+        crew: the processes of this launch, which draw together where a forward of the base is a
+            collective.
 
     Raises:
         QAdapterError: the ``cache_dir`` asked for can't be written.
@@ -90,9 +94,13 @@ def load_or_sample(
     cache = _Cache(Path(cache_dir or default_cache_dir() / "own_samples"), model, prompts)
     folder, pad = cache.path.parent, padding_id(model, tokenizer)
     remove_abandoned(folder)
-    answers = cache.read()
+    crew = crew or Crew()
+    answers = crew.first(cache.read())
     try:
-        if answers is None:
+        if answers is None and crew.lockstep:
+            answers = crew.first(_sample(model, prompts, pad, progress))
+            _write_together(cache, answers, crew)
+        elif answers is None:
             with exclusive(cache.path, say):
                 answers = cache.read()
                 if answers is None:
@@ -111,6 +119,18 @@ def load_or_sample(
                 "are kept for this run alone; name a feature_cache_dir to keep them")
         answers = answers or _sample(model, prompts, pad, progress)
     return list(zip(prompts, answers, strict=True))
+
+
+def _write_together(cache: _Cache, answers: list[list[int]], crew: Crew) -> None:
+    """The first process writes; raises OSError in all of them."""
+    failure = None
+    if crew.index == 0:
+        try:
+            cache.write(answers)
+        except OSError as error:
+            failure = str(error.strerror or error)
+    if (failure := crew.first(failure)) is not None:
+        raise OSError(failure)
 
 
 class _Cache:

@@ -32,6 +32,7 @@ from qadapter.system.room import available_memory, size
 from qadapter.system.textfiles import check_unicode
 from qadapter.trunk.lm_head import input_device
 from qadapter.trunk.packing import Packing, can_pack
+from qadapter.trunk.sharding import within
 from qadapter_kernels import Coefficients
 
 _BASE = Coefficients(alpha_0=0.0)
@@ -168,6 +169,9 @@ class RetentionStates:
 
         16-bit products leave an error of the size of their rounding (about 1e-3 on a CPU).
         """
+        return within(model.base, lambda: self._divergence(model, states))
+
+    def _divergence(self, model: QAdapterModel, states: Tensor) -> Tensor:
         self._follow(model)
         places, states = states, states.to(self.features_MD.device)
         features, base_lse = self.features_MD[states], self.base_lse_M[states]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
@@ -43,6 +44,7 @@ from qadapter.training.config import (
     QAdapterConfig,
     default_learning_rate,
 )
+from qadapter.training.engines import SHARDED
 from qadapter.training.feature_set import FeatureCollator, FeatureSet, PackedCollator
 from qadapter.training.losses import Totals, averages, batch_loss, count
 from qadapter.training.own_samples import OWN, different_prompts
@@ -50,6 +52,7 @@ from qadapter.training.retention import as_texts, check_head, scored_sequences
 from qadapter.training.runs import Runs
 from qadapter.training.streaming import StreamedPairs
 from qadapter.trunk.loading import load_tokenizer
+from qadapter.trunk.sharding import layout_of
 from qadapter.trunk.shells import depth_of
 from qadapter.trunk.split import lowest_adapted
 
@@ -179,8 +182,14 @@ class QAdapterTrainer(Runs):
             processing_class=self.processing_class, compute_metrics=compute_metrics,
             callbacks=callbacks, optimizers=optimizers,
         )
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise QAdapterError("DeepSpeed and FSDP are not supported: use plain data parallelism")
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # of an Accelerator made before
+            raise QAdapterError(f"DeepSpeed and FSDP of accelerate can't be honoured: {SHARDED}")
+        if layout_of(model.base).engine:
+            # accelerate wraps the model as it does any other, for its adapter alone.
+            frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+                model, [*frozen, *(name for name, _ in model.named_buffers())]
+            )
         self._follow_runs()
         self.model_accepts_loss_kwargs = True
         self._train_sums: Tensor | None = None
@@ -266,6 +275,17 @@ class QAdapterTrainer(Runs):
             return str(error)
         return None
 
+    # --- processes --------------------------------------------------------------------------
+
+    @property
+    def _data_size(self) -> int:
+        """Processes that see different batches."""
+        return self.accelerator.num_processes // layout_of(self.model.base).tp_size
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not layout_of(self.model.base).engine:  # else it is where it computes
+            super()._move_model_to_device(model, device)
+
     # --- data -------------------------------------------------------------------------------
 
     def _prepare(self, dataset: Any, name: str) -> Dataset | FeatureSet | StreamedPairs:
@@ -320,7 +340,8 @@ class QAdapterTrainer(Runs):
         totals = torch.stack(
             [torch.stack([torch.as_tensor(x, device=device) for x in c]) for c in counts]
         ).sum(0)
-        totals = Totals(*self.accelerator.reduce(totals, "sum").tolist())
+        alike = layout_of(self.model.base).tp_size
+        totals = Totals(*(x // alike for x in self.accelerator.reduce(totals, "sum").tolist()))
         self.state.num_input_tokens_seen += totals.tokens
         return batches, totals
 
@@ -338,7 +359,7 @@ class QAdapterTrainer(Runs):
             return (output.loss, output) if return_outputs else output.loss
         self._step_losses.append((inputs["rows"], output.columns))
         # Gradients and logged losses are averaged over processes, shares must be summed.
-        loss = output.loss * self.accelerator.num_processes
+        loss = output.loss * self._data_size
         if self.args.retention_coef > 0 and self.accelerator.sync_gradients:
             loss = loss + self.args.retention_coef * self._retention_loss().to(loss.device)
         return (loss, output) if return_outputs else loss

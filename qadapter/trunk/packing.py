@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -64,19 +65,21 @@ def hidden_states(
             raise QAdapterError(f"{type(base).__name__} can't run packed: {verdict.reason}")
         install(base.config._attn_implementation)
         packing = dataclasses.replace(packing, kernel=verdict.kernel)
-    run = _in_a_row if packed else _in_blocks
-    return within(base, lambda: run(body, packing, entering_ND))
+        return _in_a_row(base, body, packing, entering_ND)
+    return within(base, lambda: _in_blocks(body, packing, entering_ND))
 
 
-def _in_a_row(body: nn.Module, packing: Packing, entering_ND: Tensor | None = None) -> Tensor:
+def _in_a_row(
+    base: PreTrainedModel, body: nn.Module, packing: Packing, entering_ND: Tensor | None = None
+) -> Tensor:
     # A mask of four dimensions is handed through as it is: none of [N, N] is made, and positions
     # that start again are not taken for packed sequences of transformers' own kind.
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=packing.ids_N.device)
-    outputs = body(
-        **_entering(packing.ids_N, entering_ND), attention_mask=mask,
+    run = functools.partial(
+        body, **_entering(packing.ids_N, entering_ND), attention_mask=mask,
         position_ids=packing.positions_N[None], use_cache=False, packing=packing,
     )
-    return outputs.last_hidden_state[0]
+    return within(base, run).last_hidden_state[0]
 
 
 def _in_blocks(body: nn.Module, packing: Packing, entering_ND: Tensor | None = None) -> Tensor:
@@ -236,7 +239,7 @@ def _tried(base: PreTrainedModel, kernel: str, dtype: torch.dtype, gradients: bo
     body = trunk_of(base)
     try:
         with _still(base), torch.inference_mode(False), torch.set_grad_enabled(gradients):
-            hidden_ND = within(base, lambda: _in_a_row(body, packing))
+            hidden_ND = _in_a_row(base, body, packing)
             seen = list(windows)  # a checkpoint's recomputation adds to it
             if not seen:
                 return _Verdict(kernel, "its layers hand its attention no keyword arguments", seen)

@@ -14,8 +14,9 @@ tensor parallelism): all see the same batch, and have the same hidden states.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -82,6 +83,9 @@ def layout_of(base: nn.Module) -> Layout:
         if found.engine == FSDP2:
             base.run_within = _call
             register_fsdp_forward_method(base, "run_within")
+            for module in (base, base.get_output_embeddings()):
+                if isinstance(module, FSDPModule):  # the head, tied or not, is gathered once
+                    module.set_reshard_after_backward(False, recurse=False)
         _layouts[base] = found
     return _layouts[base]
 
@@ -204,10 +208,28 @@ def product_over(rows: Rows, hidden: Tensor, weight: DTensor) -> Tensor:
 
 
 def full_weight(module: nn.Module) -> Tensor:
-    """A module's ``weight``, whole. FSDP2 keeps what was gathered here until it runs backward."""
+    """A module's ``weight``, whole."""
     if isinstance(module.weight, DTensor) and isinstance(module, FSDPModule):
         module.unshard()
     return full(module.weight)
+
+
+@contextlib.contextmanager
+def stand_ins(base: nn.Module) -> Iterator[None]:
+    """Inside, in the places of weights of which this process keeps a part: tensors of their whole
+    shapes that take no memory. They hold NaN, so that nothing is made of them unnoticed."""
+    kept = [
+        (module, name, parameter) for module in base.modules()
+        for name, parameter in module._parameters.items() if isinstance(parameter, DTensor)
+    ]
+    for module, name, parameter in kept:
+        nothing = parameter.to_local().new_full((), torch.nan).expand(parameter.shape)
+        module._parameters[name] = nn.Parameter(nothing, requires_grad=False)
+    try:
+        yield
+    finally:
+        for module, name, parameter in kept:
+            module._parameters[name] = parameter
 
 
 def kind_of(module: nn.Module) -> type[nn.Module]:

@@ -37,7 +37,7 @@ def arguments(**changes):
     ({"dataloader_prefetch_factor": 2}, ["dataloader_prefetch_factor"]),
     ({"dataloader_multiprocessing_context": "spoon"}, ["dataloader_multiprocessing_context"]),
     ({"deepspeed": "zero3.json"}, ["deepspeed"]),
-    ({"fsdp": "full_shard"}, ["fsdp"]),
+    ({"fsdp": "full_shard"}, ["fsdp", "FSDP1", "distributed_config"]),
     ({"torch_compile_backend": "inductor"}, ["torch_compile_backend"]),
     ({"bf16_full_eval": True}, ["bf16_full_eval", "adapter"]),
     ({"fp16": True}, ["fp16", "GPU"]),

@@ -82,6 +82,16 @@ def test_sharded_base_is_the_base(one_process, adapter, tied):
         assert torch.equal(run(ours), run(whole))
 
 
+@pytest.mark.parametrize("made_from_weights", [
+    {"use_dora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"},
+    {"modules_to_save": ["input_layernorm"]},
+])
+def test_adapters_made_from_weights_are_refused(one_process, made_from_weights):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], **made_from_weights)
+    with pytest.raises(QAdapterError, match=r"each process keeps a part|PEFT can't adapt"):
+        QAdapterModel.from_base(sharded(tiny_llama(), one_process), config)
+
+
 def test_doors_inside_a_door_are_none(one_process):
     base = sharded(tiny_llama(), one_process)
     ids = torch.arange(3, 9)[None]
