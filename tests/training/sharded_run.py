@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
 import torch.distributed as dist
 from training_tiny import build_pairs, build_tokenizer
-from transformers import AutoModelForCausalLM
-from transformers.distributed import DistributedConfig
 
 from qadapter import AdapterConfig, QAdapterModel
+from qadapter.errors import QAdapterError
+from qadapter.policy.sampling import fused_sample
 from qadapter.training import QAdapterConfig, QAdapterTrainer
+from qadapter.trunk.loading import load_base
+from qadapter.trunk.sharding import layout_of
 
 ADAPTERS = {
     "linear": lambda: AdapterConfig(rank=4),
@@ -25,79 +29,147 @@ ADAPTERS = {
         r=2, target_modules=["v_proj", "up_proj"], layers_to_transform=[1]
     ),
 }
-RUNS = {
-    # name: adapter, base, cache_features, what it is held to
-    "linear": ("linear", "tied", "none", 0.0),
-    "linear cached": ("linear", "untied", "disk", 0.5),
-    "block": ("block", "untied", "memory", 0.5),
-    "lora": ("lora", "tied", "none", 0.5),
-    "top-lora": ("top-lora", "untied", "disk", 0.5),
-    "top-lora none": ("top-lora", "tied", "none", 0.0),
-}
-PAIRS = 24
-STEP = 8
-"""Pairs of an optimizer step, on all processes together."""
 TEXTS = ["w1 w2 w3 w4 w5 w6 w7", "w9 w8 w7 w6", "w20 w21 w22 w23 w24 w25"]
+PAIRS, STEP = 24, 8
+"""Pairs, and those of an optimizer step, on all processes together."""
 
 
-def build(
-    folder: Path, name: str, bases: Path, output: str, processes: int, **options
-) -> QAdapterTrainer:
-    adapter, base, cache, coef = RUNS[name]
-    sharding = {}
-    if processes > 1:
-        sharding = {"distributed_config": DistributedConfig(fsdp_size=processes)}
-    base = AutoModelForCausalLM.from_pretrained(bases / base, dtype=torch.float32, **sharding)
-    # Other numbers on every process: what they start from is the first one's.
-    torch.manual_seed(dist.get_rank() if processes > 1 else 0)
-    model = QAdapterModel.from_base(base, ADAPTERS[adapter]())
-    optimizer = torch.optim.SGD(model.adapter.parameters(), lr=1.0)
+@dataclasses.dataclass(frozen=True)
+class Case:
+    adapter: str
+    base: str = "tied"
+    cache: str = "none"
+    held_to: Any = None
+    rate: float = 0.5
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+CASES = {
+    "linear": Case("linear"),
+    "linear, features on disk": Case("linear", "untied", "disk", TEXTS),
+    "block": Case("block", "untied", "memory", TEXTS),
+    "lora": Case("lora", held_to="own", rate=2.0),
+    "lora, checkpointed": Case("lora", "untied", rate=0.1, options={"gradient_checkpointing": True}),
+    "top-lora": Case("top-lora", "untied", "disk", TEXTS, rate=0.05),
+    "top-lora, at every step": Case("top-lora", options={"padding_free": False}),
+}
+RESUMED = "top-lora"
+"""What is gone on with after one of three steps, on another number of processes."""
+
+
+def build(folder: Path, bases: Path, name: str, sharding: dict[str, int] | None) -> QAdapterTrainer:
+    case = CASES[name]
+    processes = dist.get_world_size() if sharding else 1
+    base = load_base(
+        bases / case.base, dtype=torch.float32,
+        **({"distributed_config": sharding} if sharding else {}),
+    )
+    torch.manual_seed(dist.get_rank() if sharding else 0)  # what begins is the first process's
+    model = QAdapterModel.from_base(base, ADAPTERS[case.adapter]())
+    optimizer = torch.optim.SGD(model.adapter.parameters(), lr=case.rate)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     arguments = QAdapterConfig(
-        output_dir=str(folder / output), use_cpu=True, disable_tqdm=True, logging_steps=1, seed=0,
+        output_dir=str(folder / name), use_cpu=True, disable_tqdm=True, logging_steps=1, seed=0,
         num_train_epochs=1, per_device_train_batch_size=STEP // 2 // processes,
         gradient_accumulation_steps=2, per_device_eval_batch_size=2, save_strategy="steps",
-        save_steps=1, ddp_backend="gloo" if processes > 1 else None, cache_features=cache,
-        feature_cache_dir=str(folder / f"features-{output}"), feature_shard_mb=1,
-        train_sampling_strategy="sequential", retention_coef=coef, retention_states=8,
-        report_to="none", **options,
+        save_steps=1, ddp_backend="gloo" if sharding else None, cache_features=case.cache,
+        feature_cache_dir=str(folder / "features"), feature_shard_mb=1, report_to="none",
+        train_sampling_strategy="sequential", retention_states=8,
+        retention_coef=0.0 if case.held_to is None else 0.5, **case.options,
     )
     return QAdapterTrainer(
         model, arguments, train_dataset=build_pairs(PAIRS), processing_class=build_tokenizer(),
-        optimizers=(optimizer, scheduler), retention_dataset=TEXTS if coef else None,
+        optimizers=(optimizer, scheduler), retention_dataset=case.held_to,
     )
 
 
-def run(folder: Path, bases: Path, processes: int) -> None:
-    """All runs; their results are in ``results.json``."""
-    results = {}
-    for name in RUNS:
-        trainer = build(folder, name, bases, name, processes)
-        before = trainer.evaluate(build_pairs(5, seed=2))  # fewer than a batch each, and uneven
-        trainer.train()
-        weights = {n: x.detach().clone() for n, x in trainer.model.adapter.state_dict().items()}
-        after = trainer.evaluate(build_pairs(7, seed=1))
-        prompt = torch.tensor([[5, 6, 7 + (dist.get_rank() if processes > 1 else 0)]])
-        answer = trainer.model.generate(prompt, max_new_tokens=4, do_sample=False)
-        found = {
-            "before": before, "after": after, "answer": answer.tolist(),
-            "logs": [entry for entry in trainer.state.log_history if "loss" in entry],
-            "identity": trainer.model.base_identity.weights_sha256,
-        }
-        everyone = [weights]
-        if processes > 1:
-            everyone = [None] * processes
-            dist.all_gather_object(everyone, weights)
-        found["alike"] = all(
-            torch.equal(other[n], x) for other in everyone for n, x in weights.items()
-        )
-        results[name] = found
-    if processes == 1 or dist.get_rank() == 0:
-        (folder / "results.json").write_text(json.dumps(results))
+def train(
+    folder: Path, bases: Path, name: str, sharding: dict[str, int] | None,
+    resume_from: Path | None = None,
+) -> dict[str, Any]:
+    """What a run comes to: numbers, and whether all processes have the same adapter."""
+    trainer = build(folder, bases, name, sharding)
+    found: dict[str, Any] = {"engine": layout_of(trainer.model.base).engine}
+    found["before"] = trainer.evaluate(build_pairs(5, seed=2))  # no whole batch for each
+    trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    weights = {n: x.detach().clone() for n, x in trainer.model.adapter.state_dict().items()}
+    found["after"] = trainer.evaluate(build_pairs(7, seed=1))
+    found["logs"] = [entry for entry in trainer.state.log_history if "loss" in entry]
+    found["identity"] = dataclasses.asdict(trainer.model.base_identity)
+    found["answers"] = answers(trainer.model)
+    everyone = [weights]
+    if sharding:
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, weights)
+    found["alike"] = all(torch.equal(w[n], x) for w in everyone for n, x in weights.items())
+    loaded = QAdapterModel.from_pretrained(folder / name, trainer.model.base) if (
+        not trainer.model.adapts_trunk
+    ) else trainer.model
+    found["logits"] = loaded(input_ids=torch.arange(3, 11)[None]).logits.flatten().tolist()
+    return found
+
+
+def answers(model: QAdapterModel) -> list[list[int]]:
+    """Of all prompts on one process, of a part of them on each of several: they end apart."""
+    prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14]]
+    many = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    model.eval()
+    ours = [
+        model.generate(
+            torch.tensor([prompt]), max_new_tokens=3 + len(prompt), do_sample=False, strength=2.0
+        )[0].tolist()
+        for prompt in prompts[rank::many]
+    ]
+    everyone = [ours]
+    if many > 1:
+        everyone = [None] * many
+        dist.all_gather_object(everyone, ours)
+    return [everyone[i % many][i // many] for i in range(len(prompts))]
+
+
+def sampled(bases: Path) -> bool:
+    """Whether the fused sampler draws alike on all processes, with one seed."""
+    base = load_base(bases / "tied", distributed_config={"fsdp_size": dist.get_world_size()})
+    model = QAdapterModel.from_base(base, AdapterConfig(rank=4))
+    torch.manual_seed(3)
+    drawn = model.generate(
+        torch.tensor([[5, 6, 7]]), max_new_tokens=5, do_sample=True, custom_generate=fused_sample
+    ).tolist()
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, drawn)
+    return all(x == drawn for x in everyone)
+
+
+def two_processes(folder: Path, bases: Path, alone: Path) -> dict[str, Any]:
+    results = {name: train(folder, bases, name, {"fsdp_size": 2}) for name in CASES}
+    results["resumed"] = train(
+        folder / "resumed", bases, RESUMED, {"fsdp_size": 2}, alone / RESUMED / "checkpoint-1"
+    )
+    results["sampled alike"] = sampled(bases)
+    try:
+        load_base(bases / "tied", distributed_config={"fsdp_size": 4})
+    except QAdapterError as error:
+        results["too few"] = str(error)
+    return results
+
+
+def four_processes(folder: Path, bases: Path, two: Path) -> dict[str, Any]:
+    name = "linear, features on disk"
+    return {
+        name: train(folder, bases, name, {"fsdp_size": 4}),
+        "lora": train(folder, bases, "lora", {"fsdp_size": 2, "dp_replicate_size": 2}),
+        "resumed": train(
+            folder / "resumed", bases, RESUMED, {"fsdp_size": 4}, two / RESUMED / "checkpoint-1"
+        ),
+    }
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=90))
-    run(Path(sys.argv[1]), Path(sys.argv[2]), dist.get_world_size())
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=100))
+    runs = {2: two_processes, 4: four_processes}[dist.get_world_size()]
+    results = runs(*map(Path, sys.argv[1:]))
+    if dist.get_rank() == 0:
+        Path(sys.argv[1], "results.json").write_text(json.dumps(results))
     dist.destroy_process_group()

@@ -168,7 +168,7 @@ def test_weights_kept_on_the_cpu_are_refused(one_process):
 def test_quantized_and_sharded_is_refused(one_process):
     base = sharded(tiny_llama(), one_process)
     base.is_quantized = True
-    with pytest.raises(QAdapterError, match="quantized and sharded"):
+    with pytest.raises(QAdapterError, match="quantized base can't be sharded"):
         QAdapterModel.from_base(base)
 
 
