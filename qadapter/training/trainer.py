@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
@@ -52,7 +52,7 @@ from qadapter.training.retention import as_texts, check_head, scored_sequences
 from qadapter.training.runs import Runs
 from qadapter.training.streaming import StreamedPairs
 from qadapter.trunk.loading import load_tokenizer
-from qadapter.trunk.sharding import layout_of
+from qadapter.trunk.sharding import layout_of, make_alike
 from qadapter.trunk.shells import depth_of
 from qadapter.trunk.split import lowest_adapted
 
@@ -185,11 +185,11 @@ class QAdapterTrainer(Runs):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # of an Accelerator made before
             raise QAdapterError(f"DeepSpeed and FSDP of accelerate can't be honoured: {SHARDED}")
         if layout_of(model.base).engine:
-            # accelerate wraps the model as it does any other, for its adapter alone.
-            frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-                model, [*frozen, *(name for name, _ in model.named_buffers())]
-            )
+            if args.world_size != dist.get_world_size():
+                raise QAdapterError(
+                    f"the base is sharded over {dist.get_world_size()} processes, and training "
+                    f"would run on {args.world_size}: on CPUs pass use_cpu and ddp_backend gloo"
+                )
         self._follow_runs()
         self.model_accepts_loss_kwargs = True
         self._train_sums: Tensor | None = None
@@ -281,6 +281,17 @@ class QAdapterTrainer(Runs):
     def _data_size(self) -> int:
         """Processes that see different batches."""
         return self.accelerator.num_processes // layout_of(self.model.base).tp_size
+
+    def _wrap_model(
+        self, model: nn.Module, training: bool = True, dataloader: DataLoader | None = None
+    ) -> nn.Module:
+        """A sharded base stays where it is, and as it is: accelerate would move it, and refuses to
+        wrap it. It leaves alone what is wrapped already."""
+        if not layout_of(self.model.base).engine:
+            return super()._wrap_model(model, training, dataloader)
+        if training:
+            make_alike(p.data for p in self.model.parameters() if p.requires_grad)
+        return _Wrapped(self.model)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         if not layout_of(self.model.base).engine:  # else it is where it computes
@@ -506,6 +517,14 @@ class QAdapterTrainer(Runs):
         """Write README.md to ``output_dir``."""
         if self.is_world_process_zero():
             card.write(self, Path(self.args.output_dir), model_name, dataset_name, tags)
+
+
+class _Wrapped(nn.Module):
+    """What the loss, which does not go through it, is trained by."""
+
+    def __init__(self, module: QAdapterModel):
+        super().__init__()
+        self.module = module
 
 
 def _prompts(dataset: Dataset | FeatureSet | StreamedPairs | None) -> Sequence[list[int]]:

@@ -314,8 +314,14 @@ def read_config(given: Any) -> DistributedConfig:
                 f"distributed_config: {name} must be a number of processes, got {shown(size)}"
             )
     for name, mode in _MODES.items():
-        if (fields.get(name) or 1) > 1:
+        if _asks_for(fields.get(name)):
             raise QAdapterError(f"distributed_config: {mode} ({name}) can't be served: {WAY}")
+    if (sizes["tp_size"] or 1) > 1 and (sizes["fsdp_size"] or 1) * (
+        sizes["dp_replicate_size"] or 1
+    ) > 1:
+        raise QAdapterError(
+            "distributed_config: fsdp_size and tp_size together can't be served: take one of them"
+        )
     needed = math.prod(size or 1 for size in sizes.values())
     there = dist.get_world_size() if dist.is_initialized() else int(os.getenv("WORLD_SIZE", "1"))
     if needed not in (1, there):
@@ -324,6 +330,11 @@ def read_config(given: Any) -> DistributedConfig:
             f"{there}: start it with torchrun --nproc_per_node {needed}"
         )
     return DistributedConfig.from_dict(dict(fields)) if isinstance(given, Mapping) else given
+
+
+def _asks_for(size: Any) -> bool:
+    """Whether a field of ``_MODES`` does."""
+    return size is True or (type(size) is int and size > 1)
 
 
 # --- what is found ------------------------------------------------------------------------------
@@ -338,7 +349,7 @@ def _found(base: nn.Module) -> Layout:
         raise QAdapterError(f"{name} is sharded by DeepSpeed ZeRO-3, which can't be served: {WAY}")
     config = getattr(getattr(base, "config", None), "distributed_config", None)
     for field, mode in _MODES.items():
-        if (size := getattr(config, field, None)) is True or (size or 1) > 1:
+        if _asks_for(getattr(config, field, None)):
             raise QAdapterError(
                 f"{name} is spread by {mode} ({field}), which can't be served: {WAY}"
             )
@@ -360,10 +371,7 @@ def _tensor_parallel(base: nn.Module, shards: list[DTensor]) -> Layout:
             f"{name} is spread over processes in several ways at once, which can't be served: {WAY}"
         )
     if getattr(base, "is_quantized", False):
-        raise QAdapterError(
-            f"{name} is quantized and spread by {TENSOR_PARALLEL}, which can't be served: "
-            "quantized, it may fit whole on each GPU; or load it without quantization"
-        )
+        raise QAdapterError(f"{name}: {QUANTIZED}")
     return Layout(TENSOR_PARALLEL, mesh)
 
 

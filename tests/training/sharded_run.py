@@ -49,7 +49,9 @@ CASES = {
     "linear, features on disk": Case("linear", "untied", "disk", TEXTS),
     "block": Case("block", "untied", "memory", TEXTS),
     "lora": Case("lora", held_to="own", rate=2.0),
-    "lora, checkpointed": Case("lora", "untied", rate=0.1, options={"gradient_checkpointing": True}),
+    "lora, checkpointed": Case(
+        "lora", "untied", rate=0.1, options={"gradient_checkpointing": True}
+    ),
     "top-lora": Case("top-lora", "untied", "disk", TEXTS, rate=0.05),
     "top-lora, at every step": Case("top-lora", options={"padding_free": False}),
 }

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 from safetensors.torch import load_file
 from sharded_run import CASES, RESUMED, train
 from torch.testing import assert_close
@@ -118,7 +116,8 @@ def test_four_processes_train_and_evaluate_like_one(name, folder, alone, four):
 def test_a_run_goes_on_from_one_process_on_two(folder, alone, two):
     assert len(two["resumed"]["logs"]) == 3  # with the first step's, of the checkpoint
     assert_same_run(
-        two["resumed"], alone[RESUMED], [folder / "two/resumed" / RESUMED, folder / "alone" / RESUMED]
+        two["resumed"], alone[RESUMED],
+        [folder / "two/resumed" / RESUMED, folder / "alone" / RESUMED],
     )
 
 
