@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from datasets import Dataset
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
@@ -127,10 +128,12 @@ class BaseReading(Trainer):
 
     def _crew(self) -> Crew:
         """This process among those that read the base."""
+        layout, index = layout_of(self.model.base), self.accelerator.process_index
+        seat = index // layout.tp_size
         return Crew(
-            seat=self.accelerator.process_index, seats=self.accelerator.num_processes,
-            index=self.accelerator.process_index, leader=self.accelerator.process_index,
-            lockstep=bool(layout_of(self.model.base).engine), gather=lambda x: gather_object([x]),
+            seat=seat, seats=self.accelerator.num_processes // layout.tp_size,
+            index=index, leader=seat * layout.tp_size,
+            lockstep=bool(layout.engine), gather=lambda x: gather_object([x]),
         )
 
     def _place(self, datasets: Sequence[Dataset]) -> str:
@@ -184,6 +187,16 @@ class BaseReading(Trainer):
             )
 
     # --- what is fed -------------------------------------------------------------------------
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """By a mesh accelerate knows which processes get the same batches: all of a tensor-parallel
+        base do. Its state is that of every trainer there is."""
+        if self.args.parallelism_config is None:
+            mesh = layout_of(self.model.base).mesh
+            self.accelerator.state.device_mesh = mesh and DeviceMesh.from_group(
+                mesh.get_group(), mesh.device_type, mesh_dim_names=("tp",)
+            )
+        return super()._get_dataloader(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:

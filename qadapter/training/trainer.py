@@ -190,6 +190,11 @@ class QAdapterTrainer(Runs):
                     f"the base is sharded over {dist.get_world_size()} processes, and training "
                     f"would run on {args.world_size}: on CPUs pass use_cpu and ddp_backend gloo"
                 )
+            if (size := layout_of(model.base).tp_size) not in (1, args.world_size):
+                raise QAdapterError(
+                    f"tensor parallelism splits the base over {size} of {args.world_size} "
+                    "processes, which can't be trained on: start as many as tp_size says"
+                )
         self._follow_runs()
         self.model_accepts_loss_kwargs = True
         self._train_sums: Tensor | None = None
@@ -467,7 +472,7 @@ class QAdapterTrainer(Runs):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             output = batch_loss(self.model, inputs, workspace_mb=self.args.workspace_mb)
-        self._eval_columns.append(self.accelerator.gather_for_metrics(output.columns))
+        self._eval_columns.append(self.gather_function(output.columns))
         if prediction_loss_only:
             return output.loss, None, None
         labels = torch.zeros(len(output.rewards), dtype=torch.int64, device=output.rewards.device)
@@ -478,6 +483,8 @@ class QAdapterTrainer(Runs):
         ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         self._eval_columns = []
+        if self._data_size < self.accelerator.num_processes:  # all see all pairs
+            self.gather_function = lambda x: x
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )

@@ -13,14 +13,16 @@ from pathlib import Path
 
 import peft
 import torch
+from data.tiny import chatml
 from ranks import alike, report
-from tiny_models import tiny_base, tiny_llama, tokenized
+from tiny_models import preference_rows, tiny_base, tiny_llama, tokenized
 from torch import distributed
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from qadapter import AdapterConfig, ObjectiveConfig, QAdapterModel
 from qadapter.errors import QAdapterError
+from qadapter.training import QAdapterConfig, QAdapterTrainer
 from qadapter.training.features import compute_features
 from qadapter.training.retention import RetentionStates
 from qadapter.trunk.sharding import TENSOR_PARALLEL, layout_of
@@ -158,6 +160,46 @@ def what_training_reads_is_the_whole_bases():
         assert_close(x, y)
 
 
+def train(splits: bool, cache: str, retention: object, resume: bool = False) -> QAdapterTrainer:
+    """Three steps of four pairs, on a base that all processes have a part of, or each has whole."""
+    folder = shared() / f"{cache}{splits}"
+    each = 1 if splits else distributed.get_world_size()
+    arguments = QAdapterConfig(
+        output_dir=str(folder), use_cpu=True, disable_tqdm=True, logging_steps=1, seed=0,
+        max_steps=3, save_steps=2, learning_rate=1e-2, per_device_train_batch_size=4 // each,
+        per_device_eval_batch_size=2, cache_features=cache, ddp_backend="gloo", report_to=[],
+        feature_cache_dir=str(folder / "features"), retention_coef=1.0, retention_states=16,
+        train_sampling_strategy="sequential",
+    )
+    trainer = QAdapterTrainer(
+        build("llama", splits, "block", trained=False), arguments,
+        train_dataset=preference_rows(14), eval_dataset=preference_rows(7),
+        processing_class=chatml(), retention_dataset=retention,
+    )
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if resume else None)
+    return trainer
+
+
+def training_is_that_of_whole_bases():
+    for cache, retention in (("disk", "own"), ("none", ["blue and green", "never, always"])):
+        ours, theirs = train(True, cache, retention), train(False, cache, retention)
+        weights = ours.model.adapter.state_dict()
+        assert alike([x.tolist() for x in weights.values()])
+        for name, x in theirs.model.adapter.state_dict().items():
+            assert_close(weights[name], x, name)
+        found, expected = ours.evaluate(), theirs.evaluate()
+        logs = [[x for x in t.state.log_history if "loss" in x] for t in (ours, theirs)]
+        for one, other in zip([found, *logs[0]], [expected, *logs[1]], strict=True):
+            for name in one.keys() - {"grad_norm"}:
+                if "runtime" not in name and "second" not in name:
+                    assert abs(one[name] - other[name]) <= 1e-4 * max(1, abs(other[name])), name
+        if ours.args.device.index is not None:
+            continue  # accelerate 1.10's cpu:0 is no place that torch.load knows
+        resumed = train(True, cache, retention, resume=True)
+        for name, x in resumed.model.adapter.state_dict().items():
+            assert torch.equal(weights[name], x), name
+
+
 def saved_it_loads_whole_and_split():
     ours, theirs = both("llama")
     folder = shared() / "saved"
@@ -193,6 +235,7 @@ FEW = (every_head_form_is_the_whole_bases,)
 CHECKS = (
     *FEW, every_kind_of_head_is_served, a_fresh_adapter_is_the_base_and_alike_everywhere,
     what_is_generated_is_the_whole_bases, what_training_reads_is_the_whole_bases,
+    training_is_that_of_whole_bases,
     saved_it_loads_whole_and_split, what_is_not_served_is_refused_by_name,
 )
 
