@@ -183,7 +183,7 @@ def _command_line(
         if nodes > 1:
             where = ["--nnodes", str(nodes), *where, "--rdzv_backend", "c10d", "--rdzv_endpoint",
                      "FIRST_NODE:29500"]
-        words = ["torchrun", *where, "-m", "qadapter.cli", "train"]
+        words = ["torchrun", *where, "--no-python", "qadapter", "train"]
     words += ["--model_name_or_path", script.model_name_or_path,
               "--dataset_name", str(script.dataset_name)]
     for name in sorted(given - {*_OURS, "output_dir", "model_init_kwargs"}):

@@ -57,7 +57,8 @@ def test_a_folder_with_a_configuration_is_enough(place, capsys, tmp_path):
                         "--gpus", "8xH100")
     assert code == 0
     assert "characters a token" in out
-    assert command_in(out)[:4] == ["torchrun", "--nproc_per_node", "8", "-m"]
+    launch = ["torchrun", "--nproc_per_node", "8", "--no-python", "qadapter", "train"]
+    assert command_in(out)[:6] == launch
 
 
 @pytest.mark.parametrize(("model", "gpus", "shards"), [
