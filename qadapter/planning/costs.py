@@ -83,8 +83,8 @@ class Costs(NamedTuple):
     read: int
     """Bytes of the base that products read."""
     gathered: int
-    """Bytes of a sharded base that are sent to every process: what runs at each of its passes, and
-    embeddings and head, which stay until the backward pass has run."""
+    """Bytes of a sharded base that every process gathers: the blocks of each pass. Embeddings and
+    head stay once they are gathered."""
     reading: Work
     """Of the base's one pass over a pair."""
     features: int
@@ -131,7 +131,7 @@ def costs_of(
     trunk_flops += 6 * trained.parameters * (actions if head_adapter else tokens)
     of_base = 0 if run.cached else shape.depth * shape.block
     again = 2 if run.retention and blocks else 1  # its texts run in a pass of their own
-    gathered = 2 * again * blocks * shape.block + of_base + shape.embeddings + shape.head
+    gathered = 2 * again * blocks * shape.block + of_base
     return Costs(
         weights=shape.weights * shape.itemsize,
         in_flight=(shape.embeddings + shape.head + 2 * shape.block) * shape.itemsize,
