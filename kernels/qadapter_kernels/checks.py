@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
@@ -112,7 +113,7 @@ def check_frozen(name: str, x: Tensor) -> None:
 
 def check_group(group: ProcessGroup | None, vocab_start: int) -> tuple[str, int]:
     """The group's name, "" without one, and the first token id of this process's rows."""
-    if isinstance(vocab_start, bool) or not isinstance(vocab_start, int | torch.SymInt):
+    if isinstance(vocab_start, bool) or not isinstance(vocab_start, Integral | torch.SymInt):
         raise TypeError(f"vocab_start must be an integer, got {type(vocab_start).__name__}")
     if vocab_start < 0:
         raise ValueError(f"vocab_start must not be negative, got {vocab_start}")
@@ -127,6 +128,8 @@ def check_group(group: ProcessGroup | None, vocab_start: int) -> tuple[str, int]
             "group must be a torch.distributed process group that this process is in, "
             f"got {type(group).__name__}"
         )
+    if isinstance(vocab_start, Integral):
+        vocab_start = int(vocab_start)
     return group.group_name, vocab_start
 
 

@@ -123,7 +123,7 @@ class Shard(NamedTuple):
             ValueError: on a CPU, an action that no rank holds, or shards that overlap or leave a
                 gap. On other devices, where asking would make the host wait, rows are NaN.
         """
-        end = lse_LN.new_tensor([self.start + self.size])
+        end = lse_LN.new_full((1,), self.start + self.size)
         peak = torch.cat([lse_LN.reshape(-1), end])
         self._reduce(peak, "MAX")
         peak_LN, end = peak[:-1].view_as(lse_LN), peak[-1]
@@ -132,7 +132,7 @@ class Shard(NamedTuple):
         parts = [above_LN.exp()]
         if statistics.numel():
             parts.append(_weighed(statistics, above_LN))
-        parts += [self._at_actions(actions_N, logits_KN), lse_LN.new_tensor([[self.size]])]
+        parts += [self._at_actions(actions_N, logits_KN), lse_LN.new_full((1, 1), self.size)]
         flat = torch.cat([x.reshape(-1) for x in parts])
         self._reduce(flat, "SUM")
         *parts, size = (x.view_as(y) for x, y in zip(

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qadapter.errors import QAdapterError
-from qadapter.trunk.sharding import full, full_weight, product_over, rows_of, within
+from qadapter.errors import QAdapterError, beginning
+from qadapter.trunk.sharding import full, full_weight, layout_of, product_over, rows_of, within
 
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier_scale")
 _DIVISORS = ("logits_scaling",)
@@ -123,7 +123,16 @@ class LanguageModelHead:
         def logits() -> Tensor:
             return self(trunk(base)(input_ids=tokens, use_cache=False).last_hidden_state)
 
-        ours = within(base, logits).float()
+        try:
+            ours = within(base, logits).float()
+        except RuntimeError as error:
+            if (size := layout_of(base).tp_size) == 1:
+                raise
+            raise QAdapterError(
+                f"{type(base).__name__} doesn't run split over {size} processes: "
+                f"{beginning(error)}; take a tp_size that divides its heads, those of keys and "
+                "values too, or fsdp_size"
+            ) from error
         theirs = base(input_ids=tokens, use_cache=False).logits.to(ours.device).float()
         # 16-bit products of the same operands may differ in the last bits kept.
         size = theirs.nan_to_num(0.0, 0.0, 0.0).abs().max()  # a bias of −inf excludes its token

@@ -214,11 +214,16 @@ def saved_it_loads_whole_and_split():
 
 
 def what_is_not_served_is_refused_by_name():
+    odd = shared() / "odd"
+    if distributed.get_rank() == 0:
+        tiny_llama(num_key_value_heads=1).save_pretrained(odd)
+    distributed.barrier()
     base = AutoModelForCausalLM.from_pretrained(folder_of("llama"), **split())
     lora = peft.LoraConfig(target_modules=["q_proj"])
     model = build("llama", True)
     for run, says in (
         (lambda: QAdapterModel.from_base(base, lora), "fsdp_size"),
+        (lambda: QAdapterModel.from_base(odd, **split()), "a tp_size that divides its heads"),
         (lambda: model.export(shared() / "out"), "tensor parallelism spreads it"),
     ):
         try:
