@@ -12,11 +12,12 @@ from __future__ import annotations
 import dataclasses
 import random
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import forks
 from forks import Ended, Stop
-from places import COMPARE, EVAL, HEAD, JUDGE, LORA, MEASURED, Places, facts, names
+from places import COMPARE, EVAL, HEAD, JUDGE, LORA, MEASURED, STREAMED, Places, facts, names
 
 from qadapter.system.manifest import MANIFEST_NAME
 
@@ -28,6 +29,7 @@ EXPORT = ("export", "run", "--output_dir", "exported")
 SCENARIOS: dict[str, tuple[str, tuple[str, ...]]] = {
     "head": ("bare", HEAD),
     "lora": ("bare", LORA),
+    "streamed": ("bare", STREAMED),
     "replaced": ("another", (*HEAD, *REPLACE)),
     "rewritten": ("head", (*HEAD, "--resume_from_checkpoint", "run/checkpoint-2")),
     "measured": ("bare", MEASURED),
@@ -40,8 +42,8 @@ SCENARIOS: dict[str, tuple[str, tuple[str, ...]]] = {
     "peft": ("plain lora", (*EXPORT, "--form", "peft")),
 }
 """Name → (the folder it begins with, the command)."""
-SHARES = {"head": 20, "lora": 20, "replaced": 10, "rewritten": 10, "measured": 6, "judge": 6,
-          "eval": 4, "demo": 3, "compare": 3, "merged": 1, "lm_head_lora": 1, "peft": 1}
+SHARES = {"head": 20, "lora": 20, "streamed": 10, "replaced": 10, "rewritten": 10, "measured": 6,
+          "judge": 6, "eval": 4, "demo": 3, "compare": 3, "merged": 3, "lm_head_lora": 3, "peft": 3}
 """Of a round's trials; those of exports wait for a fresh process that checks them."""
 
 
@@ -71,16 +73,17 @@ def trial(
     places.copy(place, home)
     killed = []
     for _ in range(rng.choice((1, 1, 1, 2))):
-        stop = _draw(undisturbed.ended, rng)
+        stop = draw(undisturbed.ended, rng)
         flags = RESUME if killed and argv[0] == "train" and RESUME[0] not in argv else ()
         ended = forks.run((*argv, *flags), home, stop)
-        killed.append(_describe(stop, ended))
-        if wrong := _wrong_when_stopped(ended, stop):
+        killed.append(describe(stop, ended))
+        if wrong := wrong_when_stopped(ended, stop):
             return "; ".join(killed), wrong
-    return "; ".join(killed), _go_on(argv, home, undisturbed, rng)
+    wrong = finish(argv, home, rng, lambda: _differences(home, undisturbed))
+    return "; ".join(killed), wrong or _differences(home, undisturbed)
 
 
-def _draw(whole: Ended, rng: random.Random) -> Stop:
+def draw(whole: Ended, rng: random.Random) -> Stop:
     kind = rng.choice(("moment", "operation", "write"))
     with_children = rng.random() < 0.5
     if kind == "moment":
@@ -92,13 +95,13 @@ def _draw(whole: Ended, rng: random.Random) -> Stop:
                 with_children=with_children)
 
 
-def _describe(stop: Stop, ended: Ended) -> str:
+def describe(stop: Stop, ended: Ended) -> str:
     at = f"{stop.at:.3f} s" if stop.kind == "moment" else f"{stop.kind} {stop.at}"
     size = f" of {stop.size} bytes" if stop.kind == "write" else ""
     return f"{stop.signal.name} at {at}{size} ({ended.code}, after {ended.last})"
 
 
-def _wrong_when_stopped(ended: Ended, stop: Stop) -> str | None:
+def wrong_when_stopped(ended: Ended, stop: Stop) -> str | None:
     """Killed, it says nothing; a signal that can be answered has its own exit code; and it may have
     been done before."""
     if ended.code < 0:
@@ -110,19 +113,22 @@ def _wrong_when_stopped(ended: Ended, stop: Stop) -> str | None:
     return (wrong := ended.wrong()) and f"stopped by {stop.signal.name}: {wrong}"
 
 
-def _go_on(
-    argv: tuple[str, ...], home: Path, undisturbed: Undisturbed, rng: random.Random
+def finish(
+    argv: tuple[str, ...], home: Path, rng: random.Random, differences: Callable[[], str | None]
 ) -> str | None:
+    """Give a command again until it is done, as its refusals say; what is wrong with that.
+
+    Args:
+        differences: told of what is there where it refuses.
+    """
     flags = RESUME if argv[0] == "train" and RESUME[0] not in argv and rng.random() < 0.5 else ()
     tried = []
     while True:
         ended = forks.run((*argv, *flags), home)
         if wrong := ended.wrong():
             return f"going on{_with(flags)}: {wrong}"
-        if ended.code == 0:
-            return _differences(home, undisturbed)
-        if _differences(home, undisturbed) is None:
-            return None  # refused, as all of it is there
+        if ended.code == 0 or differences() is None:
+            return None  # or refused, as all of it is there
         tried.append(flags)
         flags = _way_on(ended.error, tried)
         if flags is None:
@@ -147,13 +153,24 @@ def _with(flags: tuple[str, ...]) -> str:
 
 
 def _differences(home: Path, undisturbed: Undisturbed) -> str | None:
-    found, expected = facts(home), undisturbed.facts
+    return differences(facts(home), names(home), home, undisturbed)
+
+
+def differences(
+    found: dict[str, str], everything: set[str], home: Path, undisturbed: Undisturbed
+) -> str | None:
+    """Between what is there and what a run leaves that nobody killed.
+
+    Args:
+        found: facts. everything: names of files and folders.
+    """
+    expected = undisturbed.facts
     differing = [n for n in expected if n in found and found[n] != expected[n]]
     # Whoever is asked to end leaves a checkpoint where none was planned: a result, if it is whole.
     whole = [path.parent for path in home.glob(f"run/checkpoint-*/{MANIFEST_NAME}")]
     planned = {name.split("/")[1] for name in expected if name.startswith("run/checkpoint-")}
     asked = {path.name for path in whole} - planned
-    there = {name for name in names(home) if not asked & set(name.split("/")[1:2])}
+    there = {name for name in everything if not asked & set(name.split("/")[1:2])}
     parts = [
         f"{what}: {', '.join(sorted(items)[:6])}"
         for what, items in (

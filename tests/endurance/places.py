@@ -32,6 +32,7 @@ LORA = (
     *HEAD, "--adapter_kind", "lora", "--lora_r", "2", "--save_total_limit", "2",
     "--cache_features", "disk", "--feature_shard_mb", "1",
 )
+STREAMED = (*HEAD, "--streaming", "--shuffle_buffer", "5")
 MEASURED = (*HEAD, *QUICK, "--test_fraction", "0.3", "--eval_steps", "3")
 EVAL = ("eval", "run", *PAIRS, *QUICK, "--max_rows", "2", "--output_dir", "ev")
 JUDGE = ("judge", "run", *PAIRS, "--dataset_split", "train", "--num_prompts", "3",

@@ -1,7 +1,8 @@
 """``make endurance``: kill, cut and feed qadapter for an hour, on a tiny model.
 
     python tests/endurance/run.py                            all of it, into a JSON file
-    python tests/endurance/run.py --kills 100 --cuts 0 --kernels 0 --inputs 0    some of it
+    python tests/endurance/run.py --kills 100 --together 0 --cuts 0 --kernels 0 --inputs 0
+                                                             some of it
     python tests/endurance/run.py --trial kills:head:17      one again, alone; says what it did
 
 A trial is told by its name alone: what is killed, cut or generated comes from it.
@@ -16,6 +17,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import statistics
@@ -36,12 +38,14 @@ import cuts  # noqa: E402
 import forks  # noqa: E402
 import generated  # noqa: E402
 import kills  # noqa: E402
+import together  # noqa: E402
 from trials import Kind, Runner, Verdict  # noqa: E402
 
 from qadapter.console.environment import devices, versions  # noqa: E402
 
 KINDS = {
     "kills": Kind(kills.SHARES, kills.Undisturbed.of, kills.trial),
+    "together": Kind(together.SHARES, together.prepare, together.trial),
     "cuts": Kind(cuts.SHARES, cuts.undisturbed, cuts.trial),
     "inputs": Kind(generated.SHARES, generated.prepare, generated.trial),
     "kernels": Kind(
@@ -93,8 +97,8 @@ def _tell(verdict: Verdict) -> None:
 def _plan(options: argparse.Namespace, start: float) -> Iterator[str]:
     """Names of trials until time is up: as many of each as asked for, mixed, so that a run that
     time ends has tried all kinds alike."""
-    counts = {"kills": options.kills, "cuts": options.cuts, "kernels": options.kernels,
-              "inputs": options.inputs or 0}
+    counts = {"kills": options.kills, "together": options.together, "cuts": options.cuts,
+              "kernels": options.kernels, "inputs": options.inputs or 0}
     names = {kind: KINDS[kind].names(kind, options.seed) for kind in counts}
     mixed = sorted(((i + 0.5) / n, kind) for kind, n in counts.items() for i in range(n))
     rest = itertools.repeat("inputs") if options.inputs is None else ()
@@ -125,10 +129,31 @@ def summary(
             }
             for scenario, found in sorted(scenarios.items())
         },
+        "killed in": _killed_in(verdicts),
         "wrong": [
             {"trial": v.name, "how": v.how, "what": v.wrong} for v in verdicts if v.wrong
         ],
     }
+
+
+_WORKS = {
+    "features": "/features/", "checkpoints": "/checkpoint-", "exports": "exported",
+    "answers and judgements": "judged", "comparisons": "compared",
+}
+"""What was written last → what is in its name."""
+
+
+def _killed_in(verdicts: list[Verdict]) -> dict[str, int]:
+    """How many of the runs that were killed, and had not ended, were writing what."""
+    found: collections.Counter[str] = collections.Counter()
+    for verdict in verdicts:
+        for code, last in _ENDED.findall(verdict.how):
+            if int(code) != 0 and verdict.name.startswith(("kills:", "together:")):
+                found[next((work for work, part in _WORKS.items() if part in last), "else")] += 1
+    return dict(found)
+
+
+_ENDED = re.compile(r"\((-?\d+), after ([^)]*)\)")
 
 
 def _options() -> argparse.ArgumentParser:
@@ -136,6 +161,7 @@ def _options() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument("--kills", type=int, default=1000, metavar="N")
+    options.add_argument("--together", type=int, default=200, metavar="N")
     options.add_argument("--cuts", type=int, default=5000, metavar="N")
     options.add_argument("--inputs", type=int, metavar="N",
                          help="default: as many as --minutes leave time for")

@@ -23,7 +23,8 @@ def names(kind: str, scenarios: str, seeds: range) -> list[str]:
 
 SMALL = [
     *names("kills", "head, lora", range(2)),
-    *names("kills", "replaced, rewritten, measured, judge", range(1)),
+    *names("kills", "streamed, replaced, rewritten, measured, judge", range(1)),
+    *names("together", "features, two runs", range(1)),
     *names("cuts", "adapter, lora", range(3)), *names("cuts", "resume, resume from", range(2)),
     *names("cuts", "own samples, features, judged, base, export", range(1)),
     *names("inputs", "data, configurations, flags", range(6)),
@@ -48,7 +49,7 @@ def test_a_run_of_many_writes_what_it_found(tmp_path):
     output = tmp_path / "found.json"
     done = subprocess.run(
         [sys.executable, RUN, "--work", tmp_path, "--output", output, "--kills", "0", "--cuts", "0",
-         "--inputs", "3", "--kernels", "1", "--seed", "100", "--workers", "2"],
+         "--together", "0", "--inputs", "3", "--kernels", "1", "--seed", "100", "--workers", "2"],
         capture_output=True, text=True,
     )
     found = json.loads(output.read_text())
