@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -56,6 +55,7 @@ from qadapter.evaluation import (
 )
 from qadapter.evaluation.report import Section, pictures_markdown, write_json
 from qadapter.policy import storage
+from qadapter.system.caches import cache_dir
 from qadapter.system.markup import markdown_list
 from qadapter.training import QAdapterConfig, QAdapterTrainer, checks, streaming
 from qadapter.training.checkpoints import find_checkpoint, how_to_go_on
@@ -167,9 +167,7 @@ def _folder(
 ) -> AbstractContextManager[Path]:
     """The output folder, for this run alone; of several processes the main one sees to it. One that
     only computes features leaves it alone."""
-    if script.features_only:
-        return _instead_of_output(config)
-    if config.process_index > 0:
+    if script.features_only or config.process_index > 0:
         return contextlib.nullcontext(Path(config.output_dir).expanduser())
     # The model card takes the name of a README that may be the user's own.
     return output_folder(
@@ -185,13 +183,6 @@ def _folder(
     )
 
 
-@contextlib.contextmanager
-def _instead_of_output(config: QAdapterConfig) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as folder:
-        config.output_dir = folder
-        yield Path(folder)
-
-
 def _check_features_only(
     script: args.ScriptArguments, config: QAdapterConfig, resuming: bool
 ) -> None:
@@ -204,6 +195,7 @@ def _check_features_only(
         if given:
             raise QAdapterError(f"features_only does not go with {name}")
     config.cache_features = "disk"
+    config.output_dir = str(config.feature_cache_dir or cache_dir() / "features")
 
 
 def _run(

@@ -141,7 +141,8 @@ class BaseReading(Trainer):
         found: list[Any] = [None]
         processes = self.accelerator.num_processes
         # A name needs sums over the base's weights, which may lie on all processes.
-        folders = [self._folder_of(x) for x in datasets] if processes > 1 else None
+        several = processes > 1 and self.args.cache_features != "memory"
+        folders = [self._folder_of(x) for x in datasets] if several else None
         if self.is_world_process_zero():
             sizes = [int(feature_bytes(self.model, x).sum()) for x in datasets]
             try:

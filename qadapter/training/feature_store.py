@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -226,8 +227,16 @@ class Store:
         return found
 
     def missing(self) -> list[int]:
-        """Shards that are not there, or not what was written. Each is read once."""
-        return [number for number in range(len(self.spans)) if not self.holds(number)]
+        """Shards that are not there, or not what was written. Each is read once; the folder is
+        listed, as it may be far away and have thousands."""
+        try:
+            there = set(os.listdir(self.folder))
+        except OSError:
+            there = set()
+        return [
+            number for number in range(len(self.spans))
+            if self._record(number).name not in there or not self.holds(number)
+        ]
 
     def holds(self, number: int) -> bool:
         """Whether a shard is there and is what was written, to the last bit."""

@@ -22,7 +22,7 @@ from qadapter.training.checkpoints import (
     how_to_go_on,
 )
 from qadapter.training.stopping import LeftAnEvaluation, Stopping, StopWhenAsked
-from qadapter.training.streaming import StreamedPairs
+from qadapter.training.streaming import OneEpoch, StreamedPairs
 
 
 class Runs(BaseReading, Stopping, AdapterCheckpoints):
@@ -33,6 +33,8 @@ class Runs(BaseReading, Stopping, AdapterCheckpoints):
 
     def _follow_runs(self) -> None:
         self.add_callback(ResumedState)
+        if isinstance(self.train_dataset, StreamedPairs):
+            self.add_callback(OneEpoch)
         self.add_callback(StopWhenAsked(self))
 
     def _forget_sums(self) -> None:

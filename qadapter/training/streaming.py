@@ -18,7 +18,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
 
 from qadapter.data.report import BadRow
 from qadapter.data.streams import PreferenceStream, Reading
@@ -226,6 +231,15 @@ class StreamedPairs(torch.utils.data.IterableDataset):
         ]
         for name, value in state["counts"].items():
             setattr(self.report, name, value)
+
+
+class OneEpoch(TrainerCallback):
+    """A run on a stream is one epoch, also for transformers where it was resumed."""
+
+    def on_step_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        state.epoch = state.global_step / state.max_steps
 
 
 def buffer_of(args: QAdapterConfig) -> int:

@@ -56,6 +56,14 @@ def test_two_processes_train_and_evaluate_like_one(tmp_path, adapter):
     with pytest.raises(QAdapterError, match="rng_state_1"):
         (tmp_path / "checkpoint-6/rng_state_1.pth").unlink()
         check_whole(tmp_path / "checkpoint-6")
+    assert ours["streamed"] == pytest.approx(theirs["streamed"], rel=1e-4)
+    # Of training pairs and held-out ones each shard once, and all have computed some.
+    computed = sorted(rows for found in ours["computed"] for rows in found)
+    assert computed == sorted(
+        list(range(start, min(start + 3, count))) for count in (16, 7)
+        for start in range(0, count, 3)
+    )
+    assert len(ours["computed"]) == 2 and all(ours["computed"])
     for one, other in zip(ours["logs"], theirs["logs"], strict=True):
         for name in one.keys() - {"grad_norm"}:
             assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
