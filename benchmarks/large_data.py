@@ -1,12 +1,12 @@
-"""Memory from a file of preferences to a trained adapter, over the number of pairs.
+"""Memory from a file of preferences to a trained adapter, over the number of pairs and of steps.
 
-    python benchmarks/large_data.py [--pairs 20000 200000] [--output FILE]
+    python benchmarks/large_data.py [--pairs 20000 200000] [--long_run 5000] [--output FILE]
 
 For each number a file of so many pairs is written, and ``qadapter train`` runs on it, with a tiny
 model and its features on disk. What the run and its children hold is read as it goes: anonymous
 memory (``Pss_Anon``, ``Pss_Shmem`` and what is swapped out), which is what a process needs; and
 what it has mapped from files (``Pss_File``), which the system takes back whenever it likes. The
-phases are told apart by the run's own lines.
+phases are told apart by the run's own lines. A last run takes many steps on few pairs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import datetime
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,10 @@ from qadapter.console.environment import devices, versions
 
 RESULTS = Path(__file__).with_name("results") / "large_data.json"
 STEPS = 400
+PAIRS_OF_LONG_RUN = 2000
+_STEP = re.compile(r"^step (\d+)/")
+PHASES = {"kept on disk": "features", "the base reads the training pairs": "training"}
+"""What a line says → what is done from there on; first the pairs are read and tokenized."""
 WORDS = "what is of a good answer bad ?".split()
 
 
@@ -80,7 +85,7 @@ def memory(process: psutil.Process) -> tuple[int, int]:
     return anonymous << 10, mapped << 10
 
 
-def measure(count: int, work: Path) -> dict[str, object]:
+def measure(count: int, work: Path, steps: int = STEPS) -> dict[str, object]:
     """One run."""
     base, pairs, run = work / "base", work / f"{count}.jsonl", work / f"run-{count}"
     write_pairs(pairs, count)
@@ -88,11 +93,12 @@ def measure(count: int, work: Path) -> dict[str, object]:
         sys.executable, "-m", "qadapter.cli", "train", "--model_name_or_path", str(base),
         "--dataset_name", str(pairs), "--output_dir", str(run), "--test_fraction", "0",
         "--cache_features", "disk", "--feature_cache_dir", str(work / f"features-{count}"),
-        "--max_steps", str(STEPS), "--per_device_train_batch_size", "16", "--save_strategy", "no",
+        "--max_steps", str(steps), "--per_device_train_batch_size", "16", "--save_strategy", "no",
         "--logging_steps", "50", "--learning_rate", "1e-2", "--adapter_kind", "head",
     ]
-    environment = {**os.environ, "XDG_CACHE_HOME": str(work / "cache"), "COLUMNS": "100"}
+    environment = {**os.environ, "XDG_CACHE_HOME": str(work / "cache"), "PYTHONUNBUFFERED": "1"}
     peaks: dict[str, dict[str, int]] = {}
+    by_step: dict[int, int] = {}
     phase, start = "reading and tokenizing", time.monotonic()
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
@@ -103,14 +109,13 @@ def measure(count: int, work: Path) -> dict[str, object]:
         nonlocal phase
         for line in process.stdout:
             told.append(line)
-            if "kept on disk" in line or "the base reads" in line:
-                phase = "features"
-            elif "step" in line:
-                phase = "training"
+            phase = next((name for words, name in PHASES.items() if words in line), phase)
+            if (found := _STEP.match(line)) and int(found[1]) % (steps // 10) == 0:
+                by_step[int(found[1])] = memory(watched)[0]
 
+    watched = psutil.Process(process.pid)
     reader = threading.Thread(target=follow)
     reader.start()
-    watched = psutil.Process(process.pid)
     while process.poll() is None:
         anonymous, mapped = memory(watched)
         peak = peaks.setdefault(phase, {"anonymous": 0, "mapped": 0})
@@ -122,16 +127,29 @@ def measure(count: int, work: Path) -> dict[str, object]:
         raise SystemExit("".join(told))
     features = sum(path.stat().st_size for path in (work / f"features-{count}").rglob("*.safe*"))
     return {
-        "pairs": count, "file_bytes": pairs.stat().st_size, "feature_bytes": features,
-        "seconds": round(time.monotonic() - start),
+        "pairs": count, "steps": steps, "file_bytes": pairs.stat().st_size,
+        "feature_bytes": features, "seconds": round(time.monotonic() - start),
         "peak_anonymous_bytes": max(x["anonymous"] for x in peaks.values()),
-        "phases": peaks,
+        "phases": peaks, "anonymous_bytes_by_step": by_step,
     }
+
+
+def table(runs: list[dict[str, object]]) -> str:
+    """Of docs/scale.md: MiB of anonymous memory, at its peak in each phase."""
+    phases = ("reading and tokenizing", "features", "training")
+    lines = [f"| pairs | steps | file, features [MiB] | {' | '.join(phases)} |",
+             f"| ---: | ---: | ---: |{' ---: |' * len(phases)}"]
+    for run in runs:
+        peaks = [f"{run['phases'][phase]['anonymous'] / 2**20:.0f}" for phase in phases]
+        sizes = f"{run['file_bytes'] / 2**20:.0f}, {run['feature_bytes'] / 2**20:.0f}"
+        lines.append(f"| {run['pairs']:,} | {run['steps']:,} | {sizes} | {' | '.join(peaks)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--pairs", type=int, nargs="+", default=[20_000, 200_000])
+    options.add_argument("--long_run", type=int, default=5000, metavar="STEPS", help="0: none")
     options.add_argument("--work", type=Path, help="a folder for files; default: a temporary one")
     options.add_argument("--output", type=Path, default=RESULTS)
     chosen = options.parse_args()
@@ -139,14 +157,16 @@ def main() -> None:
         work = Path(folder)
         save_base(work / "base")
         runs = [measure(count, work) for count in chosen.pairs]
+        if chosen.long_run:
+            runs.append(measure(PAIRS_OF_LONG_RUN, work, chosen.long_run))
     found = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "what": "qadapter train on a tiny model, features on disk; bytes at their peak",
-        "steps": STEPS, "devices": devices(), "versions": versions(), "runs": runs,
+        "what": "qadapter train on a tiny model, features on disk; memory of all its processes, "
+        "at its peak in each phase",
+        "devices": devices(), "versions": versions(), "runs": runs,
     }
     chosen.output.write_text(json.dumps(found, indent=1) + "\n")
-    for run in runs:
-        print(json.dumps(run))
+    print(table(runs))
 
 
 if __name__ == "__main__":

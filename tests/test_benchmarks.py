@@ -26,6 +26,7 @@ import decoding
 import evaluation
 import harness
 import hidden_level
+import large_data
 import linear_loss
 import logits_loss
 import report
@@ -532,3 +533,18 @@ def test_gpu_wheels_are_the_pinned_versions():
     pins += re.findall(r'"([\w-]+==[\w.]+)"', (FOLDER.parent / "pyproject.toml").read_text())
     wheels = (FOLDER / "gpu-wheels.txt").read_text().splitlines()
     assert {line for line in wheels if not line.startswith("#")} <= set(pins)
+
+
+# --- large data -----------------------------------------------------------------------------------
+
+
+def test_the_page_on_scale_has_the_memory_that_was_measured():
+    """Flat: a tenth more at the most for ten times the pairs, and for ten times the steps."""
+    few, many, long = json.loads(large_data.RESULTS.read_text())["runs"]
+    page = (FOLDER.parent / "docs/scale.md").read_text()
+    found = page.split("<!-- large-data -->")[1].split("<!-- end -->")[0].strip()
+    assert found == large_data.table([few, many, long])
+    assert many["pairs"] == 10 * few["pairs"] == 200_000 and long["steps"] == 5000
+    assert many["peak_anonymous_bytes"] < 1.1 * few["peak_anonymous_bytes"]
+    by_step = long["anonymous_bytes_by_step"]
+    assert by_step["5000"] < 1.01 * by_step["500"]
