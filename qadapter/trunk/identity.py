@@ -122,7 +122,7 @@ class BaseIdentity:
 
 def digest_of_head(weight: Tensor) -> str:
     """SHA-256 of an lm_head [V, D], rounded to bfloat16."""
-    rounded = full(weight).to("cpu", torch.bfloat16).contiguous()
+    rounded = full(weight).to("cpu", torch.bfloat16, copy=True).contiguous()
     return hashlib.sha256(rounded.view(torch.uint8).numpy()).hexdigest()
 
 
@@ -146,10 +146,10 @@ def summed(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = No
                 block = block.to(dtype)
             raw = block.contiguous().view(torch.uint8)
             whole = raw.numel() - raw.numel() % (8 * _LANES)
-            rest = raw[whole:].cpu().numpy().tobytes()  # of the last block alone
+            rest = _bytes(raw[whole:])  # of the last block alone
             sums.append(_words(raw[:whole]).view(-1, _LANES).sum(0))
         if sums:
-            digest.update(torch.stack(sums).cpu().numpy().tobytes())
+            digest.update(_bytes(torch.stack(sums)))
         digest.update(rest)
     return digest.hexdigest()
 
@@ -159,6 +159,11 @@ def digest_of(model: nn.Module) -> str:
     what is on a disk samples are taken."""
     offloaded = any(x.is_meta for x in model.state_dict().values())
     return (sampled if offloaded else summed)(_in_reach(model).items())
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    """Of a copy: FSDP2 can't let go of memory that numpy has seen."""
+    return tensor.to("cpu", copy=True).numpy().tobytes()
 
 
 def _words(raw: Tensor) -> Tensor:
@@ -177,7 +182,7 @@ def sampled(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = N
         sample = full(tensor).reshape(-1)[::step].contiguous().cpu()
         if dtype is not None and sample.is_floating_point():
             sample = sample.to(dtype)
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
+        digest.update(_bytes(sample.view(torch.uint8)))
     return digest.hexdigest()
 
 

@@ -112,7 +112,7 @@ def within(base: nn.Module, function: Callable[[], T]) -> T:
     layout_of(base)
     _inside.add(base)
     try:
-        return base.run_within(function)
+        return base.run_within(functools.partial(_with_head, base, function))
     finally:
         _inside.discard(base)
 
@@ -165,6 +165,15 @@ def entering(method: Callable[..., T]) -> Callable[..., T]:
 
 
 def _call(function: Callable[[], T]) -> T:
+    return function()
+
+
+def _with_head(base: nn.Module, function: Callable[[], T]) -> T:
+    """The norm before the head is gathered with it, but not by itself: torch before 2.13 waits for
+    both to have run, and the head mostly doesn't."""
+    head = base.get_output_embeddings()
+    if isinstance(head, FSDPModule):
+        head.unshard()
     return function()
 
 
@@ -302,6 +311,9 @@ def read_config(given: Any) -> DistributedConfig:
     if not isinstance(given, (Mapping, DistributedConfig)):
         raise QAdapterError(f"distributed_config must map names to values, got {shown(given)}")
     fields = dict(given) if isinstance(given, Mapping) else vars(given)
+    for name, mode in _MODES.items():
+        if _asks_for(fields.get(name)):
+            raise QAdapterError(f"distributed_config: {mode} ({name}) can't be served: {WAY}")
     known = {field.name for field in dataclasses.fields(DistributedConfig)}
     if isinstance(given, Mapping) and (unknown := sorted(map(str, fields.keys() - known))):
         raise QAdapterError(
@@ -313,9 +325,6 @@ def read_config(given: Any) -> DistributedConfig:
             raise QAdapterError(
                 f"distributed_config: {name} must be a number of processes, got {shown(size)}"
             )
-    for name, mode in _MODES.items():
-        if _asks_for(fields.get(name)):
-            raise QAdapterError(f"distributed_config: {mode} ({name}) can't be served: {WAY}")
     if (sizes["tp_size"] or 1) > 1 and (sizes["fsdp_size"] or 1) * (
         sizes["dp_replicate_size"] or 1
     ) > 1:

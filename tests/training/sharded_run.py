@@ -12,7 +12,9 @@ from typing import Any
 import peft
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from training_tiny import build_pairs, build_tokenizer
+from transformers.distributed import DistributedConfig
 
 from qadapter import AdapterConfig, QAdapterModel
 from qadapter.errors import QAdapterError
@@ -143,12 +145,39 @@ def sampled(bases: Path) -> bool:
     return all(x == drawn for x in everyone)
 
 
+def equal_to_the_whole(bases: Path) -> dict[str, bool]:
+    """What an adapter on a sharded base says, beside the same on a whole one; to the bit."""
+    found, ids, processes = {}, torch.arange(3, 27).view(3, 8), dist.get_world_size()
+    mask = torch.tensor([0, 0, 0, 1, 1, 0, 1, 1]).expand(3, -1)
+    for form, name in (("linear", "tied"), ("block", "untied"), ("lora", "untied")):
+        whole, ours = (
+            QAdapterModel.from_base(load_base(bases / name, **kwargs), ADAPTERS[form]())
+            for kwargs in ({}, {"distributed_config": {"fsdp_size": processes}})
+        )
+        kept = sum(p.to_local().numel() for p in ours.base.parameters() if isinstance(p, DTensor))
+        found[f"{form} keeps a part"] = kept < 1.2 / processes * whole.base.num_parameters()
+        torch.manual_seed(1)
+        weights = {
+            n: torch.randn_like(x) if x.dim() else x for n, x in whole.adapter.state_dict().items()
+        }
+        for model in (whole, ours):
+            model.adapter.load_state_dict(weights)
+        for what, run in {
+            "logits": lambda m: m(input_ids=ids).logits,
+            "two streams": lambda m: m(input_ids=ids, strength=0.5).logits,
+            "rewards": lambda m: m.token_rewards(ids, mask),
+        }.items():
+            found[f"{form} {what}"] = torch.equal(run(ours), run(whole))
+    return found
+
+
 def two_processes(folder: Path, bases: Path, alone: Path) -> dict[str, Any]:
     results = {name: train(folder, bases, name, {"fsdp_size": 2}) for name in CASES}
     results["resumed"] = train(
         folder / "resumed", bases, RESUMED, {"fsdp_size": 2}, alone / RESUMED / "checkpoint-1"
     )
     results["sampled alike"] = sampled(bases)
+    results["equal"] = equal_to_the_whole(bases)
     try:
         load_base(bases / "tied", distributed_config={"fsdp_size": 4})
     except QAdapterError as error:
@@ -157,10 +186,13 @@ def two_processes(folder: Path, bases: Path, alone: Path) -> dict[str, Any]:
 
 
 def four_processes(folder: Path, bases: Path, two: Path) -> dict[str, Any]:
-    name = "linear, features on disk"
+    name, replicated = "linear, features on disk", {"fsdp_size": 4}
+    if hasattr(DistributedConfig, "dp_replicate_size"):  # newer than transformers 5.17
+        replicated = {"fsdp_size": 2, "dp_replicate_size": 2}
     return {
+        "equal": equal_to_the_whole(bases),
         name: train(folder, bases, name, {"fsdp_size": 4}),
-        "lora": train(folder, bases, "lora", {"fsdp_size": 2, "dp_replicate_size": 2}),
+        "lora": train(folder, bases, "lora", replicated),
         "resumed": train(
             folder / "resumed", bases, RESUMED, {"fsdp_size": 4}, two / RESUMED / "checkpoint-1"
         ),

@@ -144,6 +144,11 @@ def test_what_was_trained_sharded_loads_whole(name, folder, bases, two):
     assert_close(logits, torch.tensor(two[name]["logits"]), rtol=1e-6, atol=1e-6)
 
 
+def test_an_adapter_on_a_sharded_base_is_that_on_the_whole_to_the_bit(two, four):
+    for found in (two["equal"], four["equal"]):
+        assert len(found) == 12 and all(found.values()), found
+
+
 def test_processes_draw_alike(two):
     assert two["sampled alike"]
 

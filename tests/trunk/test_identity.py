@@ -13,7 +13,7 @@ from tiny_models import tiny_base
 
 from qadapter import AdapterConfig, QAdapterError, QAdapterModel
 from qadapter.trunk import identity
-from qadapter.trunk.identity import BaseIdentity, summed
+from qadapter.trunk.identity import BaseIdentity, digest_of, summed
 from qadapter.trunk.loading import as_loaded, load_base
 
 
@@ -143,3 +143,10 @@ def test_a_checkpoint_of_which_one_byte_changed_is_another(tmp_path):
     path.write_bytes(content)
     assert load_base(tmp_path / "base").model
     QAdapterModel.from_pretrained(tmp_path / "adapter")
+
+
+def test_weights_are_read_without_holding_on_to_their_memory():
+    model = tiny_base().to(torch.bfloat16)
+    digest_of(model)
+    identity_of(model)
+    assert all(x.untyped_storage().resizable() for x in model.parameters())
