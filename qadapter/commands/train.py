@@ -65,7 +65,7 @@ from qadapter.training.resuming import check_options
 from qadapter.training.stopping import TrainingStopped
 from qadapter.trunk.base_dtype import dtype_of
 from qadapter.trunk.loading import load_tokenizer
-from qadapter.trunk.sharding import layout_of
+from qadapter.trunk.sharding import layout_of, tp_size_of
 
 _DATA = (
     "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split",
@@ -154,7 +154,9 @@ def run(
     with _folder(model_args, script, config, measures, bool(resume)) as folder:
         if resume:
             resume = find_checkpoint(folder, resume, saying(console))
-            check_options(config, Path(resume), lambda line: None)  # said when training begins
+            check_options(  # what may differ is said when training begins
+                config, Path(resume), lambda line: None, alike=_alike(config)
+            )
         with telling_how_to_go_on(folder, lambda: how_to_go_on(folder)):
             _run(
                 model_args, script, config, measures, given, folder, resume or None, console, start
@@ -230,7 +232,9 @@ def _run(
     train = train_pairs
     if not script.streaming:
         train = _tokenize(train_pairs, tokenizer, config)
-        checks.check_best_is_met(config, len(train.dataset), config.world_size)
+        checks.check_best_is_met(
+            config, len(train.dataset), config.world_size // _alike(config)
+        )
     test = None if test_pairs is None else _tokenize(test_pairs, tokenizer, config)
     check_without_weights(
         base_name, loading, tokenizer, config.adapter_config,
@@ -298,6 +302,12 @@ def _base_states(trainer: QAdapterTrainer) -> Callable[[int], tuple[Tensor, Tens
     held_out, model = trainer.eval_dataset, trainer.model
     alike = not model.adapts_trunk and model.objective.mask_alignment == "action"
     return held_out.base_states if alike and isinstance(held_out, FeatureSet) else None
+
+
+def _alike(config: QAdapterConfig) -> int:
+    """Processes that see the same pairs, of a base that is not loaded yet."""
+    kwargs = config.model_init_kwargs
+    return tp_size_of(kwargs.get("distributed_config")) if isinstance(kwargs, dict) else 1
 
 
 def _tokenize(

@@ -126,13 +126,17 @@ class BaseReading(Trainer):
                 shard_mb=self.args.feature_shard_mb, crew=self._crew(), **settings,
             )
 
+    @property
+    def _data_size(self) -> int:
+        """Processes that see different pairs."""
+        return self.accelerator.num_processes // layout_of(self.model.base).tp_size
+
     def _crew(self) -> Crew:
         """This process among those that read the base."""
         layout, index = layout_of(self.model.base), self.accelerator.process_index
         seat = index // layout.tp_size
         return Crew(
-            seat=seat, seats=self.accelerator.num_processes // layout.tp_size,
-            index=index, leader=seat * layout.tp_size,
+            seat=seat, seats=self._data_size, index=index, leader=seat * layout.tp_size,
             lockstep=bool(layout.engine), gather=lambda x: gather_object([x]),
         )
 

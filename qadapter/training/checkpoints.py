@@ -34,6 +34,7 @@ from qadapter.system.scratch import scratch_folder
 from qadapter.training import card, resuming
 from qadapter.training.resuming import ARGUMENTS_NAME, RECORD_NAME, Record
 from qadapter.training.retention import RetentionStates
+from qadapter.trunk.sharding import layout_of
 
 CHECKPOINT_STATE = "trainer_state.json"
 CARD_NAME = "README.md"
@@ -261,7 +262,8 @@ class AdapterCheckpoints(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 Record.of(
-                    self._pairs_digest, self._retention_states, self.args.world_size
+                    self._pairs_digest, self._retention_states, self.args.world_size,
+                    layout_of(self.model.base).tp_size,
                 ).write(folder)
                 self._save_place(folder)
                 manifest.write(folder, _files(folder))
@@ -334,7 +336,8 @@ class AdapterCheckpoints(Trainer):
         """The one to go on from, if this run can; raises QAdapterError."""
         found = find_checkpoint(self.args.output_dir, wanted, self._tell)
         folder = Path(found)
-        resuming.check_options(self.args, folder, self._tell)
+        alike = layout_of(self.model.base).tp_size
+        resuming.check_options(self.args, folder, self._tell, alike=alike)
         resuming.check_pairs(folder, self._pairs_digest)
         resuming.check_processes(folder, self.args.world_size, self._tell)
         self._checkpoint = found

@@ -50,10 +50,13 @@ _FIXED = ("initial_lr", "weight_decay", "betas", "eps", "momentum")
 # --- options ------------------------------------------------------------------------------------
 
 
-def check_options(args: QAdapterConfig, folder: Path, say: Callable[[str], None]) -> None:
+def check_options(
+    args: QAdapterConfig, folder: Path, say: Callable[[str], None], *, alike: int = 1
+) -> None:
     """Hold a run's options against those a checkpoint was trained with.
 
     Args:
+        alike: processes that see the same pairs.
         say: gets a line about what may differ, and does.
 
     Raises:
@@ -68,9 +71,9 @@ def check_options(args: QAdapterConfig, folder: Path, say: Callable[[str], None]
         # Its default is settled when the base is there; it is looked at again then.
         and not (name in ("learning_rate", "retention_coef") and now[name] is None)
     ]
-    batch, ours = _pairs_a_step(before, _record(folder).processes), _pairs_a_step(
-        now, args.world_size
-    )
+    record = _record(folder)
+    batch = _pairs_a_step(before, record.processes // record.alike)
+    ours = _pairs_a_step(now, args.world_size // alike)
     if batch != ours:
         changed.append(f"{batch} pairs a step (batch size, accumulation, processes), this run "
                        f"{ours}")
@@ -113,11 +116,15 @@ class Record:
     processes: int
     written: float
     """Seconds since 1970."""
+    alike: int = 1
+    """Processes that saw the same pairs."""
 
     @classmethod
-    def of(cls, pairs: str, retention: RetentionStates | None, processes: int) -> Record:
+    def of(
+        cls, pairs: str, retention: RetentionStates | None, processes: int, alike: int
+    ) -> Record:
         return cls(pairs, None if retention is None else digest_of_texts(retention), processes,
-                   time.time())
+                   time.time(), alike)
 
     def write(self, folder: Path) -> None:
         """Raises OSError."""
@@ -137,10 +144,12 @@ def _record(folder: Path) -> Record:
         record = Record(**found)
     except TypeError as error:
         raise QAdapterError(f"{path} is damaged: {error}") from error
-    kinds = {"pairs": str, "retention_texts": str | None, "processes": int, "written": float}
+    kinds = {"pairs": str, "retention_texts": str | None, "processes": int, "written": float,
+             "alike": int}
     for name, kind in kinds.items():
-        if not isinstance(getattr(record, name), kind):
-            raise QAdapterError(f"{path} is damaged: {name} is {shown(getattr(record, name))}")
+        value = getattr(record, name)
+        if not isinstance(value, kind) or (name == "alike" and value < 1):
+            raise QAdapterError(f"{path} is damaged: {name} is {shown(value)}")
     return record
 
 

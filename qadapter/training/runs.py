@@ -62,7 +62,7 @@ class Runs(BaseReading, Stopping, AdapterCheckpoints):
             raise QAdapterError("training needs a train_dataset")
         streamed = isinstance(self.train_dataset, StreamedPairs)
         checks.check_best_is_met(
-            self.args, 0 if streamed else len(self.train_dataset), self.accelerator.num_processes
+            self.args, 0 if streamed else len(self.train_dataset), self._data_size
         )
         if self._pairs_digest is None:  # features take their place
             self._pairs_digest = resuming.digest_of_pairs(self.train_dataset)

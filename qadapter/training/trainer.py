@@ -282,10 +282,9 @@ class QAdapterTrainer(Runs):
 
     # --- processes --------------------------------------------------------------------------
 
-    @property
-    def _data_size(self) -> int:
-        """Processes that see different batches."""
-        return self.accelerator.num_processes // layout_of(self.model.base).tp_size
+    def get_total_train_batch_size(self, args: QAdapterConfig) -> int:
+        """Pairs an optimizer step."""
+        return self._train_batch_size * args.gradient_accumulation_steps * self._data_size
 
     def _wrap_model(
         self, model: nn.Module, training: bool = True, dataloader: DataLoader | None = None

@@ -139,12 +139,17 @@ def require_whole_matrices(base: nn.Module, what: str) -> None:
 
 
 def require_whole_matrices_of(distributed_config: Any, what: str) -> None:
-    """The same of a base that is still to be loaded; ``distributed_config`` as it would be given:
-    transformers' own, a mapping or None."""
-    given = distributed_config
-    size = given.get("tp_size") if isinstance(given, Mapping) else getattr(given, "tp_size", None)
-    if isinstance(size, int) and size > 1:
+    """The same of a base that is still to be loaded; ``distributed_config`` as for ``tp_size_of``.
+    """
+    if tp_size_of(distributed_config) > 1:
         raise _matrices_are_split(what)
+
+
+def tp_size_of(given: Any) -> int:
+    """Of a ``distributed_config`` that was given: transformers' own, a mapping or None. What is
+    wrong with it is told where it is used."""
+    size = given.get("tp_size") if isinstance(given, Mapping) else getattr(given, "tp_size", None)
+    return size if type(size) is int and size > 1 else 1
 
 
 def _matrices_are_split(what: str) -> QAdapterError:
