@@ -110,6 +110,7 @@ class PreferenceStream:
         first = ListRows(itertools.islice(self._rows(0), _SAMPLE), source.name)
         if not len(first):
             raise QAdapterError(f"{source.name} holds no rows")
+        self._columns = frozenset(first.columns)
         self.conversion = Conversion.of(first, source.name, columns, domain, rejected_domains)
         spool = Spool(self.conversion.features, source.name)
         for index, row in enumerate(first.rows):
@@ -121,7 +122,18 @@ class PreferenceStream:
         )
 
     def pairs_of(self, row: Row, index: int) -> list[dict[str, Any]]:
-        """The pairs of a row of the source, with all columns of ``conversion.features``."""
+        """The pairs of a row of the source, with all columns of ``conversion.features``.
+
+        Raises:
+            QAdapterError: it has a column that counts, and none of the first rows had it.
+        """
+        for column in row.keys() - self._columns:
+            if column in KNOWN and row[column] is not None:
+                raise QAdapterError(
+                    f"{self.source.name}: row {index} has {column!r}, and the first "
+                    f"{_SAMPLE:,} rows, which a stream's format is read off, don't: put such a row "
+                    "before them, or leave streaming out"
+                )
         taken = {new: plain(row[old]) for new, old in self.conversion.taken.items() if old in row}
         return [
             {name: record.get(name) for name in self.conversion.features}
@@ -129,12 +141,18 @@ class PreferenceStream:
         ]
 
     def _rows(self, number: int, state: Any = None) -> Iterator[Row]:
-        for index, row in enumerate(self.source.rows(number, state)):
-            if not isinstance(row, Mapping):
-                raise QAdapterError(
-                    f"{self.source.name}: row {index} is a {type(row).__name__}, not a dict"
-                )
-            yield row
+        try:
+            for row in self.source.rows(number, state):
+                if not isinstance(row, Mapping):
+                    raise QAdapterError(
+                        f"{self.source.name}: a row is a {type(row).__name__}, not a dict"
+                    )
+                yield row
+        except QAdapterError:
+            raise
+        except Exception as error:  # of the source's own code, of files, of a network
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise QAdapterError(f"{self.source.name} can't be read on: {reason}") from error
 
 
 class Reading:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from training_tiny import build_model, build_pairs, build_tokenizer
 
 from qadapter.data import PreferenceStream, stream_preferences
+from qadapter.data import streams as streams_module
 from qadapter.data.streams import DatasetSource, FileSource, Reading
 from qadapter.errors import QAdapterError
 from qadapter.training.own_samples import OWN
@@ -227,6 +228,29 @@ def test_a_stream_without_a_usable_pair_ends():
     )
     with pytest.raises(QAdapterError, match="pass 2 has no pair that can be used"):
         rows(pairs_of(later_bad), 10)
+
+
+def test_a_column_that_comes_late_is_not_overlooked(tmp_path, monkeypatch):
+    monkeypatch.setattr(streams_module, "_SAMPLE", 5)
+    path, found = tmp_path / "a.jsonl", list(build_pairs(9))
+    for late in (None, []):
+        found[7]["tools"], found[6]["other"] = late, "anything"
+        path.write_text("\n".join(map(json.dumps, found)))
+        pairs = pairs_of(stream_preferences(path), 0)
+        if late is None:
+            assert rows(pairs, 9) == list(range(9))
+        else:
+            with pytest.raises(QAdapterError, match="row 7 has 'tools', and the first 5 rows"):
+                rows(pairs, 9)
+
+
+def test_a_source_that_breaks_off_is_one_line():
+    def broken():
+        yield from build_pairs(3)
+        raise ConnectionError("network\ndown")
+
+    with pytest.raises(QAdapterError, match="the dataset can't be read on: network down"):
+        pairs_of(IterableDataset.from_generator(broken))
 
 
 WRONG = {
