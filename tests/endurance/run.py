@@ -99,9 +99,12 @@ def _plan(options: argparse.Namespace, start: float) -> Iterator[str]:
     time ends has tried all kinds alike."""
     counts = {"kills": options.kills, "together": options.together, "cuts": options.cuts,
               "kernels": options.kernels, "inputs": options.inputs or 0}
-    names = {kind: KINDS[kind].names(kind, options.seed) for kind in counts}
+    kinds = {name: kind.only(options.only) for name, kind in KINDS.items()}
+    counts = {name: n for name, n in counts.items() if kinds[name].shares}
+    more = options.inputs is None and "inputs" in counts
+    names = {name: kinds[name].names(name, options.seed) for name in counts}
     mixed = sorted(((i + 0.5) / n, kind) for kind, n in counts.items() for i in range(n))
-    rest = itertools.repeat("inputs") if options.inputs is None else ()
+    rest = itertools.repeat("inputs") if more else ()
     for kind in itertools.chain((kind for _, kind in mixed), rest):
         if time.monotonic() - start > 60 * options.minutes:
             return
@@ -168,6 +171,10 @@ def _options() -> argparse.ArgumentParser:
     options.add_argument("--kernels", type=int, default=1000, metavar="N")
     options.add_argument("--minutes", type=float, default=60, metavar="M",
                          help="no trial begins later")
+    options.add_argument(
+        "--only", nargs="+", metavar="SCENARIO", help="none but these, such as streamed merged",
+        choices=[scenario for kind in KINDS.values() for scenario in kind.shares],
+    )
     options.add_argument("--seed", type=int, default=0, help="the first of each scenario's seeds")
     options.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N")
     options.add_argument("--work", type=Path, metavar="FOLDER",

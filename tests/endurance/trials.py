@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,13 @@ class Kind:
     trial: Callable[[str, int, Places, Any, Path], tuple[str, str | None]]
     """(scenario, seed, places, what was prepared, a folder to be made) → (what was done, what is
     wrong or None)."""
+
+    def only(self, scenarios: Sequence[str] | None) -> Kind:
+        """Trials of these scenarios alone; None: of all."""
+        shares = {
+            name: n for name, n in self.shares.items() if scenarios is None or name in scenarios
+        }
+        return dataclasses.replace(self, shares=shares)
 
     def names(self, kind: str, seed: int = 0) -> Iterator[str]:
         """Names of trials without end, all scenarios mixed by their shares."""
