@@ -36,7 +36,14 @@ from qadapter.trunk.lm_head import LanguageModelHead, trunk
 from qadapter.trunk.loading import LoadedBase, as_loaded
 from qadapter.trunk.memo import TrunkMemo
 from qadapter.trunk.packing import Packing, hidden_states
-from qadapter.trunk.sharding import FSDP2, entering, freeze, layout_of, make_alike
+from qadapter.trunk.sharding import (
+    FSDP2,
+    entering,
+    freeze,
+    layout_of,
+    make_alike,
+    require_whole_matrices_of,
+)
 from qadapter_kernels import linear_soft_value, soft_value
 from qadapter_kernels.reference import Coefficients, accumulation_dtype
 
@@ -120,6 +127,7 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
                 can't be one.
         """
         config = _adapter_config(adapter)
+        _check_fits(config, base_kwargs)
         loaded = as_loaded(base, base_kwargs)
         _require_bare(loaded.model)
         identity = storage.BaseIdentity.of(loaded)
@@ -178,6 +186,7 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         chat_template = storage.read_chat_template(files)
         if base is None and saved.base_name is None:
             raise QAdapterError(f"{adapter_dir} names no base: pass base=")
+        _check_fits(saved.adapter, base_kwargs)
         loaded = as_loaded(base if base is not None else saved.base_name, base_kwargs)
         _require_bare(loaded.model)
         identity = storage.BaseIdentity.of(loaded)
@@ -609,6 +618,12 @@ def _require_bare(base: PreTrainedModel) -> None:
         raise QAdapterError(
             f"{type(base).__name__} holds PEFT layers already: merge or unload them"
         )
+
+
+def _check_fits(config: Any, base_kwargs: dict[str, Any]) -> None:
+    """What can't be put into a base that is still to be loaded."""
+    if not isinstance(config, AdapterConfig | storage.Composition):
+        require_whole_matrices_of(base_kwargs.get("distributed_config"), "an adapter of PEFT's")
 
 
 def _adapter_config(adapter: Any) -> AdapterConfig | PeftConfig:

@@ -215,3 +215,15 @@ def test_what_needs_the_whole_base_says_so(one_process, tmp_path):
         with pytest.raises(QAdapterError, match=r"FSDP2 spreads it .* save the adapter"):
             run()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("config", [{"tp_size": 2}, DistributedConfig(tp_size=2)], ids=type)
+def test_a_lora_on_split_matrices_is_refused_before_the_base_is_looked_for(config, tmp_path):
+    lora = peft.LoraConfig(target_modules=["q_proj"])
+    with pytest.raises(QAdapterError, match=r"tensor parallelism .*fsdp_size"):
+        QAdapterModel.from_base(tmp_path / "nowhere", lora, distributed_config=config)
+    QAdapterModel.from_base(tiny_llama(), lora).save_pretrained(tmp_path / "lora")
+    with pytest.raises(QAdapterError, match=r"tensor parallelism .*fsdp_size"):
+        QAdapterModel.from_pretrained(
+            tmp_path / "lora", tmp_path / "nowhere", distributed_config=config
+        )
