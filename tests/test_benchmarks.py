@@ -73,6 +73,7 @@ def test_linear_loss(tmp_path, capsys):
     assert "not run: cut-cross-entropy: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("main, name", [
     (linear_loss.main, "torch.compile, one product"), (logits_loss.main, logits_loss.COMPILED),
 ])

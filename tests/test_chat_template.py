@@ -181,6 +181,7 @@ def test_rows_of_a_prompts_file_bring_tools_and_keywords(place, tmp_path, capsys
     assert "prompts.jsonl:1: a message holds something other than text" in told(capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["merged", "lm_head_lora"])
 def test_exports_carry_it(place, tmp_path, form):
     out = tmp_path / "export"

@@ -535,6 +535,7 @@ def test_a_last_step_that_blows_up_is_not_saved(make_trainer, pairs, tmp_path, s
     assert not (tmp_path / "run/adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_what_is_kept_does_not_grow_with_the_steps(pairs, tmp_path):
     """Neither with logging off, where nothing is averaged and forgotten."""
     class Count(TrainerCallback):
