@@ -17,7 +17,6 @@ import itertools
 import json
 import os
 import platform
-import re
 import resource
 import shutil
 import statistics
@@ -132,31 +131,10 @@ def summary(
             }
             for scenario, found in sorted(scenarios.items())
         },
-        "killed in": _killed_in(verdicts),
         "wrong": [
             {"trial": v.name, "how": v.how, "what": v.wrong} for v in verdicts if v.wrong
         ],
     }
-
-
-_WORKS = {
-    "features": "/features/", "checkpoints": "/checkpoint-", "exports": "exported",
-    "answers and judgements": "judged", "comparisons": "compared",
-}
-"""What was written last → what is in its name."""
-
-
-def _killed_in(verdicts: list[Verdict]) -> dict[str, int]:
-    """How many of the runs that were killed, and had not ended, were writing what."""
-    found: collections.Counter[str] = collections.Counter()
-    for verdict in verdicts:
-        for code, last in _ENDED.findall(verdict.how):
-            if int(code) != 0 and verdict.name.startswith(("kills:", "together:")):
-                found[next((work for work, part in _WORKS.items() if part in last), "else")] += 1
-    return dict(found)
-
-
-_ENDED = re.compile(r"\((-?\d+), after ([^)]*)\)")
 
 
 def _options() -> argparse.ArgumentParser:
