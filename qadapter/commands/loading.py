@@ -26,8 +26,8 @@ from qadapter.data.templates import default_of
 from qadapter.errors import QAdapterError, shown
 from qadapter.policy import storage
 from qadapter.policy.model import QAdapterModel
+from qadapter.trunk.distributed_config import require_whole_matrices_of
 from qadapter.trunk.loading import base_without_weights, load_base, load_tokenizer, resolve_base
-from qadapter.trunk.sharding import require_whole_matrices_of
 
 
 def say_base(name: str, console: Console) -> str:

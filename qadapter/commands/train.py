@@ -64,8 +64,9 @@ from qadapter.training.own_samples import OWN
 from qadapter.training.resuming import check_options
 from qadapter.training.stopping import TrainingStopped
 from qadapter.trunk.base_dtype import dtype_of
+from qadapter.trunk.distributed_config import tp_size_of
 from qadapter.trunk.loading import load_tokenizer
-from qadapter.trunk.sharding import layout_of, tp_size_of
+from qadapter.trunk.sharding import layout_of
 
 _DATA = (
     "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split",

@@ -32,18 +32,12 @@ from qadapter.policy.decoding import StreamedGeneration, keeps_a_state
 from qadapter.policy.dial import Policy
 from qadapter.trunk.caches import CACHE, name_of_cache, take_cache
 from qadapter.trunk.checkpointing import checkpoints_reentrantly
+from qadapter.trunk.distributed_config import require_whole_matrices_of
 from qadapter.trunk.lm_head import LanguageModelHead, trunk
 from qadapter.trunk.loading import LoadedBase, as_loaded
 from qadapter.trunk.memo import TrunkMemo
 from qadapter.trunk.packing import Packing, hidden_states
-from qadapter.trunk.sharding import (
-    FSDP2,
-    entering,
-    freeze,
-    layout_of,
-    make_alike,
-    require_whole_matrices_of,
-)
+from qadapter.trunk.sharding import FSDP2, entering, freeze, layout_of, make_alike
 from qadapter_kernels import linear_soft_value, soft_value
 from qadapter_kernels.reference import Coefficients, accumulation_dtype
 

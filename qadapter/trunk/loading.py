@@ -30,12 +30,11 @@ from qadapter.system.locking import exclusive
 from qadapter.system.scratch import scratch_folder
 from qadapter.trunk import whole
 from qadapter.trunk.base_dtype import choose_dtype, dtype_name, on_cpu
+from qadapter.trunk.distributed_config import QUANTIZED, read_config
 from qadapter.trunk.sharding import (
-    QUANTIZED,
     freeze,
     kind_of,
     layout_of,
-    read_config,
     reshard,
     without_hooks,
 )

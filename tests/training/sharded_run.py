@@ -94,23 +94,29 @@ def train(
     """What a run comes to: numbers, and whether all processes have the same adapter."""
     trainer = build(folder, bases, name, sharding)
     found: dict[str, Any] = {"engine": layout_of(trainer.model.base).engine}
+    found["begins alike"] = alike(trainer.model, sharding)
     found["before"] = trainer.evaluate(build_pairs(5, seed=2))  # no whole batch for each
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-    weights = {n: x.detach().clone() for n, x in trainer.model.adapter.state_dict().items()}
     found["after"] = trainer.evaluate(build_pairs(7, seed=1))
     found["logs"] = [entry for entry in trainer.state.log_history if "loss" in entry]
     found["identity"] = dataclasses.asdict(trainer.model.base_identity)
     found["answers"] = answers(trainer.model)
-    everyone = [weights]
-    if sharding:
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, weights)
-    found["alike"] = all(torch.equal(w[n], x) for w in everyone for n, x in weights.items())
+    found["alike"] = alike(trainer.model, sharding)
     loaded = QAdapterModel.from_pretrained(folder / name, trainer.model.base) if (
         not trainer.model.adapts_trunk
     ) else trainer.model
     found["logits"] = loaded(input_ids=torch.arange(3, 11)[None]).logits.flatten().tolist()
     return found
+
+
+def alike(model: QAdapterModel, sharding: dict[str, int] | None) -> bool:
+    """Whether all processes have the same adapter, to the bit."""
+    weights = {n: x.detach().clone() for n, x in model.adapter.state_dict().items()}
+    everyone = [weights]
+    if sharding:
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, weights)
+    return all(torch.equal(other[n], x) for other in everyone for n, x in weights.items())
 
 
 def answers(model: QAdapterModel) -> list[list[int]]:
