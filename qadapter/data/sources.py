@@ -166,7 +166,8 @@ def load_from_hub(name: str, config: str | None, split: str, streaming: bool = F
     where there is none."""
     try:
         _check_reachable(name)
-        return load_dataset(name, config, split=split, streaming=streaming)
+        options = {"streaming": True} if streaming else {}
+        return load_dataset(name, config, split=split, **options)
     except Exception as error:
         # `datasets` and the hub client raise a dozen unrelated classes here (their own, OSError,
         # ValueError for splits and configs, HTTP errors); the cause stays attached for debugging.

@@ -266,6 +266,17 @@ def test_what_is_no_stream_of_preferences(kind):
         opened(make())
 
 
+def test_a_hub_dataset_is_streamed_by_its_name(monkeypatch):
+    def load(name, config, split, streaming):
+        assert (name, config, split, streaming) == ("owner/name", "en", "test", True)
+        return build_pairs(5).to_iterable_dataset()
+
+    monkeypatch.setattr("qadapter.data.sources.load_dataset", load)
+    monkeypatch.setattr("qadapter.data.sources._check_reachable", lambda name: None)
+    pairs = pairs_of(stream_preferences("owner/name", config="en", split="test"), 0)
+    assert rows(pairs, 5) == [0, 1, 2, 3, 4]
+
+
 def test_files_that_cannot_be_streamed(tmp_path):
     build_pairs(4).save_to_disk(tmp_path / "saved")
     with pytest.raises(QAdapterError, match="leave streaming out"):
