@@ -156,6 +156,11 @@ def take(path: Path) -> bool:
     return False
 
 
+def holds(path: Path) -> bool:
+    """Whether this process has what ``take`` took."""
+    return path in _held
+
+
 def let_go(path: Path) -> None:
     """Give back what ``take`` took, and remove the file."""
     with contextlib.suppress(OSError):

@@ -61,8 +61,9 @@ _process_folders: dict[tuple[int, Path, str], Path] = {}
 
 
 def _remove_at_exit(pid: int, parent: Path, purpose: str) -> None:
-    if pid == os.getpid():
-        _remove(_process_folders.pop((pid, parent, purpose)))
+    folder = _process_folders.pop((pid, parent, purpose), None) if pid == os.getpid() else None
+    if folder is not None and locking.holds(folder / _LOCK_NAME):
+        _remove(folder)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import threading
 import pytest
 from another_run import holding
 
-from qadapter.system import locking
+from qadapter.system import locking, scratch
 from qadapter.system.scratch import remove_abandoned, scratch_folder
 
 HOLDER = """
@@ -137,3 +137,20 @@ def test_a_parent_that_is_missing_or_a_file(tmp_path):
     for parent in (tmp_path / "missing", tmp_path / "file"):
         with pytest.raises(OSError), scratch_folder(parent, "saving"):
             raise AssertionError("not reached")
+
+
+def test_a_folder_of_a_process_is_made_once_and_goes_with_it(tmp_path):
+    folder = scratch.process_folder(tmp_path / "parent", "rows")
+    assert scratch.process_folder(tmp_path / "parent", "rows") == folder
+    assert scratch.process_folder(tmp_path / "parent", "others") != folder
+    with scratch.scratch_folder(tmp_path / "parent", "more"):
+        assert folder.is_dir()  # nobody takes it for abandoned
+    child = os.fork()
+    if child == 0:
+        scratch._remove_at_exit(os.getppid(), tmp_path / "parent", "rows")
+        other = scratch.process_folder(tmp_path / "parent", "rows") != folder
+        os._exit(0 if other and folder.is_dir() else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    scratch._remove_at_exit(os.getpid(), tmp_path / "parent", "rows")
+    assert not folder.exists()
+    scratch.process_folder(tmp_path / "parent", "rows")
