@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch.distributed as dist
 from peft import PeftConfig
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -43,7 +44,7 @@ from qadapter.system.locking import lock_of, remove_stale, sole_run
 from qadapter.system.modes import give_usual_modes
 from qadapter.system.scratch import remove_abandoned, scratch_folder
 from qadapter.trunk.older_names import add_older_names
-from qadapter.trunk.sharding import require_whole
+from qadapter.trunk.sharding import layout_of
 
 if TYPE_CHECKING:
     from qadapter.policy.model import QAdapterModel
@@ -71,7 +72,7 @@ def export(
     approximate: bool = False, texts: Sequence[str] | Sequence[Sequence[int]] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None, max_shard_size: int | str | None = None,
     gguf_type: str = "auto", llama_cpp_dir: str | Path | None = None,
-) -> ExportReport:
+) -> ExportReport | None:
     """Write the customised policy, at the strength it is set to, for engines that don't know us.
 
     Args:
@@ -91,14 +92,22 @@ def export(
         llama_cpp_dir: llama.cpp's folder, whose converter writes GGUF files of architectures that
             aren't written here. Default: the converter on PATH, where there is one.
 
+    Returns:
+        None in all but the first process where the base is sharded: that one loads it once more,
+        whole, on its CPU; the others go on.
+
     Raises:
         QAdapterError: the policy has no exact export of this form (with the reason), the folder is
-            not empty or can't be written, the base is sharded, or the check failed (with what
-            differs).
+            not empty or can't be written, a sharded base isn't found by its name, or the check
+            failed (with what differs).
     """
     target = Path(output_dir).expanduser().absolute()
+    if layout_of(model.base).engine:
+        if dist.get_rank() > 0:
+            return None
+        require_free(target)
+        model = _on_a_whole_base(model, target.parent)
     require_free(target)
-    require_whole(model.base, "an export")
     require_exportable(
         _described(model), model.policy.stream_weights(), form, approximate=approximate,
         adapters=len(model.adapter.names) if model.adapts_trunk else 1, texts=texts is not None,
@@ -131,6 +140,25 @@ def export(
     except (OSError, SafetensorError) as error:
         raise QAdapterError(f"{target}: the export can't be written: {error}") from error
     return report
+
+
+def _on_a_whole_base(model: QAdapterModel, place: Path) -> QAdapterModel:
+    """The same policy in this process alone, on the CPU; nothing of it is a collective."""
+    identity = model.base_identity
+    try:
+        with scratch_folder(place, "exporting") as scratch:
+            model.save_pretrained(scratch / "adapter")
+            whole = type(model).from_pretrained(
+                scratch / "adapter", identity.name, dtype=model.base.dtype,
+                revision=identity.revision, device_map="cpu",
+            )
+    except QAdapterError as error:
+        raise QAdapterError(
+            f"an export needs the whole base, and {identity.name} can't be loaded once more: "
+            f"{error}; save the adapter, and export it in one process"
+        ) from error
+    whole.policy = model.policy
+    return whole
 
 
 def _tokenizer(

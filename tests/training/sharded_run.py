@@ -177,6 +177,20 @@ def equal_to_the_whole(bases: Path) -> dict[str, bool]:
     return found
 
 
+def exported(folder: Path, bases: Path) -> dict[str, Any]:
+    """A policy written by the first process, and what it says here."""
+    base = load_base(bases / "untied", distributed_config={"fsdp_size": dist.get_world_size()})
+    model = QAdapterModel.from_base(base, ADAPTERS["lora"]())
+    torch.manual_seed(1)
+    for x in model.adapter.parameters():
+        torch.nn.init.normal_(x, std=0.3)
+    report = model.export(folder / "exported")
+    written = [None] * dist.get_world_size()
+    dist.all_gather_object(written, report is not None)
+    ids = torch.arange(3, 11)[None]
+    return {"written": written, "logits": model(input_ids=ids).logits.tolist()}
+
+
 def two_processes(folder: Path, bases: Path, alone: Path) -> dict[str, Any]:
     results = {name: train(folder, bases, name, {"fsdp_size": 2}) for name in CASES}
     results["resumed"] = train(
@@ -184,6 +198,7 @@ def two_processes(folder: Path, bases: Path, alone: Path) -> dict[str, Any]:
     )
     results["sampled alike"] = sampled(bases)
     results["equal"] = equal_to_the_whole(bases)
+    results["exported"] = exported(folder, bases)
     try:
         load_base(bases / "tied", distributed_config={"fsdp_size": 4})
     except QAdapterError as error:

@@ -155,3 +155,11 @@ def test_processes_draw_alike(two):
 
 def test_a_launch_of_too_few_processes_is_told(two):
     assert "4 processes, and this launch has 2" in two["too few"]
+
+
+def test_the_first_process_exports_what_all_have(folder, two):
+    assert two["exported"]["written"] == [True, False]
+    stock = LlamaForCausalLM.from_pretrained(folder / "two" / "exported")
+    logits = stock(input_ids=torch.arange(3, 11)[None]).logits
+    # Weights are rounded once more when the adapter is added: by 6e-8, in some 20 products each.
+    assert_close(logits, torch.tensor(two["exported"]["logits"]), rtol=1e-5, atol=1e-5)
