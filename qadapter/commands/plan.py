@@ -70,6 +70,11 @@ def run(script: args.PlanArguments, config: QAdapterConfig, given: set[str]) -> 
     quiet_libraries()
     machine = None if script.gpus is None else machine_of(script.gpus)
     loading = loading_options(script, config.trust_remote_code, config.model_init_kwargs)
+    if "distributed_config" in loading:
+        raise QAdapterError(
+            "model_init_kwargs: how a base is spread (distributed_config) is what a plan finds: "
+            "leave it out"
+        )
     base, source = outline_of(
         script.model_name_or_path, revision=loading["revision"],
         trust_remote_code=loading["trust_remote_code"],

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import torch.distributed as dist
 import typer
 from datasets import Dataset
 from rich.console import Console
@@ -162,6 +163,8 @@ def run(
             _run(
                 model_args, script, config, measures, given, folder, resume or None, console, start
             )
+    if dist.is_initialized():  # its threads would still be at work when the process ends
+        dist.destroy_process_group()
 
 
 def _folder(

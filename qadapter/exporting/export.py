@@ -145,6 +145,11 @@ def export(
 def _on_a_whole_base(model: QAdapterModel, place: Path) -> QAdapterModel:
     """The same policy in this process alone, on the CPU; nothing of it is a collective."""
     identity = model.base_identity
+    if not model.base.config.name_or_path:
+        raise QAdapterError(
+            "an export needs the whole base, and this one has no name to load it by once more: "
+            "save the adapter, and export it in one process"
+        )
     try:
         with scratch_folder(place, "exporting") as scratch:
             model.save_pretrained(scratch / "adapter")

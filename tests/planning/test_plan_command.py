@@ -103,6 +103,14 @@ def test_machines():
         machine_of("8xTPU")
 
 
+def test_how_a_base_is_spread_is_not_given(place, capsys):
+    code, _, err = plan(
+        capsys, "--model", place / "model", "--pairs", place / "pairs.jsonl", "--gpus", "8xH100",
+        "--model_init_kwargs", "{distributed_config: {tp_size: 8}}",
+    )
+    assert code == 2 and "leave it out" in err
+
+
 def test_the_faster_way_is_taken_or_the_simpler_of_like_ones():
     def way(name, needs, step_seconds):
         return Engine(name, 1, 1, {"all": needs}, 10.0, step_seconds, 0.0, 100, "products", 0.0)

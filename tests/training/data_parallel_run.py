@@ -76,9 +76,6 @@ def counting(model, dataset, *arguments):
     return features.compute_shard(model, dataset, *arguments)
 
 
-feature_store.compute_shard, feature_store._MOST_PAIRS = counting, 3
-
-
 def build(
     folder: Path, batch_size: int, cache_features: str, adapter: str, stream: bool = False,
     **changes,
@@ -106,4 +103,6 @@ def build(
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    feature_store.compute_shard, feature_store._MOST_PAIRS = counting, 3
     run(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
+    torch.distributed.destroy_process_group()

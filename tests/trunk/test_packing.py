@@ -521,7 +521,7 @@ def test_capped_attention_of_flex(monkeypatch):
     base.config._attn_implementation = "flex_attention"
     packing = Packing.of(texts)
     states = packing_module._in_a_row(
-        trunk(base), dataclasses.replace(packing, kernel="flex")
+        base, trunk(base), dataclasses.replace(packing, kernel="flex")
     )
     for line, theirs in zip(packing.lines, expected, strict=True):
         assert_close(states[line], theirs, rtol=1e-5, atol=1e-5)

@@ -184,11 +184,13 @@ def test_what_needs_the_whole_base_says_so(one_process, tmp_path):
 
     head, lora = build(AdapterConfig(rank=4)), build(peft.LoraConfig(target_modules=["q_proj"]))
     for run in (
-        lambda: lora.merge_adapter(), lambda: head.export(tmp_path / "out"),
-        lambda: lora.init_continuous_batching(), lambda: compose([lora, lora], [1.0, 0.5]),
+        lambda: lora.merge_adapter(), lambda: lora.init_continuous_batching(),
+        lambda: compose([lora, lora], [1.0, 0.5]),
     ):
         with pytest.raises(QAdapterError, match=r"FSDP2 spreads it .* save the adapter"):
             run()
+    with pytest.raises(QAdapterError, match=r"no name .* save the adapter"):
+        head.export(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
