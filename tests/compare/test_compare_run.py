@@ -439,9 +439,12 @@ def test_the_report_is_one_file_that_says_it_all(place, capsys):
                 assert f"{found.mean:.{column.digits}f}" in page
 
 
+@pytest.mark.slow
 def test_rows_are_compared_prompt_by_prompt(place):
     """The differences are those of the tables' means; a row against itself has none, to the bit."""
     folder, _ = place
+    options = (folder / "compare.yaml", "--output_dir", folder / "out", "--report_only")
+    assert cli("compare", *options) == 0
     comparison = read_results(read_config(folder / "compare.yaml"), folder / "out", "validation")
     rows = {r.row.name: r for r in comparison.results}
     assert comparison.reference is rows["dpo"]
