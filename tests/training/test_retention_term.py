@@ -219,13 +219,20 @@ def test_every_adapter_is_held_to_the_passages_unless_told_otherwise(held, kind)
     assert found(texts=own_samples.OWN) == (10.0, len(set(pairs["prompt"])))
 
 
-def test_where_the_passages_cannot_be_read_nothing_is_held_to_and_that_is_said(held):
+def test_where_the_passages_cannot_be_read_nothing_is_held_to_and_that_is_said(held, tmp_path):
     pairs, tokenizer = build_pairs(4), build_tokenizer()
     ids = tokenize_preferences(pairs, tokenizer)
+    build_model().base.config.save_pretrained(tmp_path)  # and nothing else
+
+    def alone():
+        model = build_model()
+        model.base_identity = dataclasses.replace(model.base_identity, name=str(tmp_path))
+        return model
+
     # No tokenizer, and the model's name leads to none; prompts may be asked about all the same.
-    assert held(build_model(), ids)[:2] == (0.0, None)
-    assert "held to no texts: tokenizer of " in held(build_model(), ids)[2]
-    assert held(build_model(), ids, own_samples.OWN)[0] == 10.0
+    assert held(alone(), ids)[:2] == (0.0, None)
+    assert "held to no texts: tokenizer of " in held(alone(), ids)[2]
+    assert held(alone(), ids, own_samples.OWN)[0] == 10.0
     capped = build_model()
     capped.head = dataclasses.replace(capped.head, softcap=30.0)
     coef, _, lines = held(capped, pairs, tokenizer=tokenizer)
@@ -234,7 +241,7 @@ def test_where_the_passages_cannot_be_read_nothing_is_held_to_and_that_is_said(h
     assert coef == 30.0 and "held to no texts" not in lines
     # Asked for, it is an error.
     with pytest.raises(QAdapterError, match="tokenizer of "):
-        held(build_model(), ids, retention_coef=5.0)
+        held(alone(), ids, retention_coef=5.0)
     with pytest.raises(QAdapterError, match="softcap"):
         held(capped, pairs, tokenizer=tokenizer, retention_coef=5.0)
     assert held(build_model())[0] == 0.0  # nothing is trained
