@@ -13,17 +13,7 @@ from what_serves_it import ROOT, put
 from qadapter import QAdapterConfig
 from qadapter.commands.plan import duration
 from qadapter.commands.train import DEFAULTS
-from qadapter.planning import (
-    Lengths,
-    Run,
-    Shape,
-    Trained,
-    choose,
-    costs_of,
-    engines,
-    machine_of,
-    outline_of,
-)
+from qadapter.planning import Lengths, machine_of, outline_of, plan_of
 from qadapter.system.room import size
 
 SCALE = ROOT / "docs/scale.md"
@@ -54,20 +44,17 @@ def planned() -> str:
     ]
     for name, text in RUNS:
         base, _ = outline_of(f"meta-llama/{name}")
-        shape, machine = Shape.of(base), machine_of(text)
-        costs = costs_of(shape, Trained.of(base, config.adapter_config(base)), lengths,
-                         Run.of(config, False))
-        ways = engines(shape, costs, lengths, config, machine)
-        way = choose(ways)
+        plan = plan_of(base, lengths, config, machine_of(text))
+        way = plan.chosen
         if way is None:
-            least = min(ways, key=lambda way: way.needs)
+            least = min(plan.ways, key=lambda way: way.needs)
             cells = ("doesn't fit", f"{size(least.needs)} of {size(least.room)}", *["–"] * 6)
         else:
             weights = way.parts["the base's weights"] + way.parts["gathered at a time"]
             cells = (
                 way.name, f"{size(way.needs)} of {size(way.room)}", size(weights),
                 duration(way.read_seconds), duration(way.step_seconds), f"{way.steps:,}",
-                duration(way.seconds), size(costs.features * PAIRS),
+                duration(way.seconds), size(plan.costs.features * PAIRS),
             )
         lines.append(f"| {' | '.join((name, text, *cells))} |")
     return "\n".join(lines) + "\n"

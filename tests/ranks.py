@@ -6,6 +6,7 @@ process costs seconds, so one launch does all the checks there are for a number 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import socket
@@ -48,6 +49,11 @@ def run_ranks(script: Path, folder: Path, world_size: int) -> list[dict[str, str
         for rank in ranks:
             rank.kill()
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world_size)]
+
+
+def started_once(script: Path, new_folder: Callable[[str], Path]) -> Callable[[int], list]:
+    """``run_ranks`` of a script by world size, each started when it is first asked for."""
+    return functools.cache(lambda size: run_ranks(script, new_folder("ranks"), size))
 
 
 def report(checks: Mapping[str, Callable[[], None]], folder: Path) -> None:

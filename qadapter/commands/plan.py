@@ -21,21 +21,18 @@ from qadapter.data import load_preferences
 from qadapter.errors import QAdapterError
 from qadapter.planning import (
     Engine,
-    Run,
     Shape,
     Trained,
-    choose,
-    costs_of,
-    engines,
     lengths_of,
     machine_of,
     outline_of,
+    plan_of,
     smallest,
     this_machine,
 )
 from qadapter.planning.shapes import is_published
 from qadapter.system.room import size
-from qadapter.training import QAdapterConfig, checks
+from qadapter.training import QAdapterConfig
 from qadapter.trunk.base_dtype import dtype_name
 from qadapter.trunk.loading import auto_dtype, load_tokenizer
 
@@ -80,11 +77,8 @@ def run(script: args.PlanArguments, config: QAdapterConfig, given: set[str]) -> 
         trust_remote_code=loading["trust_remote_code"],
     )
     dtype = _dtype(loading["dtype"], base, on_gpus=machine is not None)
-    shape = Shape.of(base, dtype)
     if machine is None:
-        machine = this_machine(shape.hidden, shape.itemsize)
-    adapter = config.adapter_config(base)
-    trained = Trained.of(base, adapter)
+        machine = this_machine(base.config.get_text_config().hidden_size, dtype.itemsize)
     pairs = load_preferences(
         script.dataset_name, split=script.dataset_train_split, **script.load_kwargs()
     )
@@ -93,12 +87,9 @@ def run(script: args.PlanArguments, config: QAdapterConfig, given: set[str]) -> 
         truncation_mode=config.truncation_mode,
     )
     lengths = lengths._replace(pairs=max(1, round(lengths.pairs * (1 - script.test_fraction))))
-    checkpointing = trained.first_block is not None and any(
-        getattr(config, name, None) for name in checks.CHECKPOINTING
-    )
-    costs = costs_of(shape, trained, lengths, Run.of(config, checkpointing), machine.cpu)
-    ways = engines(shape, costs, lengths, config, machine)
-    chosen = choose(ways)
+    plan = plan_of(base, lengths, config, machine, dtype)
+    shape, trained, costs, ways = plan
+    chosen = plan.chosen
 
     def say(line: str) -> None:
         console.print(line, highlight=False)

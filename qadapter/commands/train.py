@@ -276,7 +276,7 @@ def _run(
     # The tokenized pairs: training puts their features in place of them.
     test_dataset = trainer.eval_dataset
     _train(trainer, resume, folder, console)
-    if not main_process and layout_of(model.base).engine == "":
+    if not main_process and not layout_of(model.base).engine:
         return  # else all measure with the first one: what it runs is a collective
     if main_process and config.save_strategy == "no":
         trainer.save_model()

@@ -14,7 +14,7 @@ from qadapter.data.json_rows import read_json_files
 from qadapter.data.rows import Rows
 from qadapter.data.saved import read_saved
 from qadapter.data.split_files import choose_files, files_of_readme
-from qadapter.errors import QAdapterError, listed
+from qadapter.errors import QAdapterError, beginning, listed
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 # Files that `datasets` and the hub keep beside the data.
@@ -171,7 +171,7 @@ def load_from_hub(name: str, config: str | None, split: str, streaming: bool = F
     except Exception as error:
         # `datasets` and the hub client raise a dozen unrelated classes here (their own, OSError,
         # ValueError for splits and configs, HTTP errors); the cause stays attached for debugging.
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = beginning(error) or type(error).__name__
         raise QAdapterError(
             f"no file or folder {name!r}, and the hub dataset {name!r} cannot be loaded: {reason}"
         ) from error

@@ -21,7 +21,7 @@ from qadapter.data.rows import ListRows, plain, without_media
 from qadapter.data.sources import are_parquet, load_from_hub, local_files, local_path
 from qadapter.data.spooled import Spool
 from qadapter.data.unused import check_unused
-from qadapter.errors import QAdapterError, listed
+from qadapter.errors import QAdapterError, beginning, listed
 
 _SAMPLE = 1000
 """Rows that a stream's format is read off."""
@@ -151,7 +151,7 @@ class PreferenceStream:
         except QAdapterError:
             raise
         except Exception as error:  # of the source's own code, of files, of a network
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            reason = beginning(error) or type(error).__name__
             raise QAdapterError(f"{self.source.name} can't be read on: {reason}") from error
 
 

@@ -102,12 +102,12 @@ def export(
             failed (with what differs).
     """
     target = Path(output_dir).expanduser().absolute()
-    if layout_of(model.base).engine:
-        if dist.get_rank() > 0:
-            return None
-        require_free(target)
-        model = _on_a_whole_base(model, target.parent)
+    sharded = bool(layout_of(model.base).engine)
+    if sharded and dist.get_rank() > 0:
+        return None
     require_free(target)
+    if sharded:
+        model = _on_a_whole_base(model, target.parent)
     require_exportable(
         _described(model), model.policy.stream_weights(), form, approximate=approximate,
         adapters=len(model.adapter.names) if model.adapts_trunk else 1, texts=texts is not None,

@@ -6,10 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from qadapter.planning.costs import Costs, steps_of
+import torch
+from transformers import PreTrainedModel
+
+from qadapter.planning.costs import Costs, Run, costs_of, steps_of
 from qadapter.planning.lengths import Lengths
 from qadapter.planning.machines import BETWEEN_NODES, DISK, Machine
-from qadapter.planning.shapes import Shape
+from qadapter.planning.shapes import Shape, Trained
+from qadapter.training import checks
 from qadapter.training.config import QAdapterConfig
 
 _ROOM = 0.92
@@ -49,6 +53,40 @@ class Engine(NamedTuple):
     @property
     def seconds(self) -> float:
         return self.read_seconds + self.steps * self.step_seconds
+
+
+class Plan(NamedTuple):
+    """A run on a machine, all ways that there are."""
+
+    shape: Shape
+    trained: Trained
+    costs: Costs
+    ways: list[Engine]
+
+    @property
+    def chosen(self) -> Engine | None:
+        """The way to take; None: none fits."""
+        return choose(self.ways)
+
+
+def plan_of(
+    base: PreTrainedModel, lengths: Lengths, config: QAdapterConfig, machine: Machine,
+    dtype: torch.dtype | None = None,
+) -> Plan:
+    """What training the adapter that ``config`` describes takes.
+
+    Args:
+        base: its modules, on whatever device. dtype: as for ``Shape.of``.
+
+    Raises:
+        QAdapterError: a base or an adapter that can't be planned.
+    """
+    shape, trained = Shape.of(base, dtype), Trained.of(base, config.adapter_config(base))
+    checkpointing = trained.first_block is not None and any(
+        getattr(config, name, None) for name in checks.CHECKPOINTING
+    )
+    costs = costs_of(shape, trained, lengths, Run.of(config, checkpointing), machine.cpu)
+    return Plan(shape, trained, costs, engines(shape, costs, lengths, config, machine))
 
 
 def engines(

@@ -444,7 +444,7 @@ class QAdapterTrainer(Runs):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Of one training step on a batch: head and adapter, and the trunk where it runs."""
-        head = self.model.head.weight.numel()
+        head = self.model.head.shape.numel()  # its weight may lie on several processes
         adapter = sum(p.numel() for p in self.model.adapter.parameters())
         if "offsets" not in inputs:
             base = self.model.base.num_parameters()

@@ -59,10 +59,6 @@ class Layout(NamedTuple):
         """Processes that see the same batch."""
         return 1 if self.mesh is None else self.mesh.size()
 
-    @property
-    def sharded(self) -> bool:
-        return bool(self.engine)
-
 
 _layouts: WeakKeyDictionary[nn.Module, Layout] = WeakKeyDictionary()
 _inside: WeakSet[nn.Module] = WeakSet()

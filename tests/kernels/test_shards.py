@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 import pytest
-from ranks import run_ranks
+from ranks import started_once
 from shards_run import checks_of
 
 from qadapter_kernels.shards import Collectives
@@ -17,13 +16,8 @@ DOCS = Path(__file__).parents[2] / "docs/scale.md"
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What each rank of a world size found; started once."""
-
-    @functools.cache
-    def run(world_size: int) -> list[dict[str, str | None]]:
-        return run_ranks(SCRIPT, tmp_path_factory.mktemp("ranks"), world_size)
-
-    return run
+    """What each rank of a world size found."""
+    return started_once(SCRIPT, tmp_path_factory.mktemp)
 
 
 @pytest.mark.parametrize(("world_size", "check"), [

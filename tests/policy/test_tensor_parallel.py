@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 import pytest
-from ranks import run_ranks
+from ranks import started_once
 from tensor_parallel_run import checks_of
 
 SCRIPT = Path(__file__).with_name("tensor_parallel_run.py")
@@ -14,11 +13,7 @@ SCRIPT = Path(__file__).with_name("tensor_parallel_run.py")
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    @functools.cache
-    def run(world_size: int) -> list[dict[str, str | None]]:
-        return run_ranks(SCRIPT, tmp_path_factory.mktemp("ranks"), world_size)
-
-    return run
+    return started_once(SCRIPT, tmp_path_factory.mktemp)
 
 
 @pytest.mark.slow
