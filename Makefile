@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 TORCH := torch==2.13.0
 NATIVE := $(shell find kernels/csrc -type f 2>/dev/null)
 
-.PHONY: install demo test test-avx2 test-oldest test-newest test-tritons test-transformers4 test-engines lint sanitize endurance bench clean
+.PHONY: install demo test test-avx2 test-oldest test-newest test-tritons test-transformers4 test-engines lint docs sanitize endurance bench clean
 
 install: $(STAMP)
 
@@ -94,6 +94,11 @@ test-engines: install $(ENGINE_STAMPS)
 
 lint: install
 	$(BIN)/ruff check .
+
+# The site, into build/site; a broken link, an unknown name or a page in no list is an error.
+docs: install
+	$(BIN)/python -m pip install --quiet sphinx myst-parser furo -c constraints.txt
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -b html -c docs . build/site
 
 sanitize: install
 	tests/kernels/sanitize.sh $(BIN)/python

@@ -115,8 +115,8 @@ class ObjectiveConfig:
 
 
 class QAdapterLossOutput(NamedTuple):
-    """Float32 (float64 for float64 inputs). All but ``policy_logps`` and ``base_logps`` carry
-    gradients to the adapted stream."""
+    """The loss and what it is made of, float32 (float64 for float64 inputs). All but
+    ``policy_logps`` and ``base_logps`` carry gradients to the adapted stream."""
 
     loss: Tensor
     """preference_loss + chi2_coef·chi2_loss, 0-d."""

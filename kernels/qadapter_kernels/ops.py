@@ -153,8 +153,9 @@ def linear_soft_value(
         base_hidden: h_b [N, D] of the frozen base. Must not require grad. None where
             ``base_action_logit`` and ``base_logsumexp`` stand for it: 8 bytes a state.
         weight: [V, D], the frozen lm_head. Must not require grad.
-        actions, alpha_0, alpha_tilde, adapter_coef, base_coef, base_action_logit, base_logsumexp,
-            backend: as in ``soft_value``. ``adapter_coef`` must not be 0.
+        actions, alpha_0, alpha_tilde, adapter_coef, base_coef: as in ``soft_value``, but
+            ``adapter_coef`` must not be 0.
+        base_action_logit, base_logsumexp, backend: as in ``soft_value``.
         bias: [V] or None.
         logit_scale: factor on the logits (Cohere; 1/logits_scaling for Granite).
         row_mask: bool [N]; rows that are False give 0 and get no gradient. They still take part

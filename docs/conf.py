@@ -1,0 +1,111 @@
+"""The documentation site: ``make docs`` builds it from the pages as they lie, with warnings as
+errors, into build/site.
+
+Sphinx with MyST, since MyST reads CommonMark as web hosts of repositories do: a page is one text in
+both places. What only the site has is added here: the navigation, and on docs/api.md what the
+docstrings say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import re
+import sys
+from pathlib import Path
+
+from sphinx.errors import ExtensionError
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "docs"), str(ROOT), str(ROOT / "kernels")]
+
+NAV = {
+    "Use it": ("data", "evaluation", "compare", "server", "serving", "gguf"),
+    "Understand it": ("kernels", "lora", "saved"),
+    "Coming from": ("for-trl-users",),
+    "At scale": ("scale", "running"),
+    "Reference": ("api",),
+}
+"""The pages of docs/ in the order in which they are shown."""
+BESIDE = {"Project": ("benchmarks/README", "SECURITY")}
+"""Pages elsewhere in the repository."""
+
+project = "qadapter"
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+root_doc = "docs/README"
+# The repository itself, so that links to any of its files hold as they are.
+include_patterns = ["docs/*.md", *(f"{page}.md" for pages in BESIDE.values() for page in pages)]
+exclude_patterns = [".*", "build", "dist", "runs", "*.egg-info", "tests", "qadapter", "kernels",
+                    "benchmarks/results"]
+
+myst_enable_extensions = ["alert", "strikethrough"]
+myst_heading_anchors = 4
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+
+html_theme = "furo"
+html_title = "qadapter"
+html_copy_source = html_show_sourcelink = False
+html_static_path: list[str] = []
+pygments_style, pygments_dark_style = "friendly", "monokai"
+
+_NAMES = re.compile(r"<!-- names: ([\w.]+) -->.*?<!-- end -->", re.DOTALL)
+_FETCHED = re.compile(
+    r"""<(?:script|img|iframe|link rel="stylesheet")[^>]*(?:src|href)="(?:https?:)?//[^"]*"""
+)
+
+
+def _toctree(caption: str, pages: list[str]) -> str:
+    begin = "", "```{toctree}", ":hidden:", f":caption: {caption}", ""
+    return "\n".join([*begin, *pages, "```", ""])
+
+
+def _described(module: str) -> str:
+    """What the docstrings of a module's public names say, as directives."""
+    from what_it_offers import names
+
+    lines = ["", "```{eval-rst}"]
+    for home, name in names(module):
+        value = getattr(importlib.import_module(home), name)
+        if isinstance(value, type):
+            lines += [f".. autoclass:: {home}.{name}", "   :members:"]
+            if dataclasses.is_dataclass(value) or hasattr(value, "_fields"):
+                lines.append("   :exclude-members: __init__, __new__")
+        elif isinstance(value, dict):
+            lines += [f".. py:data:: {home}.{name}", ""]
+            lines += [f"   - ``{key}``: {text}" for key, text in value.items()]
+        else:
+            kind = "autofunction" if callable(value) else "autodata"
+            lines.append(f".. {kind}:: {home}.{name}")
+        lines.append("")
+    return "\n".join([*lines, "```", ""])
+
+
+def _add(app, docname: str, source: list[str]) -> None:
+    if docname == root_doc:
+        for caption, pages in NAV.items():
+            source[0] += _toctree(caption, [*pages])
+        for caption, pages in BESIDE.items():
+            source[0] += _toctree(caption, [f"/{page}" for page in pages])
+    source[0] = _NAMES.sub(lambda found: _described(found[1]), source[0])
+
+
+def _finish(app, error: Exception | None) -> None:
+    """The address of the whole site leads to its first page; nothing on it is fetched from another
+    place."""
+    if error is not None:
+        return
+    site = Path(app.outdir)
+    for page in site.rglob("*.html"):
+        if found := _FETCHED.search(page.read_text(encoding="utf-8")):
+            raise ExtensionError(f"{page.relative_to(site)} fetches {found[0]}")
+    text = f'<!doctype html><meta http-equiv="refresh" content="0; url={root_doc}.html">'
+    (site / "index.html").write_text(text, encoding="utf-8")
+
+
+def setup(app) -> None:
+    app.connect("source-read", _add)
+    app.connect("build-finished", _finish)
