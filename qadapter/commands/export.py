@@ -10,7 +10,7 @@ from rich.table import Table
 
 from qadapter.adapters.head_adapter import AdapterConfig
 from qadapter.commands import arguments as args
-from qadapter.commands.loading import is_adapter, load_model
+from qadapter.commands.loading import is_adapter, load_model, name_of_base
 from qadapter.commands.options import Group, command
 from qadapter.console.environment import quiet_libraries
 from qadapter.console.folders import telling_how_to_go_on
@@ -134,7 +134,7 @@ def _check_before_loading(model_args: args.AdapterArguments, options: ExportArgu
     require_options(options.form, options.gguf_type, options.llama_cpp_dir)
     if options.form in FROM_MERGED:
         base = base_without_weights(
-            model_args.base_model_name_or_path or saved.base.name,
+            name_of_base(name, model_args.base_model_name_or_path),
             revision=model_args.model_revision, trust_remote_code=model_args.trust_remote_code,
         )
         if base is not None:

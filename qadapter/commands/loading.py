@@ -132,8 +132,9 @@ def load_model(
         with progress_bar(console, "loading the base", "", closing=False):
             model: PreTrainedModel = load_base(base_name, **options).model
     else:
-        base_name = arguments.base_model_name_or_path or storage.read(name).base.name
-        base_name = say_base(base_name, console)
+        base_name = say_base(name_of_base(name, arguments.base_model_name_or_path), console)
+        if (saved := storage.read(name)).base is None:
+            saying(console)(f"{name} is a PEFT adapter of the authors' code: {saved.objective}")
         tokenizer = _tokenizer(base_name, arguments, options, name, console)
         with progress_bar(console, "loading the base", "", closing=False):
             model = QAdapterModel.from_pretrained(name, base_name, **options)
@@ -145,6 +146,18 @@ def load_model(
         if arguments.chat_template_path is not None:
             model.chat_template = default_of(tokenizer.chat_template)
     return model, tokenizer
+
+
+def name_of_base(adapter: str, given: str | None) -> str:
+    """The base that was given for an adapter, or else the one that it names.
+
+    Raises:
+        QAdapterError: it can't be read, or names none.
+    """
+    found = given or storage.read(adapter).base_name
+    if found is None:
+        raise QAdapterError(f"{adapter} names no base: give --base_model_name_or_path")
+    return found
 
 
 def say_left_out(

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from qadapter.commands import arguments as args
 from qadapter.commands.loading import (
     loading_options,
+    name_of_base,
     require_one_process,
     say_base,
     settle_template,
@@ -21,7 +22,6 @@ from qadapter.console.environment import quiet_libraries
 from qadapter.console.progress import progress_bar, saying
 from qadapter.console.terminal import Terminal
 from qadapter.errors import QAdapterError
-from qadapter.policy import storage
 from qadapter.trunk.loading import load_base, load_tokenizer
 
 _INSTALL = "pip install 'qadapter[serve]'"
@@ -122,8 +122,7 @@ def run(options: ServeArguments, model_args: args.AdapterArguments, given: set[s
     ) | {"say": saying(console)}
     require_one_process(loading)
     folders = options.adapters
-    base = model_args.base_model_name_or_path or storage.read(folders[0]).base.name
-    base = say_base(base, console)
+    base = say_base(name_of_base(folders[0], model_args.base_model_name_or_path), console)
     names, base_name = models.names_of(folders, base)
     tokenizers = _tokenizers(dict(zip(names, folders, strict=True)), base, base_name, model_args,
                              loading, console)

@@ -33,6 +33,15 @@ class AdapterFiles:
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def path(self) -> Path:
+        """Absolute; of a repository of the hub, it says nothing."""
+        return self._folder.absolute()
+
+    def above(self) -> AdapterFiles:
+        """The folder that this one lies in."""
+        return AdapterFiles(self.path.parent)
+
     def locate(self, name: str) -> Path:
         """The path of a file, downloaded where it is on the hub.
 

@@ -216,7 +216,7 @@ def load(
         part, weights = storage.read(files), storage.read_weights(files)
         if isinstance(part.adapter, (AdapterConfig, storage.Composition)):
             raise QAdapterError(f"{folder}: not an adapter in the trunk: only they are composed so")
-        part.base.require(identity, folder)
+        part.require_base(identity, folder)
         storage.require_planned(folder, weights, loaded.model, part.adapter)
         parts.append(Part(part.adapter, part.objective, weights))
     return assemble(loaded, parts, saved.adapter.weights, saved.objective, identity)

@@ -36,6 +36,7 @@ from qadapter.policy.adapter_files import (
     WEIGHTS_NAME,
     AdapterFiles,
 )
+from qadapter.policy.authors_files import TRAINING_CONFIG_NAME, authors_objective
 from qadapter.system import manifest
 from qadapter.system.documents import MAX_CONFIG_BYTES, read_json
 from qadapter.system.modes import give_usual_modes
@@ -77,6 +78,11 @@ class SavedAdapter:
     """None for a plain PEFT adapter: it doesn't say enough to tell one base from another."""
     base_name: str | None
     versions: dict[str, str]
+
+    def require_base(self, base: BaseIdentity, adapter_dir: Place) -> None:
+        """Raises QAdapterError if it was trained on another base, as far as it says."""
+        if self.base is not None:
+            self.base.require(base, adapter_dir)
 
 
 def describe(adapter: AdapterConfig | PeftConfig) -> dict[str, Any]:
@@ -197,10 +203,11 @@ def _description(
 
 
 def read(adapter_dir: Place, objective: ObjectiveConfig | None = None) -> SavedAdapter:
-    """Read ``qadapter_config.json``; where there is none, a PEFT adapter's ``adapter_config.json``.
+    """Read ``qadapter_config.json``; where there is none, a PEFT adapter's ``adapter_config.json``,
+    and what the authors' code writes beside it.
 
     Args:
-        objective: of a plain PEFT adapter; our own adapters have theirs.
+        objective: of a plain PEFT adapter that nothing is beside; others have theirs.
 
     Raises:
         QAdapterError: missing, not JSON, of a version this library doesn't know; not what was
@@ -208,13 +215,20 @@ def read(adapter_dir: Place, objective: ObjectiveConfig | None = None) -> SavedA
     """
     files = AdapterFiles.of(adapter_dir)
     if not files.lists(CONFIG_NAME) and files.has(PEFT_CONFIG_NAME):
-        if objective is None:
+        known = authors_objective(files)
+        if known is None and objective is None:
             raise QAdapterError(
-                f"{adapter_dir}: a PEFT adapter without {CONFIG_NAME}: pass the objective it was "
-                "trained with, such as objective=ObjectiveConfig.authors()"
+                f"{adapter_dir}: a PEFT adapter without {CONFIG_NAME}, or the authors' "
+                f"{TRAINING_CONFIG_NAME}: load it in Python with the objective it was trained "
+                "with, such as objective=ObjectiveConfig.authors(), and save it"
             )
+        if known is not None and objective not in (None, known):
+            raise QAdapterError(f"{adapter_dir}: trained with another objective, as its "
+                                f"{TRAINING_CONFIG_NAME} says: {known}")
         adapter = _read_peft(files)
-        return SavedAdapter(adapter, objective, None, adapter.base_model_name_or_path, {})
+        return SavedAdapter(
+            adapter, known or objective, None, adapter.base_model_name_or_path or None, {}
+        )
     path = files.checked(CONFIG_NAME)
     description = read_json(path, most=MAX_CONFIG_BYTES)
     try:

@@ -204,7 +204,7 @@ class _OfStream(QAdapterModel):
 def _added(
     folder: str, saved: storage.SavedAdapter, weights: dict[str, Tensor], first: QAdapterModel
 ) -> _OfStream:
-    saved.base.require(first.base_identity, folder)
+    saved.require_base(first.base_identity, folder)
     try:
         first.adapter.add(saved.adapter, weights)
         stream = len(first.adapter.names) - 1

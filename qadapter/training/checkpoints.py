@@ -353,7 +353,7 @@ class AdapterCheckpoints(Trainer):
 
     def _load_adapter(self, folder: str) -> None:
         saved = storage.read(folder)
-        saved.base.require(self.model.base_identity, folder)
+        saved.require_base(self.model.base_identity, folder)
         theirs, ours = storage.describe(saved.adapter), storage.describe(self.model.adapter_config)
         if (theirs, saved.objective) != (ours, self.model.objective):
             raise QAdapterError(
