@@ -6,7 +6,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 STAMP := $(VENV)/.installed
 # Always pinned: left to the resolver it would bring gigabytes of CUDA packages.
 TORCH := torch==2.13.0
-NATIVE := $(shell find kernels/csrc -type f 2>/dev/null)
+NATIVE := kernels/native_build.py $(shell find kernels/csrc -type f 2>/dev/null)
 
 .PHONY: install demo test test-avx2 test-oldest test-newest test-tritons test-transformers4 test-engines lint docs sanitize endurance bench clean
 

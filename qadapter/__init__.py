@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qadapter.policy.model import QAdapterModel
     from qadapter.training import QAdapterConfig, QAdapterTrainer
 
-__version__ = "0.1.0"
+    __version__: str
 
 _HOMES = {
     "AdapterConfig": "qadapter.adapters.head_adapter",
@@ -53,9 +53,20 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _HOMES:
         raise AttributeError(f"module 'qadapter' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("qadapter")
+    except metadata.PackageNotFoundError:  # a checkout on the path that nobody installed
+        return "0+unknown"
 
 
 def __dir__() -> list[str]:

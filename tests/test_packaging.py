@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -19,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def _python(*arguments: str, cwd: Path, **environment: str) -> str:
+def _python(*arguments: str, cwd: Path, status: int = 0, **environment: str) -> str:
     """Output of a child Python that finds no compiler unless ``environment`` names one."""
     hidden = ("PATH", "CXX", "CUDA_HOME", "PYTHONPATH", "QADAPTER_CUDA_ARCHS")
     inherited = {k: v for k, v in os.environ.items() if k not in hidden}
@@ -27,7 +30,7 @@ def _python(*arguments: str, cwd: Path, **environment: str) -> str:
         [sys.executable, *arguments], cwd=cwd, env=inherited | {"PATH": ""} | environment,
         text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == status, done.stdout
     return done.stdout
 
 
@@ -107,6 +110,106 @@ def test_failing_compilers_do_not_fail_the_install(source, tmp_path):
     report = json.loads((tmp_path / "qadapter_kernels/lib/build_report.json").read_text())
     assert not report["cpu"]["built"] and not report["cuda"]["built"]
     assert report["cuda"]["reason"] == "nvcc failed: row.cpp:1:2: error: too old"
+
+
+def _wheel(source: Path, folder: Path, *options: str, **more) -> tuple[str, list[Path]]:
+    """Output of a build into folder, and the wheels that are there."""
+    output = _python(
+        "setup.py", "--quiet", "bdist_wheel", f"--dist-dir={folder}", *options, cwd=source, **more
+    )
+    return output, sorted(folder.glob("*.whl"))
+
+
+def test_a_wheel_for_every_platform_asks_no_compiler(source, tmp_path):
+    called = tmp_path / "called"
+    cxx = _script(tmp_path / "bin/g++", f"touch {called}")
+    _, (path,) = _wheel(source, tmp_path, "--libraries=none", CXX=str(cxx), PATH=str(cxx.parent))
+    assert path.name.endswith("py3-none-any.whl") and not called.exists()
+    wheel = zipfile.ZipFile(path)
+    report = json.loads(wheel.read("qadapter_kernels/lib/build_report.json"))
+    assert "an install from the sdist compiles it" in report["cpu"]["reason"]
+    assert report["cpu"] == report["cuda"] and not report["cpu"]["built"]
+    assert not [name for name in wheel.namelist() if name.endswith(".so")]
+
+
+def test_a_wheel_holds_what_it_was_asked_to_or_is_not_made(source, tmp_path):
+    """A compiler that compiles whatever it is given."""
+    cxx = _script(tmp_path / "bin/g++", '''
+test "$1" = --version && echo "g++ 1.0"
+while [ $# -gt 1 ]; do test "$1" = -o && /usr/bin/touch "$2"; shift; done
+exit 0''')
+    output, wheels = _wheel(source, tmp_path / "a", "--libraries=cpu,cuda", CXX=str(cxx), status=1)
+    assert "error: the cuda library can't be built: nvcc was not found" in output and not wheels
+    _, (path,) = _wheel(source, tmp_path / "b", "--libraries=cpu", CXX=str(cxx))
+    assert re.search(r"-py3-none-linux_\w+\.whl$", path.name)
+    wheel = zipfile.ZipFile(path)
+    assert "qadapter_kernels/lib/libqadapter_cpu.so" in wheel.namelist()
+    report = json.loads(wheel.read("qadapter_kernels/lib/build_report.json"))
+    assert report["cpu"]["built"] and not report["cuda"]["built"]
+
+
+@pytest.mark.parametrize("option, message", [
+    ("--libraries=cpu,rocm", "'rocm' is neither cpu nor cuda"),
+    ("--libraries=", "'' is neither cpu nor cuda"),
+    ("--glibc=new", "--glibc=new is no version like 2.28"),
+])
+def test_options_of_a_wheel_are_checked(source, tmp_path, option, message):
+    output, wheels = _wheel(source, tmp_path, option, status=1)
+    assert message in output and not wheels
+
+
+@pytest.fixture
+def native_build(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "kernels"))
+    return importlib.import_module("native_build")
+
+
+def _linked(native_build, folder: Path, text: str, glibc: str | None) -> Path:
+    folder.mkdir(exist_ok=True)
+    source = folder / "source.cpp"
+    source.write_text(text)
+    native_build.run_ninja(
+        folder, folder / "lib/it.so", native_build.find_cxx(),
+        compile_rule="$compiler -fPIC $extra -MMD -MF $out.d -c $in -o $out",
+        link_rule="$compiler -shared $in -o $out", sources={source: []}, glibc=glibc,
+    )
+    return folder / "lib/it.so"
+
+
+GLIBC = pytest.mark.skipif(
+    shutil.which("g++") is None or platform.libc_ver()[0] != "glibc"
+    or platform.machine() != "x86_64", reason="no g++ for glibc on x86-64 here",
+)
+
+
+@GLIBC
+def test_a_library_runs_with_an_older_glibc(native_build, tmp_path):
+    text = """
+#include <cmath>
+#include <dlfcn.h>
+#include <pthread.h>
+static void* seventh(void* x) { *(double*)x = std::log(std::exp(7.0 * *(double*)x)); return 0; }
+extern "C" double in_a_thread(double x) {
+  pthread_t thread;
+  if (pthread_create(&thread, nullptr, seventh, &x) || pthread_join(thread, nullptr)) return 0;
+  return dlsym(RTLD_DEFAULT, "malloc") ? x : 0;
+}
+"""
+    for glibc in (None, "2.17"):
+        path = _linked(native_build, tmp_path / str(glibc), text, glibc)
+        needed = {native_build.numbers(version)
+                  for _, version in native_build.glibc_symbols(path, True)}
+        assert glibc is None or max(needed) <= (2, 17)
+        function = ctypes.CDLL(str(path)).in_a_thread
+        function.restype, function.argtypes = ctypes.c_double, [ctypes.c_double]
+        assert function(0.5) == pytest.approx(3.5)
+
+
+@GLIBC
+def test_what_an_older_glibc_has_not_got_is_named(native_build, tmp_path):
+    text = "#include <threads.h>\nextern \"C\" int it() { return thrd_equal(thrd_current(), 0); }"
+    with pytest.raises(native_build.NotBuilt, match=r"^glibc 2\.17 has no thrd_current$"):
+        _linked(native_build, tmp_path, text, "2.17")
 
 
 def test_cuda_targets_can_be_narrowed(source, tmp_path):

@@ -7,6 +7,7 @@ prints what was built and what was not.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import json
@@ -102,8 +103,8 @@ def _load(name: str) -> ctypes.CDLL | str:
     if not path.exists():
         return missing_reason(name)
     try:
-        # torch was imported first, so the OpenMP runtime it bundles serves this library too where
-        # its soname is libgomp.so.1, as in the CPU wheels: one pool of threads, not two.
+        if name == "cpu":
+            _bring_openmp()
         lib = ctypes.CDLL(str(path))
         for function, (result, arguments) in SIGNATURES[name].items():
             getattr(lib, function).restype = result
@@ -114,6 +115,15 @@ def _load(name: str) -> ctypes.CDLL | str:
         return f"the compiled {name} library can't be loaded: {error}"
     found = getattr(lib, f"qadapter_{name}_interface")()
     return lib if found == INTERFACE else _other_sources(name)
+
+
+def _bring_openmp() -> None:
+    """The CPU library names no OpenMP runtime: it takes torch's, whatever its file is called, which
+    is in the process for all to see, so that there is one pool of threads. A torch that was built
+    without OpenMP has brought none."""
+    if not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
+        with contextlib.suppress(OSError):
+            ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
 
 
 def _other_sources(name: str) -> str:
