@@ -115,6 +115,9 @@ def test_train_writes_adapter_numbers_pictures_and_report(place, capsys):
         assert f"({name})" in report
     assert f"| {summary['preference_accuracy']:.3f} [" in report
     assert "> What is" in report
+    page = (run / "report.html").read_text()
+    assert page.count('data-strength="0.5"') == 3  # as many as are answered
+    assert "What is" in page and "calibrated" in page and f"{summary['kl_per_token']:.4f}" in page
     model = QAdapterModel.from_pretrained(run)
     assert model.adapter.up.weight.abs().sum() > 0
     assert (run / "checkpoint-12").is_dir()

@@ -102,6 +102,9 @@ def test_a_run_writes_what_it_promises(tiny_run):
         "seconds", "peak_rss_bytes",
     ):
         assert isinstance(on_disk[key], (int, float)), key
+    page = (folder / "report.html").read_text()
+    for part in ("customised, strength 0.5", "customised, strength 2", "one short plain", "<svg"):
+        assert part in page, part
     report = (folder / "report.md").read_text()
     for picture in folder.glob("*.png"):
         assert picture.name in report and picture.stat().st_size > 5_000

@@ -137,6 +137,10 @@ class ScriptArguments(DataArguments):
         "the training prompts, which are drawn first). Default: built-in."
     )
     overwrite_output_dir: bool = _field(False, "Replace an earlier run in output_dir.")
+    report_prompts: int = _field(
+        6, "Of those prompts, how many report.html shows answered at strengths 0, 0.5, 1 and 2. 0 "
+        "for none."
+    )
 
 
 @dataclass

@@ -25,6 +25,7 @@ from qadapter.evaluation import (
     evaluate_retention,
     generate_answers,
 )
+from qadapter.evaluation.along_dial import AlongDial, answer_along_dial
 from qadapter.evaluation.report import (
     Row,
     Section,
@@ -56,6 +57,7 @@ class Measurements(NamedTuple):
     retentions: dict[str, RetentionResult]
     """By what the texts are; those the user named first."""
     comparisons: list[Comparison]
+    along: list[AlongDial]
 
     @property
     def rows(self) -> list[Row]:
@@ -81,6 +83,13 @@ class Measurements(NamedTuple):
             base, customised = self._answer_statistics()
             summary["answers"] = {"base": base, "customised": customised}
         return summary
+
+    def shown(self) -> dict[str, Any]:
+        """What ``run_page`` takes of it."""
+        return {
+            "preferences": self.preferences, "retentions": self.retentions, "rows": self.rows,
+            "note": self.note, "along": self.along,
+        }
 
     def sections(self, report: Path) -> list[Section]:
         """The numbers, the calibration's picture (drawn here) and some answers."""
@@ -136,7 +145,7 @@ def check_texts(
 def measure(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset,
     arguments: MeasureArguments, texts: list[str], console: Console, *,
-    pairs: Dataset | None = None,
+    pairs: Dataset | None = None, along_dial: int = 0,
     base_states: Callable[[int], tuple[Tensor, Tensor]] | None = None,
 ) -> Measurements:
     """Preferences on held-out pairs; retention on texts the user named and on the base's own
@@ -146,6 +155,7 @@ def measure(
         dataset: tokenized pairs.
         texts: what ``read_measures`` gave.
         pairs: the same before tokenizing; its prompts are shown as they were written.
+        along_dial: so many of the prompts that are answered are answered along the dial, too.
         base_states: as ``evaluate_preferences``'.
     """
     resampling = {
@@ -157,16 +167,15 @@ def measure(
             model, dataset, progress=progress, base_states=base_states, **resampling
         )
     customised = isinstance(model, QAdapterModel)
-    comparisons, retentions = [], {}
+    comparisons, along, retentions = [], [], {}
     if texts:
         with progress_bar(console, "retention texts", "texts") as progress:
             retentions[Path(arguments.retention_file).name] = evaluate_retention(
                 model, texts, tokenizer, progress=progress, **resampling
             )
     if arguments.answer_prompts:
-        prompt_ids, prompts = _choose_prompts(
-            dataset, arguments.answer_prompts, arguments.measure_seed
-        )
+        rows = _choose_prompts(dataset, arguments.answer_prompts, arguments.measure_seed)
+        prompts = [list(row["prompt_ids"]) for row in rows]
         options = {
             "max_new_tokens": arguments.answer_tokens, "batch_size": arguments.measure_batch_size,
         }
@@ -183,8 +192,8 @@ def measure(
                 )
         written = {} if pairs is None else _written_prompts(pairs)
         shown = [
-            written.get(name) or tokenizer.decode(ids, skip_special_tokens=True)
-            for name, ids in zip(prompt_ids, prompts, strict=True)
+            written.get(row["prompt_id"])
+            or tokenizer.decode(row["prompt_ids"], skip_special_tokens=True) for row in rows
         ]
         comparisons = [Comparison(*x) for x in zip(shown, base, answers, strict=True)]
         with progress_bar(console, OWN_ANSWERS, "texts", closing=False) as progress:
@@ -193,18 +202,25 @@ def measure(
                 prompt_lengths=[len(p) for p in prompts], max_length=10**9, progress=progress,
                 **resampling,
             )
-    return Measurements(preferences, retentions, comparisons)
+    count = min(along_dial, len(comparisons)) if customised else 0
+    if count:
+        chosen = [i * len(rows) // count for i in range(count)]  # evenly over them
+        known = {0.0: [base[i] for i in chosen],
+                 model.policy.strength: [answers[i] for i in chosen]}
+        with progress_bar(console, "answers along the dial", "answers") as progress:
+            along = answer_along_dial(
+                model, tokenizer, [rows[i] for i in chosen],
+                [comparisons[i].prompt for i in chosen], known=known, progress=progress, **options,
+            )
+    return Measurements(preferences, retentions, comparisons, along)
 
 
-def _choose_prompts(
-    dataset: Dataset, count: int, seed: int
-) -> tuple[list[str], list[list[int]]]:
-    """(prompt_id, token ids) of up to ``count`` different prompts."""
+def _choose_prompts(dataset: Dataset, count: int, seed: int) -> list[dict[str, Any]]:
+    """Rows of up to ``count`` different prompts."""
     first_row = {name: i for i, name in reversed(list(enumerate(dataset["prompt_id"])))}
     rows = sorted(first_row.values())
     chosen = sorted(random.Random(seed).sample(rows, min(count, len(rows))))
-    picked = dataset.select(chosen)
-    return list(picked["prompt_id"]), [list(ids) for ids in picked["prompt_ids"]]
+    return list(dataset.select(chosen))
 
 
 def _written_prompts(pairs: Dataset) -> dict[str, str]:

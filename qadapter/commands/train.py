@@ -54,7 +54,8 @@ from qadapter.evaluation import (
     write_metrics_jsonl,
     write_report,
 )
-from qadapter.evaluation.report import Section, pictures_markdown, write_json
+from qadapter.evaluation.report import Section, in_words, pictures_markdown, write_json
+from qadapter.evaluation.run_page import PAGE_NAME, write_run_page
 from qadapter.policy import storage
 from qadapter.system.caches import cache_dir
 from qadapter.system.markup import markdown_list
@@ -103,6 +104,7 @@ GROUPS = (
     Group(args.ScriptArguments, "Retention (optional)", ("retention_dataset_name",)),
     Group(QAdapterConfig, "Training", _TRAINING),
     Group(args.MeasureArguments, "Evaluation after training"),
+    Group(args.ScriptArguments, "Evaluation after training", ("report_prompts",)),
     Group(QAdapterConfig, "Memory and loading", _MEMORY),
     Group(args.ScriptArguments, "Memory and loading", ("features_only",)),
     Group(QAdapterConfig, "Options of transformers.TrainingArguments", hidden=True),
@@ -142,6 +144,8 @@ def run(
     """Train, evaluate, write the run's folder."""
     start = time.monotonic()
     console = Terminal(quiet=config.process_index > 0)  # each line once
+    if script.report_prompts < 0:
+        raise QAdapterError(f"report_prompts must not be negative, got {script.report_prompts}")
     for name in ("dataset_name", "output_dir"):
         if name not in given:
             raise QAdapterError(f"train needs --{name}")
@@ -286,7 +290,7 @@ def _run(
         None if test_dataset is None
         else measure(
             model, tokenizer, test_dataset, measures, measured_texts, console, pairs=test_pairs,
-            base_states=_base_states(trainer),
+            along_dial=script.report_prompts, base_states=_base_states(trainer),
         )
     )
     if not main_process:
@@ -295,6 +299,7 @@ def _run(
         _write(trainer, measured, folder, time.monotonic() - start)
     if measured is not None:
         console.print(comparison_table(measured.rows, title="held-out pairs", note=measured.note))
+    console.print(f"to look at: {folder / PAGE_NAME}", highlight=False)
     console.print(
         f"wrote {folder} in {time.monotonic() - start:.0f} s, peak memory "
         f"{peak_rss_bytes() / 2**30:.2f} GiB", highlight=False,
@@ -422,11 +427,17 @@ def _write(
     })
     report = folder / "report.md"
     curves = plot_training_curves(history, folder)
-    described = [f"{key}: {value}" for key, value in setup.items()]
-    described += [f"{name} pairs: {r.summary()}" for name, r in trainer.reports.items()]
-    described.append(f"{trainer.state.global_step:,} steps, {seconds:.0f} s in all")
-    write_report(report, f"{folder.resolve().name}: a customised model", [
-        Section("What was done", markdown_list(described)),
+    facts = {
+        key: in_words(value) if isinstance(value, dict) else value for key, value in setup.items()
+    }
+    facts |= {f"{name} pairs": r.summary() for name, r in trainer.reports.items()}
+    facts["steps"] = f"{trainer.state.global_step:,}, {seconds:.0f} s in all"
+    title = f"{folder.resolve().name}: a customised model"
+    write_report(report, title, [
+        Section("What was done", markdown_list(f"{k}: {v}" for k, v in facts.items())),
         *(measured.sections(report) if measured else []),
         Section("Training", pictures_markdown(curves, report)),
     ])
+    write_run_page(
+        folder / PAGE_NAME, title, facts, history, **(measured.shown() if measured else {})
+    )

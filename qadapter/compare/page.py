@@ -25,28 +25,26 @@ from qadapter.compare.results import (
     retention,
     spread,
 )
-from qadapter.evaluation.html_page import html_page
+from qadapter.evaluation.html_page import STYLE, html_page
 from qadapter.evaluation.report import format_value, write_json, write_text
 from qadapter.system.markup import html_text
 
-_STYLE = """
-:root { color-scheme: light; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 80rem; padding: 1.5rem 1rem 4rem; background: #fff;
-  color: #16181d; font: 16px/1.5 system-ui, sans-serif; }
+_STYLE = STYLE + """
+body { max-width: 80rem; }
 h1 { font-size: 1.6rem; margin: 0 0 .25rem; }
 h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 p, figcaption { max-width: 60rem; }
-.dim, figcaption { color: #5a606b; font-size: .92rem; }
+.dim, figcaption { color: var(--dim); font-size: .92rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .88rem; }
 th, td { padding: .25rem .8rem .25rem 0; text-align: right; vertical-align: top;
-  border-bottom: 1px solid #e4e7ec; font-variant-numeric: tabular-nums; }
+  border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; }
 th:first-child, td:first-child { text-align: left; font-weight: 600; }
 th { font-weight: 600; }
 figure { margin: 1rem 0 2rem; }
-figure svg { max-width: 100%; height: auto; }
-pre { background: #f7f8fa; padding: 1rem; overflow-x: auto; font-size: .82rem; }
+/* Pictures are drawn for white paper. */
+figure svg { max-width: 100%; height: auto; background: #fff; border-radius: .25rem; }
+pre { background: var(--card); padding: 1rem; overflow-x: auto; font-size: .82rem; }
 """
 
 

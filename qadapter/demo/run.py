@@ -40,17 +40,20 @@ from qadapter.evaluation import (
     write_metrics_jsonl,
     write_report,
 )
+from qadapter.evaluation.along_dial import STRENGTHS, answer_along_dial
 from qadapter.evaluation.report import (
     Row,
     Section,
     answer_rows,
     baseline_note,
     comparison_markdown,
+    in_words,
     pictures_markdown,
     preference_rows,
     retention_rows,
     write_json,
 )
+from qadapter.evaluation.run_page import PAGE_NAME, write_run_page
 from qadapter.objective import ObjectiveConfig
 from qadapter.policy.model import QAdapterModel
 from qadapter.system.documents import read_json
@@ -80,12 +83,14 @@ class Size:
     an adapter trained on these beginnings is as often right as one trained on all 160 tokens."""
     epochs: float = 1.0
     prompts: int = 24
+    along_dial: int = 6
+    """Of them, those that are answered at all of ``STRENGTHS``."""
     answer_tokens: int = 112
     """No answer in the manner is longer."""
 
 
 FULL = Size()
-FAST = Size(train_pairs=72, test_pairs=18, epochs=1.0, prompts=6)
+FAST = Size(train_pairs=72, test_pairs=18, epochs=1.0, prompts=6, along_dial=3)
 
 
 class DemoPairs(NamedTuple):
@@ -125,7 +130,8 @@ def run_demo(
     """Customise a small real chat model to the built-in preferences and show what it did.
 
     Args:
-        output_dir: gets the adapter, ``summary.json``, ``metrics.jsonl``, pictures, ``report.md``.
+        output_dir: gets the adapter, ``summary.json``, ``metrics.jsonl``, pictures, ``report.md``
+            and ``report.html``.
         fast: a fraction of the data; to see that everything works, not how well.
         model_name_or_path: another base than SmolLM2-135M-Instruct. (The answers that count as
             rejected stay that model's own.)
@@ -182,14 +188,28 @@ def _run(
         preferences = evaluate_preferences(model, test, progress=advance, seed=seed)
     with progress_bar(console, UNRELATED, "texts") as advance:
         retention = evaluate_retention(model, unrelated, tokenizer, progress=advance, seed=seed)
-    prompts = [pair["prompt"] for pair in _spread(pairs.test, size.prompts)]
+    asked = _spread(list(test), size.prompts)
+    prompts = [pairs.test[row["row"]]["prompt"] for row in asked]
+    dialled = _spread(list(range(len(asked))), size.along_dial)
+    wanted = [
+        (i, s) for s in STRENGTHS
+        for i in (range(len(asked)) if s in (0.0, 1.0) else dialled)
+    ]
     with progress_bar(console, "greedy answers of both", "answers") as advance:
         # In one batch: a CPU reads the weights once for all of them.
-        both = generate_answers(
-            model, tokenizer, 2 * prompts, strength=[0.0] * len(prompts) + [1.0] * len(prompts),
-            batch_size=2 * len(prompts), max_new_tokens=size.answer_tokens, progress=advance,
+        found = generate_answers(
+            model, tokenizer, [prompts[i] for i, _ in wanted], strength=[s for _, s in wanted],
+            batch_size=len(wanted), max_new_tokens=size.answer_tokens, progress=advance,
         )
-    answers = {"base": both[: len(prompts)], "customised": both[len(prompts) :]}
+    given = dict(zip(wanted, found, strict=True))
+    answers = {
+        name: [given[i, s] for i in range(len(asked))]
+        for name, s in (("base", 0.0), ("customised", 1.0))
+    }
+    along = answer_along_dial(
+        model, tokenizer, [asked[i] for i in dialled], [prompts[i] for i in dialled],
+        known={s: [given[i, s] for i in dialled] for s in STRENGTHS},
+    )
     rows = _rows(preferences, retention, answers["base"], answers["customised"])
     console.print(
         comparison_table(rows, title="base beside customised", note=baseline_note(preferences))
@@ -216,15 +236,21 @@ def _run(
         write_metrics_jsonl(folder / "metrics.jsonl", history)
         write_json(folder / SUMMARY_NAME, summary)
         curves = plot_training_curves(history, folder)
-        report = folder / "report.md"
-        write_report(report, "Demo: a customised SmolLM2", [
-            Section("What was done", _description(summary)),
+        report, title, facts = folder / "report.md", "Demo: a customised SmolLM2", _facts(summary)
+        write_report(report, title, [
+            Section("What was done", markdown_list(f"{k}: {v}" for k, v in facts.items())),
             Section("Base beside customised",
                     comparison_markdown(rows, note=baseline_note(preferences))),
             Section("Greedy answers to held-out prompts",
                     "\n\n".join(_markdown(*x) for x in _shown(prompts, answers))),
             Section("Training", pictures_markdown(curves, report)),
         ])
+        write_run_page(
+            folder / PAGE_NAME, title, facts, history, preferences=preferences,
+            retentions={UNRELATED: retention}, rows=rows, note=baseline_note(preferences),
+            along=along,
+        )
+    console.print(f"to look at: {folder / PAGE_NAME}", highlight=False)
     console.print(
         f"wrote {folder} in {summary['seconds']:.0f} s, peak memory "
         f"{summary['peak_rss_bytes'] / 2**30:.2f} GiB; talk to it: "
@@ -306,16 +332,18 @@ def _markdown(prompt: str, before: str, after: str) -> str:
     )
 
 
-def _description(summary: dict[str, Any]) -> str:
-    return markdown_list([
-        f"base: {summary['base']}",
-        f"adapter: {summary['adapter']}",
-        f"objective: {summary['objective']}, retention_coef {summary['retention_coef']}",
-        f"{summary['train_pairs']} training pairs, {summary['test_pairs']} held out",
-        f"preferred: {summary['manner']}; the other answer is the base's own sample, its first "
+def _facts(summary: dict[str, Any]) -> dict[str, str]:
+    return {
+        "base": summary["base"],
+        "adapter": in_words(summary["adapter"]),
+        "objective": f"{in_words(summary['objective'])}, retention_coef "
+        f"{summary['retention_coef']:g}",
+        "pairs": f"{summary['train_pairs']} for training, {summary['test_pairs']} held out",
+        "preferred": f"{summary['manner']}; the other answer is the base's own sample, its first "
         f"{summary['rejected_tokens']} tokens",
-        f"{summary['seconds']:.0f} s, peak memory {summary['peak_rss_bytes'] / 2**30:.2f} GiB",
-    ])
+        "took": f"{summary['seconds']:.0f} s, peak memory "
+        f"{summary['peak_rss_bytes'] / 2**30:.2f} GiB",
+    }
 
 
 def _as_conversation(pair: dict[str, Any]) -> dict[str, Any]:

@@ -179,19 +179,27 @@ def comparison_table(
     table.add_column("base", justify="right")
     table.add_column("customised", justify="right")
     for row in rows:
-        table.add_row(*(Text(visible(cell)) for cell in _cells(row)))
+        table.add_row(*(Text(visible(cell)) for cell in row_cells(row)))
     return table
 
 
 def comparison_markdown(rows: Sequence[Row], *, note: str | None = None) -> str:
     """The same table in Markdown."""
-    table = markdown_table(("measure", "base", "customised"), map(_cells, rows), "lrr")
+    table = markdown_table(("measure", "base", "customised"), map(row_cells, rows), "lrr")
     return table + (f"\n\n{note}" if note else "")
 
 
-def _cells(row: Row) -> tuple[str, str, str]:
+def row_cells(row: Row) -> tuple[str, str, str]:
+    """Measure, base, customised, as tables show them."""
     return (
         row.measure, format_value(row.base, row.digits), format_value(row.customised, row.digits)
+    )
+
+
+def in_words(options: Mapping[str, Any]) -> str:
+    """``kind head, form linear, rank 128``; without what is None or empty."""
+    return ", ".join(
+        f"{name} {value}" for name, value in options.items() if value not in (None, [], {}, "")
     )
 
 
@@ -276,23 +284,18 @@ def plot_training_curves(
     """
     written = []
     for panel in PANELS:
-        curves = {
-            (label, prefix): _curve(log_history, prefix + key)
-            for key, label in panel.curves.items()
-            for prefix in ("", "eval_")
-        }
-        curves = {name: points for name, points in curves.items() if points}
+        curves = curves_of(panel, log_history)
         if not curves:
             continue
         axes = _new_axes(panel.title, "training step", panel.axis)
         colors = {label: f"C{i}" for i, label in enumerate(panel.curves.values())}
         many = len({label for label, _ in curves}) > 1
-        for (label, prefix), points in curves.items():
-            split = "held out" if prefix else "training"
+        for (label, held_out), points in curves.items():
+            split = "held out" if held_out else "training"
             axes.plot(
                 *zip(*points, strict=True), color=colors[label],
                 label=f"{label}, {split}" if many else split,
-                **({"marker": "o", "markersize": 5, "linewidth": 2} if prefix
+                **({"marker": "o", "markersize": 5, "linewidth": 2} if held_out
                    else {"alpha": 0.6, "linewidth": 1.2}),
             )
         if panel.level is not None:
@@ -322,10 +325,22 @@ def plot_calibration(calibration: Calibration, path: str | Path) -> Path:
     return _save(axes, Path(path))
 
 
+def curves_of(
+    panel: Panel, log_history: Sequence[Mapping[str, Any]]
+) -> dict[tuple[str, bool], list[tuple[float, float]]]:
+    """(label, held out) → (step, number) of what is in the log; curves without a point are none."""
+    curves = {
+        (label, bool(prefix)): _curve(log_history, prefix + key)
+        for key, label in panel.curves.items()
+        for prefix in ("", "eval_")
+    }
+    return {name: points for name, points in curves.items() if points}
+
+
 def _curve(log_history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
     def drawable(value: Any) -> bool:
-        # A callback of the user's may have logged what is no number; matplotlib's own arithmetic
-        # overflows at the largest.
+        # A callback of the user's may have logged what is no number; arithmetic on the
+        # largest overflows.
         return isinstance(value, int | float) and abs(value) < 1e100
 
     return [(entry["step"], entry[key]) for entry in log_history

@@ -62,7 +62,7 @@ def reward_pairs(
         (row["prompt_ids"], row[f"{side}_ids"], row.get(f"{side}_mask"))
         for row in dataset for side in ("chosen", "rejected")
     ]
-    answers = _reward(model, tokenizer, rows, batch_size, progress)
+    answers = reward_rows(model, tokenizer, rows, batch_size, progress)
     return [
         RewardedPair(
             tokenizer.decode(row["prompt_ids"]), {"chosen": chosen, "rejected": rejected}
@@ -87,7 +87,7 @@ def reward_answers(
     if not all(len(ids) for ids in answers):
         raise QAdapterError("an answer is empty: there is no token to reward")
     rows = [(prompt_ids, list(ids), None) for ids in answers]
-    return _reward(model, tokenizer, rows, batch_size, None)
+    return reward_rows(model, tokenizer, rows, batch_size, None)
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def _reward(
+def reward_rows(
     model: QAdapterModel, tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[tuple[list[int], list[int], list[bool] | None]], batch_size: int,
     progress: Callable[[int, int], None] | None,
