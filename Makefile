@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet -e '.[dev]' -c constraints.txt
-	$(BIN)/python -m qadapter_kernels.native
+	$(BIN)/python -m qadapter_kernels
 	touch $@
 
 demo: install

@@ -1,7 +1,7 @@
 """Finds and loads the compiled libraries (ctypes, plain C ABI).
 
 Nothing here raises on import: a library that was not built, or can't be loaded, is a reason that
-``library()`` raises and ``unavailable_reason()`` returns. ``python -m qadapter_kernels.native``
+``library()`` raises and ``unavailable_reason()`` returns. ``python -m qadapter_kernels``
 prints what was built and what was not.
 """
 
@@ -201,14 +201,3 @@ def _madvise() -> Callable[[int, int, int], int] | None:
     if madvise is not None:
         madvise.argtypes = [P, ctypes.c_size_t, I32]
     return madvise
-
-
-def main() -> None:
-    for name in ("cpu", "cuda"):
-        entry = build_report().get(name, {})
-        reason = unavailable_reason(name)
-        print(f"{name}: {reason}" if reason else f"{name}: built with {entry.get('compiler')}")
-
-
-if __name__ == "__main__":
-    main()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
+
 import pytest
 import torch
 from cases import CPU_BACKENDS, linear_case, logits_case, same_bits
@@ -14,6 +16,7 @@ from qadapter_kernels import (
     library,
     linear_logsumexp,
     linear_soft_value,
+    native,
     serving,
     soft_value,
 )
@@ -339,6 +342,14 @@ def test_an_id_outside_the_vocabulary_may_stand_in_a_masked_row():
 
 
 # --- choice of backend --------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_package_run_says_what_was_compiled_and_why_not(capsys, monkeypatch):
+    monkeypatch.setattr(native, "build_report", lambda: {"cpu": {"compiler": "g++ 12"}})
+    monkeypatch.setattr(native, "unavailable_reason", {"cpu": None, "cuda": "no nvcc"}.get)
+    runpy.run_module("qadapter_kernels", run_name="__main__")
+    assert capsys.readouterr().out == "cpu: built with g++ 12\ncuda: no nvcc\n"
 
 
 def test_backends_says_what_is_there_and_why():
