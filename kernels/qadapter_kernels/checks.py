@@ -23,7 +23,7 @@ there is room for the logits. inf·0 would be NaN; what vanishes where it is add
 _AUTOCAST = {k for k in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(k)}
 
 
-def exact_products(device_type: str) -> contextlib.AbstractContextManager:
+def exact_products(device_type: str) -> contextlib.AbstractContextManager[None]:
     """Inside, autocast rounds nothing."""
     if device_type not in _AUTOCAST:
         return contextlib.nullcontext()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .native import matrix, pointer
+from .native import doubles, float32, int64, matrix, pointer
 from .reference import Coefficients, LogitHead, ScoreRows
 
 NAME = "cpu"
@@ -28,14 +28,14 @@ def unavailable_reason(device_type: str) -> str | None:
 def logits_forward(
     a_NV: Tensor, b_NV: Tensor, actions_N: Tensor, coef: Coefficients,
     base_lse_N: Tensor | None, statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     num_rows, num_columns = a_NV.shape
-    actions_N = _actions(actions_N)
-    base_lse_N = _float32(base_lse_N)
+    actions_N = int64(actions_N)
+    base_lse_N = float32(base_lse_N)
     outputs_6N = _empty(6, num_rows, like=a_NV)
     stats_3N = _empty(*((3, num_rows) if statistics else (0,)), like=a_NV)
     _check(native.library("cpu").qadapter_cpu_logits_forward(
-        *matrix(a_NV), *matrix(b_NV), pointer(actions_N), pointer(base_lse_N), _doubles(coef),
+        *matrix(a_NV), *matrix(b_NV), pointer(actions_N), pointer(base_lse_N), doubles(coef),
         num_rows, num_columns, pointer(outputs_6N), pointer(stats_3N) if statistics else None,
         torch.get_num_threads(),
     ), num_columns)
@@ -48,11 +48,11 @@ def logits_backward(
     grad_q_N: Tensor, grad_v_N: Tensor, coef: Coefficients, out_NV: Tensor,
 ) -> None:
     num_columns = a_NV.shape[1]
-    actions_N, normalizer_2N = _actions(actions_N), _float32(normalizer_2N)
-    grad_q_N, grad_v_N = _float32(grad_q_N), _float32(grad_v_N)
+    actions_N, normalizer_2N = int64(actions_N), float32(normalizer_2N)
+    grad_q_N, grad_v_N = float32(grad_q_N), float32(grad_v_N)
     _check(native.library("cpu").qadapter_cpu_logits_backward(
         *matrix(a_NV), *matrix(b_NV), pointer(actions_N), pointer(normalizer_2N),
-        pointer(grad_q_N), pointer(grad_v_N), _doubles(coef), len(a_NV), num_columns,
+        pointer(grad_q_N), pointer(grad_v_N), doubles(coef), len(a_NV), num_columns,
         *matrix(out_NV), torch.get_num_threads(),
     ), num_columns)
 
@@ -71,8 +71,8 @@ def rows_forward(
         raise TypeError(f"a residual of {residual_dtype} can't be written over {z_RV.dtype} logits")
     if statistics and zb_RV is None:
         raise ValueError("statistics compare with the base: zb_RV is needed")
-    actions_R, action_logits_2R = _actions(actions_R), _float32(action_logits_2R)
-    offset_bias_V, base_bias_V = _float32(offset_bias_V), _float32(base_bias_V)
+    actions_R, action_logits_2R = int64(actions_R), float32(action_logits_2R)
+    offset_bias_V, base_bias_V = float32(offset_bias_V), float32(base_bias_V)
     policy_lse_R = _empty(num_rows, like=z_RV)
     base_lse_R = _empty(0 if zb_RV is None else num_rows, like=z_RV)
     stats_3R = _empty(*((3, num_rows) if statistics else (0,)), like=z_RV)
@@ -90,8 +90,8 @@ def bradley_terry_forward(
     q_N: Tensor, v_N: Tensor, offsets_S1: Tensor, divisors_S: Tensor, gamma: float,
     chi2_coef: float, bootstrap_next: bool, inv_pairs: float, inv_actions: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q_N, v_N, divisors_S = _float32(q_N), _float32(v_N), _float32(divisors_S)
-    offsets_S1 = _actions(offsets_S1)
+    q_N, v_N, divisors_S = float32(q_N), float32(v_N), float32(divisors_S)
+    offsets_S1 = int64(offsets_S1)
     num_sequences = len(offsets_S1) - 1
     losses_3, sequence_rewards_S = _empty(3, like=q_N), _empty(num_sequences, like=q_N)
     token_rewards_N = torch.zeros_like(q_N)
@@ -108,9 +108,9 @@ def bradley_terry_backward(
     gamma: float, chi2_coef: float, bootstrap_next: bool, inv_pairs: float, inv_actions: float,
     grad_losses_3: Tensor, grad_sequence_S: Tensor, grad_tokens_N: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    inputs = [_float32(token_rewards_N), _float32(sequence_rewards_S), _actions(offsets_S1),
-              _float32(divisors_S)]
-    grads = [_float32(grad_losses_3), _float32(grad_sequence_S), _float32(grad_tokens_N)]
+    inputs = [float32(token_rewards_N), float32(sequence_rewards_S), int64(offsets_S1),
+              float32(divisors_S)]
+    grads = [float32(grad_losses_3), float32(grad_sequence_S), float32(grad_tokens_N)]
     grad_q_N, grad_v_N = torch.zeros_like(inputs[0]), torch.zeros_like(inputs[0])
     native.library("cpu").qadapter_cpu_bradley_terry_backward(
         *map(pointer, inputs), len(sequence_rewards_S), gamma, chi2_coef, bootstrap_next,
@@ -124,9 +124,9 @@ def combine_logits(
 ) -> Tensor:
     num_rows, num_columns = a_NV.shape
     out_NV = _empty(num_rows, num_columns, like=a_NV)
-    strength_N = _float32(strength_N)
+    strength_N = float32(strength_N)
     _check(native.library("cpu").qadapter_cpu_combine_logits(
-        *matrix(a_NV), *matrix(b_NV), _doubles(coef), pointer(strength_N), num_rows, num_columns,
+        *matrix(a_NV), *matrix(b_NV), doubles(coef), pointer(strength_N), num_rows, num_columns,
         pointer(out_NV), torch.get_num_threads(),
     ), num_columns)
     return out_NV
@@ -140,13 +140,14 @@ def score_rows(
         if x_RV is not None and x_RV.dtype != torch.float32:
             raise TypeError(f"scores are made of float32 products, not {x_RV.dtype}")
     num_rows, num_columns = base_RV.shape
-    actions_R, bias_V = _actions(actions_R), _float32(head.bias)
+    actions_R, bias_V = int64(actions_R), float32(head.bias)
     outputs_8R = _empty(len(ScoreRows._fields), num_rows, like=base_RV)
     rewards = coef is not None
+    doubles_4 = doubles(Coefficients(0.0) if coef is None else coef)
     _check(native.library("cpu").qadapter_cpu_score_rows(
         *matrix(base_RV)[:2], *matrix(difference_RV)[:2], pointer(bias_V),
         (ctypes.c_double * 3)(head.scale, head.softcap or 0.0, rewards), pointer(actions_R),
-        (ctypes.c_double * 2)(*policy_weights), _doubles(coef if rewards else Coefficients(0.0)),
+        (ctypes.c_double * 2)(*policy_weights), doubles_4,
         num_rows, num_columns, pointer(outputs_8R), torch.get_num_threads(),
     ), num_columns)
     return outputs_8R
@@ -154,7 +155,8 @@ def score_rows(
 
 def instruction_set() -> str:
     """The kernels in use: "portable", "avx2" or "avx512"."""
-    return native.library("cpu").qadapter_cpu_isa().decode()
+    name: bytes = native.library("cpu").qadapter_cpu_isa()
+    return name.decode()
 
 
 def select_instruction_set(name: str) -> None:
@@ -169,18 +171,6 @@ def select_instruction_set(name: str) -> None:
 
 def _empty(*shape: int, like: Tensor) -> Tensor:
     return like.new_empty(shape, dtype=torch.float32)
-
-
-def _float32(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.to(torch.float32).contiguous()
-
-
-def _actions(actions_N: Tensor) -> Tensor:
-    return actions_N.to(torch.int64).contiguous()
-
-
-def _doubles(coef: Coefficients) -> ctypes.Array:
-    return (ctypes.c_double * 4)(*coef)
 
 
 def _check(status: int, num_columns: int) -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import native
-from .native import matrix, pointer
+from .native import doubles, float32, int64, matrix, pointer
 from .reference import Coefficients
 
 NAME = "cuda"
@@ -51,9 +52,9 @@ def _device_reason(index: int) -> str | None:
 def logits_forward(
     a_NV: Tensor, b_NV: Tensor, actions_N: Tensor, coef: Coefficients,
     base_lse_N: Tensor | None, statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     num_rows, num_columns = a_NV.shape
-    actions_N, base_lse_N = _int64(actions_N), _float32(base_lse_N)
+    actions_N, base_lse_N = int64(actions_N), float32(base_lse_N)
     # An op's outputs share no memory.
     outputs = [_empty(num_rows, like=a_NV) for _ in range(4)] + [_empty(2, num_rows, like=a_NV)]
     stats_3N = _statistics(num_rows, statistics, like=a_NV)
@@ -61,7 +62,7 @@ def logits_forward(
     partials = _empty(num_rows * splits if splits > 1 else 0, 8, like=a_NV)
     _launch(
         "logits_forward", a_NV, *matrix(a_NV), *matrix(b_NV), pointer(actions_N),
-        pointer(base_lse_N), _doubles(coef), num_rows, num_columns, *map(pointer, outputs),
+        pointer(base_lse_N), doubles(coef), num_rows, num_columns, *map(pointer, outputs),
         pointer(stats_3N) if statistics else None, splits, pointer(partials),
     )
     return *outputs, stats_3N
@@ -74,11 +75,11 @@ def logits_backward(
     num_rows, num_columns = a_NV.shape
     if out_NV.dtype != a_NV.dtype:
         raise TypeError(f"the gradient of {a_NV.dtype} logits can't be {out_NV.dtype}")
-    actions_N = _int64(actions_N)
-    rows = [_float32(x_N) for x_N in (normalizer_2N, grad_q_N, grad_v_N)]
+    actions_N = int64(actions_N)
+    rows = [float32(x_N) for x_N in (normalizer_2N, grad_q_N, grad_v_N)]
     _launch(
         "logits_backward", a_NV, *matrix(a_NV), *matrix(b_NV), pointer(actions_N),
-        *map(pointer, rows), _doubles(coef), num_rows, num_columns, *matrix(out_NV),
+        *map(pointer, rows), doubles(coef), num_rows, num_columns, *matrix(out_NV),
     )
 
 
@@ -96,8 +97,8 @@ def rows_forward(
         raise TypeError(f"a residual of {residual_dtype} can't be written over {z_RV.dtype} logits")
     if statistics and zb_RV is None:
         raise ValueError("statistics compare with the base: zb_RV is needed")
-    actions_R, action_logits_2R = _int64(actions_R), _float32(action_logits_2R)
-    offset_bias_V, base_bias_V = _float32(offset_bias_V), _float32(base_bias_V)
+    actions_R, action_logits_2R = int64(actions_R), float32(action_logits_2R)
+    offset_bias_V, base_bias_V = float32(offset_bias_V), float32(base_bias_V)
     policy_lse_R = _empty(num_rows, like=z_RV)
     base_lse_R = _empty(0 if zb_RV is None else num_rows, like=z_RV)
     stats_3R = _statistics(num_rows, statistics, like=z_RV)
@@ -115,7 +116,7 @@ def bradley_terry_forward(
     q_N: Tensor, v_N: Tensor, offsets_S1: Tensor, divisors_S: Tensor, gamma: float,
     chi2_coef: float, bootstrap_next: bool, inv_pairs: float, inv_actions: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = [_float32(q_N), _float32(v_N), _int64(offsets_S1), _float32(divisors_S)]
+    inputs = [float32(q_N), float32(v_N), int64(offsets_S1), float32(divisors_S)]
     num_sequences = len(divisors_S)
     losses_3, sequence_rewards_S = _empty(3, like=q_N), _empty(num_sequences, like=q_N)
     token_rewards_N, terms_S = torch.empty_like(inputs[0]), _empty(num_sequences, like=q_N)
@@ -132,9 +133,9 @@ def bradley_terry_backward(
     gamma: float, chi2_coef: float, bootstrap_next: bool, inv_pairs: float, inv_actions: float,
     grad_losses_3: Tensor, grad_sequence_S: Tensor, grad_tokens_N: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    inputs = [_float32(token_rewards_N), _float32(sequence_rewards_S), _int64(offsets_S1),
-              _float32(divisors_S)]
-    grads = [_float32(grad_losses_3), _float32(grad_sequence_S), _float32(grad_tokens_N)]
+    inputs = [float32(token_rewards_N), float32(sequence_rewards_S), int64(offsets_S1),
+              float32(divisors_S)]
+    grads = [float32(grad_losses_3), float32(grad_sequence_S), float32(grad_tokens_N)]
     grad_q_N, grad_v_N = torch.empty_like(inputs[0]), torch.empty_like(inputs[0])
     _launch(
         "bradley_terry_backward", token_rewards_N, *map(pointer, inputs), len(divisors_S), gamma,
@@ -148,9 +149,9 @@ def combine_logits(
     a_NV: Tensor, b_NV: Tensor, coef: Coefficients, strength_N: Tensor | None
 ) -> Tensor:
     num_rows, num_columns = a_NV.shape
-    strength_N, out_NV = _float32(strength_N), _empty(num_rows, num_columns, like=a_NV)
+    strength_N, out_NV = float32(strength_N), _empty(num_rows, num_columns, like=a_NV)
     _launch(
-        "combine_logits", a_NV, *matrix(a_NV), *matrix(b_NV), _doubles(coef), pointer(strength_N),
+        "combine_logits", a_NV, *matrix(a_NV), *matrix(b_NV), doubles(coef), pointer(strength_N),
         num_rows, num_columns, pointer(out_NV),
     )
     return out_NV
@@ -159,10 +160,11 @@ def combine_logits(
 def _splits(x_NV: Tensor) -> int:
     """Blocks that share a row, so that few rows fill the device too."""
     with torch.cuda.device(x_NV.device):
-        return native.library("cuda").qadapter_cuda_logits_splits(*x_NV.shape)
+        splits: int = native.library("cuda").qadapter_cuda_logits_splits(*x_NV.shape)
+    return splits
 
 
-def _launch(kernel: str, like: Tensor, *arguments) -> None:
+def _launch(kernel: str, like: Tensor, *arguments: Any) -> None:
     """On the current stream of ``like``'s device.
 
     Raises:
@@ -177,7 +179,8 @@ def _launch(kernel: str, like: Tensor, *arguments) -> None:
 
 
 def _error_name(library: ctypes.CDLL, status: int) -> str:
-    return library.qadapter_cuda_error_name(status).decode()
+    name: bytes = library.qadapter_cuda_error_name(status)
+    return name.decode()
 
 
 def _empty(*shape: int, like: Tensor) -> Tensor:
@@ -186,15 +189,3 @@ def _empty(*shape: int, like: Tensor) -> Tensor:
 
 def _statistics(num_rows: int, wanted: bool, like: Tensor) -> Tensor:
     return _empty(*((3, num_rows) if wanted else (0,)), like=like)
-
-
-def _float32(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.to(torch.float32).contiguous()
-
-
-def _int64(x: Tensor) -> Tensor:
-    return x.to(torch.int64).contiguous()
-
-
-def _doubles(coef: Coefficients) -> ctypes.Array:
-    return (ctypes.c_double * 4)(*coef)

@@ -133,7 +133,8 @@ def select(
             raise RuntimeError(f"backend {forced!r} can't serve {device_type} tensors: {reason}")
     else:
         backend = load("torch") if is_double else default(device_type)
-    return backend if backend.NAME in _ONLY_IN.get(operator, _MODULES) else load("torch")
+    holders = _MODULES if operator is None else _ONLY_IN.get(operator, _MODULES)
+    return backend if backend.NAME in holders else load("torch")
 
 
 def default(device_type: str) -> ModuleType:

@@ -6,6 +6,8 @@ one node with known shapes and gives the same bits as eager.
 
 from __future__ import annotations
 
+from typing import Any, TypeVar, cast
+
 import torch
 from torch import Tensor
 
@@ -14,24 +16,28 @@ from .reference import Coefficients, accumulation_dtype
 from .shards import Shard
 
 
+Outputs = TypeVar("Outputs", bound=tuple[Tensor, ...])
+
+
 def _per_row(like: Tensor) -> Tensor:
     return like.new_empty(like.shape[0], dtype=accumulation_dtype(like.dtype))
 
 
-def _distinct(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _distinct(outputs: Outputs) -> Outputs:
     """An op's outputs may share no memory: unpacked rows of one buffer become their own.
 
     In inference mode they don't know that they are views, hence the look at the memory.
     """
-    return tuple(
+    distinct = tuple(
         x.clone() if x._is_view() or x.untyped_storage().nbytes() != x.nbytes else x
         for x in outputs
     )
+    return cast(Outputs, distinct)
 
 
 def _grads(
     outputs: tuple[Tensor, Tensor], *grads: Tensor | None
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor]:
     """Upstream gradients [N] of q and V, contiguous; one that is missing is 0, and so is that of an
     excluded action: its q is −inf whatever the adapter does."""
     q_action = outputs[0]
@@ -54,11 +60,11 @@ def soft_value(
     """→ q_action, value, base_logprob, base_logsumexp [N], the policy's normalizer [2, N]
     (``reference.DefinitionOutput``), statistics [3, N] or [0]."""
     coef = Coefficients(alpha_0, alpha_tilde, adapter_coef, base_coef)
-    return _distinct(
-        dispatch.select(adapter_logits, backend).logits_forward(
-            adapter_logits, base_logits, actions, coef, base_logsumexp, statistics
-        )
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+    outputs = dispatch.select(adapter_logits, backend).logits_forward(
+        adapter_logits, base_logits, actions, coef, base_logsumexp, statistics
     )
+    return _distinct(outputs)
 
 
 @soft_value.register_fake
@@ -253,12 +259,12 @@ def bradley_terry(
     num_actions: float | None, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """→ [loss, preference_loss, chi2_loss], sequence rewards [2B], token rewards [N]."""
-    return _distinct(
-        dispatch.select(q_action, backend).bradley_terry_forward(
-            q_action, value, sequence_offsets, divisors, gamma, chi2_coef, bootstrap_next,
-            *_inverse_denominators(num_pairs, num_actions, divisors, q_action),
-        )
+    outputs: tuple[Tensor, Tensor, Tensor]
+    outputs = dispatch.select(q_action, backend).bradley_terry_forward(
+        q_action, value, sequence_offsets, divisors, gamma, chi2_coef, bootstrap_next,
+        *_inverse_denominators(num_pairs, num_actions, divisors, q_action),
     )
+    return _distinct(outputs)
 
 
 def _inverse_denominators(
@@ -284,14 +290,14 @@ def bradley_terry_backward(
     num_actions: float | None, grad_losses: Tensor, grad_sequence: Tensor, grad_tokens: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return _distinct(
-        dispatch.select(token_rewards, backend).bradley_terry_backward(
-            token_rewards, sequence_rewards, sequence_offsets, divisors, gamma, chi2_coef,
-            bootstrap_next,
-            *_inverse_denominators(num_pairs, num_actions, divisors, token_rewards),
-            grad_losses, grad_sequence, grad_tokens,
-        )
+    outputs: tuple[Tensor, Tensor]
+    outputs = dispatch.select(token_rewards, backend).bradley_terry_backward(
+        token_rewards, sequence_rewards, sequence_offsets, divisors, gamma, chi2_coef,
+        bootstrap_next,
+        *_inverse_denominators(num_pairs, num_actions, divisors, token_rewards),
+        grad_losses, grad_sequence, grad_tokens,
     )
+    return _distinct(outputs)
 
 
 @bradley_terry_backward.register_fake

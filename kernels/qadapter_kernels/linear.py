@@ -133,7 +133,9 @@ def forward(
         )
 
     policy_lse = adapter_hidden.new_empty(num_rows, dtype=dtype)
-    base_lse = torch.empty_like(policy_lse) if together else base_logsumexp.to(dtype)
+    base_lse = (
+        torch.empty_like(policy_lse) if base_logsumexp is None else base_logsumexp.to(dtype)
+    )
     residual_product = weight.new_empty((num_rows if need_grad else 0, hidden_size))
     stats = policy_lse.new_zeros((3, num_rows) if statistics else (0,))
 
@@ -185,8 +187,7 @@ def forward(
 
 def backward(
     residual_product: Tensor, weight: Tensor, actions: Tensor, grad_q: Tensor, grad_v: Tensor,
-    factor: float, out_dtype: torch.dtype, shard: Shard | None = None,
-    log_shares: Tensor | None = None,
+    factor: float, out_dtype: torch.dtype, shard: Shard | None, log_shares: Tensor,
 ) -> Tensor:
     """∂h_a [N, D] = factor·((g + v)·W[action] + v·G′), in float32, rounded once. Of a shard the sum
     of all ranks', each with its share s in front of its G′ (``shards``)."""

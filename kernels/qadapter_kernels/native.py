@@ -14,9 +14,12 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, overload
 
 import torch
 from torch import Tensor
+
+from .reference import Coefficients
 
 LIBRARY_FOLDER = Path(__file__).parent / "lib"
 
@@ -82,12 +85,13 @@ class LibraryUnavailable(RuntimeError):
 
 
 @functools.cache
-def build_report() -> dict[str, dict]:
+def build_report() -> dict[str, dict[str, Any]]:
     """What the install built: {library: {"built": bool, "reason": why not, "compiler": ...}}."""
     try:
-        return json.loads((LIBRARY_FOLDER / "build_report.json").read_text())
+        report: dict[str, dict[str, Any]] = json.loads((LIBRARY_FOLDER / "build_report.json").read_text())
     except (OSError, ValueError):
         return {}
+    return report
 
 
 def missing_reason(name: str) -> str:
@@ -149,6 +153,23 @@ def library(name: str) -> ctypes.CDLL:
     if isinstance(loaded, str):
         raise LibraryUnavailable(loaded)
     return loaded
+
+
+@overload
+def float32(x: Tensor) -> Tensor: ...
+@overload
+def float32(x: None) -> None: ...
+def float32(x: Tensor | None) -> Tensor | None:
+    """As the compiled libraries read what is no matrix: contiguous."""
+    return None if x is None else x.to(torch.float32).contiguous()
+
+
+def int64(x: Tensor) -> Tensor:
+    return x.to(torch.int64).contiguous()
+
+
+def doubles(coef: Coefficients) -> ctypes.Array[ctypes.c_double]:
+    return (ctypes.c_double * 4)(*coef)
 
 
 def pointer(x: Tensor | None) -> int | None:

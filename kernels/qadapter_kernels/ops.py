@@ -5,7 +5,7 @@ Shapes: N rows (states), V vocabulary, D hidden size, S = 2B sequences.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -66,6 +66,30 @@ class BradleyTerry(NamedTuple):
     """r of each action, [N]."""
 
 
+@overload
+def soft_value(
+    adapter_logits: Tensor, base_logits: Tensor | None, actions: Tensor, *,
+    alpha_0: float, alpha_tilde: float = 1.0, adapter_coef: float = 1.0, base_coef: float = 0.0,
+    base_action_logit: Tensor | None = None, base_logsumexp: Tensor | None = None,
+    row_mask: Tensor | None = None, return_statistics: Literal[False] = False,
+    inplace_backward: bool = False, backend: str | None = None,
+) -> SoftValue: ...
+@overload
+def soft_value(
+    adapter_logits: Tensor, base_logits: Tensor | None, actions: Tensor, *,
+    alpha_0: float, alpha_tilde: float = 1.0, adapter_coef: float = 1.0, base_coef: float = 0.0,
+    base_action_logit: Tensor | None = None, base_logsumexp: Tensor | None = None,
+    row_mask: Tensor | None = None, return_statistics: Literal[True],
+    inplace_backward: bool = False, backend: str | None = None,
+) -> tuple[SoftValue, PolicyStatistics]: ...
+@overload
+def soft_value(
+    adapter_logits: Tensor, base_logits: Tensor | None, actions: Tensor, *,
+    alpha_0: float, alpha_tilde: float = 1.0, adapter_coef: float = 1.0, base_coef: float = 0.0,
+    base_action_logit: Tensor | None = None, base_logsumexp: Tensor | None = None,
+    row_mask: Tensor | None = None, return_statistics: bool,
+    inplace_backward: bool = False, backend: str | None = None,
+) -> SoftValue | tuple[SoftValue, PolicyStatistics]: ...
 def soft_value(
     adapter_logits: Tensor, base_logits: Tensor | None, actions: Tensor, *,
     alpha_0: float, alpha_tilde: float = 1.0, adapter_coef: float = 1.0, base_coef: float = 0.0,
@@ -109,14 +133,14 @@ def soft_value(
     coef = coefficients(alpha_0, alpha_tilde, adapter_coef, base_coef)
     check_matrix("adapter_logits", adapter_logits)
     if base_logits is None or base_action_logit is not None:
-        _check_cached_base("base_logits", base_logits, base_action_logit, base_logsumexp,
-                           return_statistics, coef, adapter_logits)
+        b_N, lse_N = _cached_base("base_logits", base_logits, base_action_logit, base_logsumexp,
+                                  return_statistics, coef, adapter_logits)
         alone = soft_value(
-            adapter_logits, adapter_logits.detach(), actions, **_without_base(coef),
-            base_logsumexp=base_logsumexp, row_mask=row_mask, inplace_backward=inplace_backward,
-            backend=backend,
+            adapter_logits, adapter_logits.detach(), actions, alpha_0=0.0,
+            alpha_tilde=coef.alpha_tilde, adapter_coef=coef.adapter_coef, base_logsumexp=lse_N,
+            row_mask=row_mask, inplace_backward=inplace_backward, backend=backend,
         )
-        return _with_cached_base(alone, actions, row_mask, base_action_logit, base_logsumexp, coef)
+        return _with_cached_base(alone, actions, row_mask, b_N, lse_N, coef)
     check_like("base_logits", base_logits, "adapter_logits", adapter_logits)
     check_frozen("base_logits", base_logits)
     num_rows, vocab_size = adapter_logits.shape
@@ -134,6 +158,33 @@ def soft_value(
     return (result, PolicyStatistics(*stats.unbind())) if return_statistics else result
 
 
+@overload
+def linear_soft_value(
+    adapter_hidden: Tensor, base_hidden: Tensor | None, weight: Tensor, actions: Tensor, *,
+    alpha_0: float, alpha_tilde: float = 1.0, adapter_coef: float = 1.0, base_coef: float = 0.0,
+    bias: Tensor | None = None, logit_scale: float = 1.0, base_action_logit: Tensor | None = None,
+    base_logsumexp: Tensor | None = None, row_mask: Tensor | None = None, workspace_mb: int = 512,
+    return_statistics: Literal[False] = False, backend: str | None = None,
+    group: ProcessGroup | None = None, vocab_start: int = 0,
+) -> SoftValue: ...
+@overload
+def linear_soft_value(
+    adapter_hidden: Tensor, base_hidden: Tensor | None, weight: Tensor, actions: Tensor, *,
+    alpha_0: float, alpha_tilde: float = 1.0, adapter_coef: float = 1.0, base_coef: float = 0.0,
+    bias: Tensor | None = None, logit_scale: float = 1.0, base_action_logit: Tensor | None = None,
+    base_logsumexp: Tensor | None = None, row_mask: Tensor | None = None, workspace_mb: int = 512,
+    return_statistics: Literal[True], backend: str | None = None,
+    group: ProcessGroup | None = None, vocab_start: int = 0,
+) -> tuple[SoftValue, PolicyStatistics]: ...
+@overload
+def linear_soft_value(
+    adapter_hidden: Tensor, base_hidden: Tensor | None, weight: Tensor, actions: Tensor, *,
+    alpha_0: float, alpha_tilde: float = 1.0, adapter_coef: float = 1.0, base_coef: float = 0.0,
+    bias: Tensor | None = None, logit_scale: float = 1.0, base_action_logit: Tensor | None = None,
+    base_logsumexp: Tensor | None = None, row_mask: Tensor | None = None, workspace_mb: int = 512,
+    return_statistics: bool, backend: str | None = None,
+    group: ProcessGroup | None = None, vocab_start: int = 0,
+) -> SoftValue | tuple[SoftValue, PolicyStatistics]: ...
 def linear_soft_value(
     adapter_hidden: Tensor, base_hidden: Tensor | None, weight: Tensor, actions: Tensor, *,
     alpha_0: float, alpha_tilde: float = 1.0, adapter_coef: float = 1.0, base_coef: float = 0.0,
@@ -179,14 +230,15 @@ def linear_soft_value(
         raise ValueError("adapter_coef is 0: the adapted stream would have no part in q")
     check_matrix("adapter_hidden", adapter_hidden)
     if base_hidden is None or base_action_logit is not None:
-        _check_cached_base("base_hidden", base_hidden, base_action_logit, base_logsumexp,
-                           return_statistics, coef, adapter_hidden)
+        b_N, lse_N = _cached_base("base_hidden", base_hidden, base_action_logit, base_logsumexp,
+                                  return_statistics, coef, adapter_hidden)
         alone = linear_soft_value(
-            adapter_hidden, adapter_hidden.detach(), weight, actions, **_without_base(coef),
-            bias=bias, logit_scale=logit_scale, base_logsumexp=base_logsumexp, row_mask=row_mask,
+            adapter_hidden, adapter_hidden.detach(), weight, actions, alpha_0=0.0,
+            alpha_tilde=coef.alpha_tilde, adapter_coef=coef.adapter_coef, bias=bias,
+            logit_scale=logit_scale, base_logsumexp=lse_N, row_mask=row_mask,
             workspace_mb=workspace_mb, backend=backend, group=group, vocab_start=vocab_start,
         )
-        return _with_cached_base(alone, actions, row_mask, base_action_logit, base_logsumexp, coef)
+        return _with_cached_base(alone, actions, row_mask, b_N, lse_N, coef)
     check_like("base_hidden", base_hidden, "adapter_hidden", adapter_hidden, same_dtype=False)
     check_frozen("base_hidden", base_hidden)
     shard = check_group(group, vocab_start)
@@ -229,10 +281,11 @@ def linear_logsumexp(
         actions = torch.full((hidden.shape[0],), NO_ACTION, device=hidden.device)
     vocab_size = weight.shape[0] if group is None else None
     actions = check_actions(actions, hidden.shape[0], vocab_size, weight.device, None)
-    return library.linear_logsumexp(
+    out: Tensor = library.linear_logsumexp(
         hidden.detach(), weight, actions, bias, finite("logit_scale", logit_scale),
         workspace_bytes(workspace_mb), backend or "", *shard,
     )
+    return out
 
 
 def linear_action_logit(
@@ -249,9 +302,10 @@ def linear_action_logit(
     weight, bias = check_head(weight, bias, hidden, sharded=group is not None)
     vocab_size = weight.shape[0] if group is None else None
     actions = check_actions(actions, hidden.shape[0], vocab_size, weight.device, None)
-    return library.linear_action_logit(
+    out: Tensor = library.linear_action_logit(
         hidden.detach(), weight, actions, bias, finite("logit_scale", logit_scale), *shard
     )
+    return out
 
 
 def bradley_terry(
@@ -318,22 +372,19 @@ def bradley_terry(
         q_action, value, sequence_offsets.contiguous(), divisors, finite("gamma", gamma),
         finite("chi2_coef", chi2_coef), bootstrap == "next", num_pairs, num_actions, backend or "",
     )
-    return BradleyTerry(*losses.unbind(), sequence_rewards, token_rewards)
+    loss, preference_loss, chi2_loss = losses.unbind()
+    return BradleyTerry(loss, preference_loss, chi2_loss, sequence_rewards, token_rewards)
 
 
 # --- a base that is cached ------------------------------------------------------------------
-
-
-def _without_base(coef: Coefficients) -> dict[str, float]:
-    """The adapted stream's own part of q and V: c_a·a[action] and α̃·lse(u)."""
-    return coef._replace(alpha_0=0.0, base_coef=0.0)._asdict()
 
 
 def _with_cached_base(
     alone: SoftValue, actions: Tensor, row_mask: Tensor | None, base_action_logit: Tensor,
     base_logsumexp: Tensor, coef: Coefficients,
 ) -> SoftValue:
-    """What the base adds to q and V where u does not depend on it: two numbers a row."""
+    """What the base adds to q and V where u does not depend on it, two numbers a row, to what the
+    adapted stream has alone: c_a·a[action] and α̃·lse(u)."""
     dtype = alone.value.dtype
     b_N, lse_N = base_action_logit.to(dtype), base_logsumexp.to(dtype)
     acts_N, excluded_N = actions >= 0, b_N == -torch.inf
@@ -353,10 +404,11 @@ def _with_cached_base(
     )
 
 
-def _check_cached_base(
+def _cached_base(
     name: str, base: Tensor | None, base_action_logit: Tensor | None,
     base_logsumexp: Tensor | None, statistics: bool, coef: Coefficients, like: Tensor,
-) -> None:
+) -> tuple[Tensor, Tensor]:
+    """b[action] and lse(b), checked."""
     if base is not None:
         raise ValueError(f"give either {name} or base_action_logit and base_logsumexp, not both")
     if base_action_logit is None or base_logsumexp is None:
@@ -371,3 +423,4 @@ def _check_cached_base(
     for number, x in (("base_action_logit", base_action_logit), ("base_logsumexp", base_logsumexp)):
         check_rows(number, x, like.shape[0], like.device)
         check_frozen(number, x)
+    return base_action_logit, base_logsumexp

@@ -173,7 +173,8 @@ def soft_value(
     if base_logsumexp is None:
         peak_N, log_total_N = peak_and_log_total(b_NV)
     else:
-        peak_N, log_total_N = 0.0, base_logsumexp.to(dtype)
+        log_total_N = base_logsumexp.to(dtype)
+        peak_N = torch.zeros_like(log_total_N)
     base_lse_N = log_total_N + peak_N
     value_N = value_from_logsumexps(
         log_of_total(policy_total_N), log_total_N, coef, policy_peak_N, peak_N

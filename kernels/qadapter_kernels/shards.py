@@ -87,9 +87,12 @@ class Shard(NamedTuple):
         """None without a group. Groups go by their names, which ``torch.compile`` can carry."""
         if not group_name:
             return None
-        from torch.distributed.distributed_c10d import _resolve_process_group
+        from torch.distributed import distributed_c10d
 
-        return cls(_resolve_process_group(group_name), start, weight.shape[0])
+        # Private to torch, whose own traceable collectives name groups so.
+        resolve = distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
+        group: ProcessGroup = resolve(group_name)  # type: ignore[arg-type]
+        return cls(group, start, weight.shape[0])
 
     def own(self, actions_N: Tensor) -> Tensor:
         """The action's row of W_r; -1 where it is another rank's; masked rows stay masked."""

@@ -36,7 +36,7 @@ def _statistics_buffer(num_rows: int, wanted: bool, like: Tensor) -> Tensor:
 def logits_forward(
     a_NV: Tensor, b_NV: Tensor, actions_N: Tensor, coef: Coefficients,
     base_lse_N: Tensor | None, statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     num_rows, num_columns = a_NV.shape
     outputs_6N = a_NV.new_empty((6, num_rows), dtype=accumulation_dtype(a_NV.dtype))
     stats_3N = _statistics_buffer(num_rows, statistics, a_NV)
@@ -59,7 +59,8 @@ def logits_backward(
         return
     for rows in _blocks(*a_NV.shape):
         u = reference.policy_logits(a_NV[rows].to(dtype), b_NV[rows].to(dtype), coef)
-        grad = _softmax(u, *normalizer_2N[:, rows], actions_N[rows]).mul_(grad_v_N[rows, None])
+        peak, total = normalizer_2N[:, rows].unbind()
+        grad = _softmax(u, peak, total, actions_N[rows]).mul_(grad_v_N[rows, None])
         _add_at_action(grad, actions_N[rows], grad_q_N[rows])
         masked = actions_N[rows, None] == reference.MASKED_ROW
         grad.masked_fill_((u == -torch.inf) | masked, 0.0)

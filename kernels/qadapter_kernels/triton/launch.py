@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -40,7 +40,7 @@ TILES = {
 }
 
 
-def launch(kernel, grid: tuple[int], *args, warps: int, **constants) -> None:
+def launch(kernel: Any, grid: tuple[int], *args: Any, warps: int, **constants: Any) -> None:
     """Run ``kernel`` on the device of its first tensor, whatever device is current.
 
     The grid has one dimension everywhere: y and z end at 65,535 programs, x does not.

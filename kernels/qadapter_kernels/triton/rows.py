@@ -173,7 +173,7 @@ def rows_forward(
             offset_bias_V, base_bias_V,
             None if action_logits_2R is None else action_logits_2R.contiguous(),
             policy_lse_R, None if zb_RV is None else base_lse_R, stats if statistics else None,
-            z_RV.stride(0), residual_RV.stride(0) if write_residual else 0,
+            z_RV.stride(0), 0 if residual_RV is None else residual_RV.stride(0),
             0 if zb_RV is None else zb_RV.stride(0), num_columns, num_rows, scale, base_scale,
             NARROWING=write_residual and narrowing, **launch.lanes(tile, z_RV, zb_RV),
             warps=tile.warps,

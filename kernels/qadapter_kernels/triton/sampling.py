@@ -239,4 +239,8 @@ def sample(
 def _words(number: int) -> tuple[int, int]:
     """64 bits as two int32: a Python int's type at launch, 32 or 64 bits, follows its value."""
     low, high = number & 0xFFFFFFFF, number >> 32 & 0xFFFFFFFF
-    return tuple(word - (1 << 32) if word >> 31 else word for word in (low, high))
+    return _signed(low), _signed(high)
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 32) if word >> 31 else word

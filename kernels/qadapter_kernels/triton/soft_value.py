@@ -233,7 +233,7 @@ def _backward_kernel(
 def logits_forward(
     a_NV: Tensor, b_NV: Tensor, actions_N: Tensor, coef: Coefficients,
     base_lse_N: Tensor | None, statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """→ q_action, value, base_logprob, lse(b), each float32 [N], u's peak and its total Σ exp(u −
     peak), float32 [2, N], and the statistics float32 [3, N] (entropy of π̃, KL(π̃‖π), KL(π‖π̃)), or
     [0] where not asked for."""
