@@ -6,7 +6,7 @@ one node with known shapes and gives the same bits as eager.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from torch import Tensor
 from . import dispatch, linear
 from .reference import Coefficients, accumulation_dtype
 from .shards import Shard
-
 
 Outputs = TypeVar("Outputs", bound=tuple[Tensor, ...])
 

@@ -14,7 +14,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
@@ -88,10 +88,10 @@ class LibraryUnavailable(RuntimeError):
 def build_report() -> dict[str, dict[str, Any]]:
     """What the install built: {library: {"built": bool, "reason": why not, "compiler": ...}}."""
     try:
-        report: dict[str, dict[str, Any]] = json.loads((LIBRARY_FOLDER / "build_report.json").read_text())
+        report = json.loads((LIBRARY_FOLDER / "build_report.json").read_text())
     except (OSError, ValueError):
         return {}
-    return report
+    return cast(dict[str, dict[str, Any]], report)
 
 
 def missing_reason(name: str) -> str:
