@@ -94,6 +94,8 @@ test-engines: install $(ENGINE_STAMPS)
 
 lint: install
 	$(BIN)/ruff check .
+	$(BIN)/python -m pip install --quiet mypy types-psutil types-PyYAML types-regex types-tqdm -c constraints.txt
+	$(BIN)/python -m mypy
 
 # The site, into build/site; a broken link, an unknown name or a page in no list is an error.
 docs: install

@@ -46,9 +46,9 @@ def beginning(error: BaseException) -> str:
 
 def listed(names: Iterable[object], most: int = 8) -> str:
     """``a, b and 7 more``; of a very long name the middle is left out."""
-    names = [str(name) for name in names]
-    short = [name if len(name) <= 200 else f"{name[:100]}…{name[-99:]}" for name in names[:most]]
-    return ", ".join(short) + (f" and {len(names) - most} more" if len(names) > most else "")
+    texts = [str(name) for name in names]
+    short = [text if len(text) <= 200 else f"{text[:100]}…{text[-99:]}" for text in texts[:most]]
+    return ", ".join(short) + (f" and {len(texts) - most} more" if len(texts) > most else "")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -183,7 +183,8 @@ def find_actions(
     position_N = state_N + 1
     return Actions(
         sequence_N, state_N, position_N, input_ids[sequence_N, position_N],
-        torch.nn.functional.pad(scored.sum(1).cumsum(0), (1, 0)), tuple(input_ids.shape),
+        torch.nn.functional.pad(scored.sum(1).cumsum(0), (1, 0)),
+        (input_ids.shape[0], input_ids.shape[1]),
     )
 
 
@@ -218,7 +219,7 @@ def q_adapter_loss(
         _check_stream("base_logits", base_logits, input_ids)
         base_logits = base_logits.flatten(0, 1)
     actions = find_actions(input_ids, completion_mask, config.mask_alignment)
-    cached = _cached_base(base_action_logit, base_logsumexp, input_ids)
+    _check_cached_base(base_action_logit, base_logsumexp, input_ids)
     # The rows that score no action are skipped where they stand: gathering the others would copy
     # both [2B, T, V] tensors.
     rows_N = actions.sequence_N * input_ids.shape[1] + actions.state_N
@@ -227,10 +228,11 @@ def q_adapter_loss(
     tokens = input_ids.roll(-1, dims=1).flatten()
     outputs = soft_value(
         adapter_logits.flatten(0, 1), base_logits, tokens, **config.coefficients._asdict(),
-        **{name: x.flatten() for name, x in cached.items()}, row_mask=scored,
-        return_statistics=return_statistics, backend=backend,
+        base_action_logit=None if base_action_logit is None else base_action_logit.flatten(),
+        base_logsumexp=None if base_logsumexp is None else base_logsumexp.flatten(),
+        row_mask=scored, return_statistics=return_statistics, backend=backend,
     )
-    soft, statistics = outputs if return_statistics else (outputs, None)
+    soft, statistics = _apart(outputs)
     soft = SoftValue(*(x[rows_N] for x in soft))
     if statistics is not None:
         statistics = PolicyStatistics(*(x[rows_N] for x in statistics))
@@ -263,14 +265,16 @@ def linear_q_adapter_loss(
     if base_hidden is not None:
         _check_stream("base_hidden", base_hidden, input_ids)
         base_hidden = _rows(base_hidden, actions)
-    cached = _cached_base(base_action_logit, base_logsumexp, input_ids)
+    _check_cached_base(base_action_logit, base_logsumexp, input_ids)
     outputs = linear_soft_value(
         _rows(adapter_hidden, actions), base_hidden, lm_head_weight, actions.token_N,
         **config.coefficients._asdict(), bias=bias, logit_scale=logit_scale,
-        **{name: _rows(x, actions) for name, x in cached.items()}, workspace_mb=workspace_mb,
-        return_statistics=return_statistics, backend=backend, group=group, vocab_start=vocab_start,
+        base_action_logit=None if base_action_logit is None else _rows(base_action_logit, actions),
+        base_logsumexp=None if base_logsumexp is None else _rows(base_logsumexp, actions),
+        workspace_mb=workspace_mb, return_statistics=return_statistics, backend=backend,
+        group=group, vocab_start=vocab_start,
     )
-    soft, statistics = outputs if return_statistics else (outputs, None)
+    soft, statistics = _apart(outputs)
     return _assemble(soft, statistics, actions, config, num_pairs, num_actions, backend)
 
 
@@ -324,15 +328,18 @@ def _rows(x: Tensor, actions: Actions) -> Tensor:
     return x[actions.sequence_N, actions.state_N]
 
 
-def _cached_base(
+def _apart(
+    outputs: SoftValue | tuple[SoftValue, PolicyStatistics],
+) -> tuple[SoftValue, PolicyStatistics | None]:
+    return (outputs, None) if isinstance(outputs, SoftValue) else outputs
+
+
+def _check_cached_base(
     base_action_logit: Tensor | None, base_logsumexp: Tensor | None, input_ids: Tensor
-) -> dict[str, Tensor]:
-    """What is known of the base, [2B, T] each."""
-    given = {"base_action_logit": base_action_logit, "base_logsumexp": base_logsumexp}
-    known = {name: x for name, x in given.items() if x is not None}
-    for name, x in known.items():
-        _check_per_token(name, x, input_ids)
-    return known
+) -> None:
+    for name, x in (("base_action_logit", base_action_logit), ("base_logsumexp", base_logsumexp)):
+        if x is not None:
+            _check_per_token(name, x, input_ids)
 
 
 def _check_per_token(name: str, x: Tensor, input_ids: Tensor) -> None:

@@ -310,7 +310,8 @@ def linear_action_logit(
 
 def bradley_terry(
     q_action: Tensor, value: Tensor, sequence_offsets: Tensor, *, gamma: float = 1.0,
-    chi2_coef: float = 0.0, bootstrap: str = "next", length_normalization: str = "none",
+    chi2_coef: float = 0.0, bootstrap: Literal["next", "current"] = "next",
+    length_normalization: Literal["none", "completion", "padded"] = "none",
     padded_length: int | None = None, num_pairs: float | None = None,
     num_actions: float | None = None, backend: str | None = None,
 ) -> BradleyTerry:

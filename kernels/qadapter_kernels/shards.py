@@ -90,8 +90,7 @@ class Shard(NamedTuple):
         from torch.distributed import distributed_c10d
 
         # Private to torch, whose own traceable collectives name groups so.
-        resolve = distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
-        group: ProcessGroup = resolve(group_name)  # type: ignore[arg-type]
+        group = distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]
         return cls(group, start, weight.shape[0])
 
     def own(self, actions_N: Tensor) -> Tensor:

@@ -48,6 +48,7 @@ class ArrowRows:
 
     def __init__(self, source: Dataset | pa.Table, name: str = "the dataset") -> None:
         self.source, self.name = source, name
+        declared: Mapping[str, str | None]
         self.columns = list(source.column_names)
         if isinstance(source, Dataset):
             schema = source.features.arrow_schema
@@ -132,7 +133,7 @@ def _json_in(kind: pa.DataType, where: str) -> Callable[[Any], Any] | None:
         fields = {field.name: _json_in(field.type, where) for field in kind}
         if any(fields.values()):
             return lambda v: None if v is None else {
-                name: value if fields[name] is None else fields[name](value)
+                name: value if (parse := fields[name]) is None else parse(value)
                 for name, value in v.items()
             }
     return None
@@ -217,7 +218,9 @@ class ParquetRows:
     """Rows of Parquet files, of which only the columns taken are read."""
 
     def __init__(self, files: Sequence[Path], rows: range | None = None) -> None:
-        self.files, columns, texts, count = files, {}, {}, 0
+        self.files, count = files, 0
+        columns: dict[str, Any] = {}
+        texts: dict[str, Any] = {}
         for file in files:
             metadata = _read_parquet(file, pq.read_metadata)
             schema = _read_parquet(file, lambda _, m=metadata: m.schema.to_arrow_schema())
@@ -265,9 +268,9 @@ class ParquetRows:
         for file, wanted in self._spans():
             for table in _naming(file, _read_span(file, columns, wanted)):
                 there = {new: old for new, old in names.items() if old in table.column_names}
-                missing = dict.fromkeys(names.keys() - there.keys())
+                missing: Row = dict.fromkeys(names.keys() - there.keys())
                 for row in ArrowRows(table, where).take(there):
-                    yield missing | row
+                    yield {**missing, **row}
 
 
 def _read_parquet(file: Path, read: Callable[..., Any], *arguments: Any) -> Any:
@@ -286,7 +289,8 @@ def _naming(file: Path, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
 def _read_span(file: Path, columns: list[str], rows: range) -> Iterator[pa.Table]:
     """These rows, from the row groups that hold them, piece by piece; raises as `limited`."""
     with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
-        groups, first, start = [], 0, 0
+        groups: list[int] = []
+        first, start = 0, 0
         for group in range(parquet.num_row_groups):
             end = start + parquet.metadata.row_group(group).num_rows
             if start < rows.stop and end > rows.start:

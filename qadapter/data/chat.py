@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, combinations, product
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
@@ -50,7 +50,7 @@ class Lost(NamedTuple):
     message `index` (-1 for the tools, which are the conversation's)."""
 
     what: str
-    index: int
+    index: int  # type: ignore[assignment]  # and no tuple's method
 
 
 class _Form(NamedTuple):
@@ -58,7 +58,7 @@ class _Form(NamedTuple):
 
     parts: frozenset[str] = frozenset()
     """Roles whose content it takes as a list of parts (processors of images do)."""
-    arguments: Callable[[dict], Any] = dict
+    arguments: Callable[[dict[str, Any]], Any] = dict
     """Of tool calls: as objects, or as JSON text."""
     empty: bool = False
     """Whether a turn of tool calls alone needs an empty content."""
@@ -156,7 +156,7 @@ class ChatTemplate:
         return re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
 
     def token_id(self, token: str) -> int:
-        return self.tokenizer.convert_tokens_to_ids(token)
+        return cast(int, self.tokenizer.convert_tokens_to_ids(token))
 
     # --- rendering ------------------------------------------------------------------------
 
@@ -217,11 +217,11 @@ class ChatTemplate:
         ask: bool = False, continue_final_message: bool = False,
     ) -> str:
         try:
-            return self.tokenizer.apply_chat_template(
+            return cast(str, self.tokenizer.apply_chat_template(
                 [_in_form(message, form) for message in messages], tokenize=False,
                 add_generation_prompt=ask, continue_final_message=continue_final_message,
                 **options,
-            )
+            ))
         except Exception as error:  # a template is a program: it may raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
             if isinstance(error, TemplateSyntaxError):
@@ -276,7 +276,7 @@ class ChatTemplate:
         return _Plan(form, tuple(sorted(lost, key=lambda x: (x.index, x.what))))
 
 
-def shape(message: Message) -> tuple:
+def shape(message: Message) -> tuple[Any, ...]:
     """All of a message that how it is rendered may depend on, but for its texts."""
     calls = message.get("tool_calls", ())
     return (
@@ -319,7 +319,9 @@ def replaced(message: Message, text: Callable[[str], str], *, names: bool = True
     return found
 
 
-def _replaced_call(call: dict, text: Callable[[str], str], names: bool) -> dict:
+def _replaced_call(
+    call: dict[str, Any], text: Callable[[str], str], names: bool
+) -> dict[str, Any]:
     function = {**call["function"], "arguments": {text("tool calls"): text("tool calls")}}
     return {**call, "function": function | ({"name": text("tool calls")} if names else {})}
 
@@ -343,7 +345,7 @@ def _forms(messages: Sequence[Message]) -> list[_Form]:
     return [_Form(*form) for form in product(parts, arguments, empty, developer)]
 
 
-def _as_json(arguments: dict) -> str:
+def _as_json(arguments: dict[str, Any]) -> str:
     return json.dumps(arguments, ensure_ascii=False)
 
 

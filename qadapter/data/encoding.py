@@ -5,7 +5,7 @@ import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset, List
 from transformers import PreTrainedTokenizerBase
@@ -45,11 +45,10 @@ def prompt_of(row: Row) -> Prompt:
 
 def messages_of(prompt: Prompt) -> list[Message] | None:
     """The messages of a prompt, as they are written; None for token ids."""
-    if isinstance(prompt, Mapping):
-        prompt = prompt["prompt"]
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": str(prompt)}]
-    return list(prompt) if isinstance(prompt[0], Mapping) else None
+    said: Any = prompt["prompt"] if isinstance(prompt, Mapping) else prompt
+    if isinstance(said, str):
+        return [{"role": "user", "content": str(said)}]
+    return list(said) if isinstance(said[0], Mapping) else None
 
 
 class PromptEncoder:
@@ -74,7 +73,7 @@ class PromptEncoder:
         if plain:
             return encode_text(self.tokenizer, str(prompt), self.prefix)
         if messages_of(prompt) is None:
-            return list(prompt)
+            return list(cast(Sequence[int], prompt))
         chat, messages, options = self._conversation(prompt)
         try:
             text = chat.prompt(messages, options)
@@ -92,14 +91,13 @@ class PromptEncoder:
     def _conversation(
         self, prompt: Prompt
     ) -> tuple[ChatTemplate, list[Message], dict[str, Any]]:
-        if self.chat is None:
-            ChatTemplate(self.tokenizer)  # says why there is none, and the way out
+        chat = self.chat or ChatTemplate(self.tokenizer)  # says why there is none, and the way out
         try:
             messages = normal_messages(messages_of(prompt), "prompt")
-            options = self.chat.options_of(prompt if isinstance(prompt, Mapping) else {})
+            options = chat.options_of(prompt if isinstance(prompt, Mapping) else {})
         except BadRow as bad:
             raise QAdapterError(f"a prompt can't be used: {bad.description}") from bad
-        return self.chat, messages, options
+        return chat, messages, options
 
 
 def _is_empty(prompt: Prompt) -> bool:
@@ -111,7 +109,7 @@ def special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer puts before plain text: [BOS] or nothing."""
     # Not every vocabulary has every letter: its own tokens are tried too.
     special = set(tokenizer.all_special_ids)
-    own = (tokenizer.decode([i]) for i in range(len(tokenizer)) if i not in special)
+    own = (str(tokenizer.decode([i])) for i in range(len(tokenizer)) if i not in special)
     for text in itertools.chain("a", own):
         try:
             plain = token_ids(tokenizer, text)
@@ -148,9 +146,10 @@ class IdsEncoder:
     """Token ids and masks, as given."""
 
     def __call__(self, row: Row) -> TokenPair:
-        answers = tuple(row[f"{side}_ids"] for side in SIDES)
-        masks = tuple(row.get(f"{side}_mask") for side in SIDES)
-        return TokenPair(row["prompt_ids"], answers, None if None in masks else masks)
+        answers = row["chosen_ids"], row["rejected_ids"]
+        chosen, rejected = row.get("chosen_mask"), row.get("rejected_mask")
+        masks = None if chosen is None or rejected is None else (chosen, rejected)
+        return TokenPair(row["prompt_ids"], answers, masks)
 
 
 @dataclass
@@ -189,7 +188,8 @@ class ConversationEncoder:
         sides = [_Side(self.chat, row, side, prompt, options) for side in SIDES]
         if all(side.is_plain for side in sides):
             pair = _split(self.token_ids(prompt), *(self.token_ids(s.text) for s in sides))
-            pair.answers = tuple(map(self._end, pair.answers))
+            chosen, rejected = pair.answers
+            pair.answers = self._end(chosen), self._end(rejected)
         else:
             pair = self._split_by_turns(sides)
         notes = {note for side in sides for note in side.notes}
@@ -211,10 +211,11 @@ class ConversationEncoder:
             ids, mask = self._marked(side)
             full.append((ids, mask))
             starts.append(mask.index(True) if True in mask else len(ids))
-        start = min(*starts, common_prefix(full[0][0], full[1][0]))
+        (chosen, chosen_mask), (rejected, rejected_mask) = full
+        start = min(*starts, common_prefix(chosen, rejected))
         return TokenPair(
-            full[0][0][:start], tuple(ids[start:] for ids, _ in full),
-            tuple(mask[start:] for _, mask in full),
+            chosen[:start], (chosen[start:], rejected[start:]),
+            (chosen_mask[start:], rejected_mask[start:]),
             ["prompt_rerendered"] if any(side.rerendered for side in sides) else [],
         )
 

@@ -54,6 +54,7 @@ class Format:
 def used_columns(columns: Sequence[str]) -> list[str]:
     """Of a dataset's columns, those that its format is read from, by their canonical names."""
     seen = set(columns)
+    used: tuple[str, ...]
     if seen.issuperset(ID_COLUMNS):
         used = (*ID_COLUMNS, *MASK_COLUMNS, *TOKENIZED_BY_US)
     elif seen.issuperset(("chosen", "rejected")):
@@ -212,7 +213,7 @@ def extras_of(row: Row) -> dict[str, Any]:
     Raises:
         BadRow: of another type.
     """
-    extras = {}
+    extras: dict[str, Any] = {}
     for key, kind in zip(EXTRA_COLUMNS, (list, dict), strict=True):
         value = row.get(key)
         if isinstance(value, str):
@@ -263,7 +264,7 @@ def _shared_text(chosen: str, rejected: str) -> int:
     return shared
 
 
-def _shared_length(left: Sequence, right: Sequence) -> int:
+def _shared_length(left: Sequence[Any], right: Sequence[Any]) -> int:
     """How many elements two sequences share at their start."""
     length = min(len(left), len(right))
     if left[:length] == right[:length]:

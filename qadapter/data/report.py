@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -166,7 +167,7 @@ class PreparationReport:
             table.add_row("kept", "as they are", f"{self.kept:,}", "100.0%", "")
         return table
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         """All but the indices, as plain JSON types."""
         return {
             "total": self.total,

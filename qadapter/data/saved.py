@@ -21,8 +21,8 @@ def read_saved(path: Path, split: str) -> ArrowRows:
     if (path / "dataset_dict.json").is_file():
         splits = _strings(path / "dataset_dict.json", "splits")
         if split not in splits:
-            names = ", ".join(splits[:8])
-            raise QAdapterError(f"{path} has no split {shown(split)}; it has {names}")
+            known = ", ".join(splits[:8])
+            raise QAdapterError(f"{path} has no split {shown(split)}; it has {known}")
         path = _inside(path, split)
     elif split != "train":
         raise QAdapterError(f"{path} is one saved dataset and has no split {split!r}")

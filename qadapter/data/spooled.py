@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +66,15 @@ class Spool:
         self._rows.clear()
         self._chunks.append(chunk)
         self._bytes += chunk.data.nbytes
-        if self._bytes > _IN_MEMORY and self._open():
-            path, writer = self._file
+        if self._bytes > _IN_MEMORY and (file := self._open()) is not None:
+            path, writer = file
             with self._naming(path):
                 for chunk in self._chunks:
                     writer.write_table(chunk.data.table)
             self._chunks.clear()
 
-    def _open(self) -> bool:
-        """Whether there is a file for the rows."""
+    def _open(self) -> tuple[Path, ArrowWriter] | None:
+        """The file for the rows; None where there is none."""
         if self._file is None and not self._no_file:
             try:
                 folder = process_folder(cache_dir() / "pairs", "rows")
@@ -83,10 +83,10 @@ class Spool:
             except OSError as error:
                 self._no_file = True
                 logger.warning("%s stays in memory: %s", self.name, error)
-        return self._file is not None
+        return self._file
 
     @contextlib.contextmanager
-    def _naming(self, path: Path):
+    def _naming(self, path: Path) -> Iterator[None]:
         try:
             yield
         except (OSError, pa.ArrowException) as error:

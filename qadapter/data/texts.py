@@ -38,8 +38,8 @@ def _read(path: str, key: str, or_messages: bool = False) -> list[Any]:
     name = Path(path).name
     if not name.endswith(_SUFFIXES):
         raise QAdapterError(f"{path}: expected a .txt or .jsonl file (or .gz)")
-    lines = enumerate(split_lines(read_text(path)), 1)
-    lines = [(number, line) for number, line in lines if line.strip()]
+    numbered = enumerate(split_lines(read_text(path)), 1)
+    lines = [(number, line) for number, line in numbered if line.strip()]
     if name.removesuffix(".gz").endswith(".jsonl"):
         values = [_value(path, number, line, key, or_messages) for number, line in lines]
     else:

@@ -96,7 +96,7 @@ def prepare(
     encode, end = encoder_for(pairs, tokenizer)
     report = PreparationReport(len(pairs), max_length=max_length, truncation_mode=truncation_mode)
     if end is not None:
-        report.end_of_turn = tokenizer.convert_ids_to_tokens(end.token_id)
+        report.end_of_turn = str(tokenizer.convert_ids_to_tokens(end.token_id))
         report.end_of_turn_source = (
             "chat template" if end.from_template else "tokenizer's eos token"
         )

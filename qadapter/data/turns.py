@@ -84,7 +84,7 @@ class _Rendering:
         self.text = self._render(messages) if text is None else text
         self.wanted = wanted
         self._own: dict[int, Span] = {}
-        self._behind: dict[tuple, list[tuple[str, int]]] = {}
+        self._behind: dict[tuple[Any, ...], list[tuple[str, int]]] = {}
 
     def up_to(self, count: int, *, ask: bool = False) -> _Rendering:
         return _Rendering(self.chat, self.messages[:count], self.options, ask=ask)
@@ -134,7 +134,8 @@ class _Rendering:
     def _changed_together(self, group: Sequence[int]) -> dict[int, Span] | None:
         """`_changed` of messages that stand apart, in one rendering: what is between them is found
         again in the text. None where that is not sure."""
-        opening, _, closing = marker(self.text)
+        mark = marker(self.text)
+        opening, closing = mark[0], mark[2]
         marks = {index: f"{opening}{index}{closing}" for index in group}
         try:
             changed = self._render([
@@ -247,7 +248,7 @@ def _not_found(index: int, why: str) -> BadRow:
     return BadRow("turn_not_found", f"message {index}: {why}")
 
 
-def common_prefix(left: Sequence, right: Sequence) -> int:
+def common_prefix(left: Sequence[Any], right: Sequence[Any]) -> int:
     """How many elements two strings or lists share at their start."""
     low, high, step = 0, min(len(left), len(right)), 64
     # Slices are compared at the speed of memory; a loop over elements is not.

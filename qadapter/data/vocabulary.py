@@ -24,7 +24,7 @@ _BATCH = 4096
 
 def num_tokens(model: PreTrainedModel) -> int:
     """Ids from 0 that the model can read and predict. Rows beyond the tokenizer's are padding."""
-    layers = model.get_input_embeddings(), model.get_output_embeddings()
+    layers: tuple[Any, ...] = model.get_input_embeddings(), model.get_output_embeddings()
     return min(
         getattr(layer, "num_embeddings", None) or getattr(layer, "out_features", None)
         or layer.weight.shape[0]
@@ -103,7 +103,7 @@ def _unknown(
     token: int, known: int, tokenizer: PreTrainedTokenizerBase | None, where: str
 ) -> QAdapterError:
     size = 0 if tokenizer is None else len(tokenizer)
-    if 0 <= token < size:
+    if tokenizer is not None and 0 <= token < size:
         said = f"{tokenizer.convert_ids_to_tokens(token)!r} (id {token})"
         way_out = (
             "take the tokenizer that came with the base, or resize the base "

@@ -28,16 +28,18 @@ from qadapter.adapters.streams import BASE
 from qadapter.errors import QAdapterError
 from qadapter.objective import ObjectiveConfig, find_actions, sequence_loss
 from qadapter.policy import storage
+from qadapter.policy.adapter_files import AdapterFiles
 from qadapter.policy.decoding import StreamedGeneration, keeps_a_state
 from qadapter.policy.dial import Policy
 from qadapter.trunk.caches import CACHE, name_of_cache, take_cache
 from qadapter.trunk.checkpointing import checkpoints_reentrantly
-from qadapter.trunk.distributed_config import require_whole_matrices_of
+from qadapter.trunk.distributed_config import FSDP2, require_whole_matrices_of
+from qadapter.trunk.identity import BaseIdentity
 from qadapter.trunk.lm_head import LanguageModelHead, trunk
 from qadapter.trunk.loading import LoadedBase, as_loaded
 from qadapter.trunk.memo import TrunkMemo
 from qadapter.trunk.packing import Packing, hidden_states
-from qadapter.trunk.sharding import FSDP2, entering, freeze, layout_of, make_alike
+from qadapter.trunk.sharding import entering, freeze, layout_of, make_alike
 from qadapter_kernels import linear_soft_value, soft_value
 from qadapter_kernels.reference import Coefficients, accumulation_dtype
 
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
     from qadapter.adapters.lora import LoraAdapter
+    from qadapter.exporting.forms import Form
     from qadapter.trunk.split import SplitTrunk
 
 # Where pipelines look up which classes generate text; any other name is logged as an error.
@@ -69,10 +72,14 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    base: PreTrainedModel
+    adapter: HeadAdapter | LoraAdapter
+    adapter_config: AdapterConfig | PeftConfig
+
     def __init__(
         self, base: PreTrainedModel, adapter: HeadAdapter | LoraAdapter,
         adapter_config: AdapterConfig | PeftConfig, objective: ObjectiveConfig,
-        base_identity: storage.BaseIdentity,
+        base_identity: BaseIdentity,
     ):
         super().__init__(copy.deepcopy(base.config))
         self.base = base.eval()
@@ -124,13 +131,13 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         _check_fits(config, base_kwargs)
         loaded = as_loaded(base, base_kwargs)
         _require_bare(loaded.model)
-        identity = storage.BaseIdentity.of(loaded)
+        identity = BaseIdentity.of(loaded)
         return cls._assemble(loaded, config, objective or ObjectiveConfig(), identity)
 
     @classmethod
     def _assemble(
         cls, loaded: LoadedBase, config: AdapterConfig | PeftConfig, objective: ObjectiveConfig,
-        identity: storage.BaseIdentity,
+        identity: BaseIdentity,
     ) -> QAdapterModel:
         base = loaded.model.eval()
         freeze(base)
@@ -173,7 +180,7 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         Raises:
             QAdapterError: a file missing or damaged; the base is not the adapter's.
         """
-        files = storage.AdapterFiles(adapter_dir)
+        files = AdapterFiles(adapter_dir)
         saved = storage.read(files, objective)
         composed = isinstance(saved.adapter, storage.Composition)
         weights = {} if composed else storage.read_weights(files)
@@ -183,7 +190,7 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         _check_fits(saved.adapter, base_kwargs)
         loaded = as_loaded(base if base is not None else saved.base_name, base_kwargs)
         _require_bare(loaded.model)
-        identity = storage.BaseIdentity.of(loaded)
+        identity = BaseIdentity.of(loaded)
         if saved.base is not None:
             saved.base.require(identity, adapter_dir)
             identity = dataclasses.replace(
@@ -243,7 +250,7 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
             self.chat_template,
         )
 
-    def export(self, output_dir: str | Path, form: str = "merged", **options: Any) -> Any:
+    def export(self, output_dir: str | Path, form: Form = "merged", **options: Any) -> Any:
         """Write the policy as it is set for engines that don't know us: ``qadapter.exporting``."""
         from qadapter.exporting.export import export
 

@@ -162,7 +162,8 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         self._depth += 1
         if self._depth > MAX_DEPTH + 1:
-            raise ConstructorError(None, None, _TOO_DEEP, self.peek_event().start_mark)
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise ConstructorError(None, None, _TOO_DEEP, mark)
         node = super().compose_node(parent, index)
         self._depth -= 1
         return node
@@ -196,13 +197,13 @@ class _Loader(yaml.SafeLoader):
             seen.add(value)
         return super().construct_mapping(node, deep)
 
-    def construct_yaml_int(self, node: yaml.Node) -> int:
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         if (digits := len(self.construct_scalar(node))) > MAX_DIGITS:
             raise ConstructorError(None, None, _too_long(digits), node.start_mark)
         return super().construct_yaml_int(node)
 
-    def construct_yaml_str(self, node: yaml.Node) -> str:
-        text = self.construct_scalar(node)
+    def construct_yaml_str(self, node: yaml.ScalarNode) -> str:
+        text: str = self.construct_scalar(node)
         if not is_unicode(text) or "\0" in text:
             what = "a zero byte" if "\0" in text else "half of a surrogate pair"
             raise ConstructorError(None, None, f"{what} is no character", node.start_mark)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cached_property
+from typing import Any
 
 import regex
 
@@ -38,14 +39,14 @@ class Pattern:
             ) from error
 
     @cached_property
-    def _compiled(self) -> regex.Pattern:
+    def _compiled(self) -> regex.Pattern[str]:
         return regex.compile(self.text)
 
     @property
     def groups(self) -> int:
         return self._compiled.groups
 
-    def findall(self, text: str) -> list:
+    def findall(self, text: str) -> list[Any]:
         """As ``re.findall``.
 
         Raises:

@@ -69,6 +69,7 @@ def _control_groups(root: Path) -> Iterator[int]:
         return
     for line in lines:
         _, controllers, path = line.split(":", 2)
+        limits: tuple[str, ...]
         if controllers == "":  # version 2
             top, limits = root / "sys/fs/cgroup", ("memory.max", "memory.high")
             usage, cached = "memory.current", "inactive_file"

@@ -96,11 +96,14 @@ class _Unzipped(gzip.GzipFile):
             raise _grown(self.name)
         return data
 
-    def read(self, size: int = -1) -> bytes:
-        return self._count(super().read(self._left + 1 if size < 0 else size))
+    def read(self, size: int | None = -1) -> bytes:
+        return self._count(super().read(self._most(size)))
 
-    def readline(self, size: int = -1) -> bytes:
-        return self._count(super().readline(self._left + 1 if size < 0 else size))
+    def readline(self, size: int | None = -1) -> bytes:
+        return self._count(super().readline(self._most(size)))
+
+    def _most(self, size: int | None) -> int:
+        return self._left + 1 if size is None or size < 0 else size
 
 
 def _size(file: Path) -> int:
@@ -175,13 +178,13 @@ def lines_of(path: str | Path, *, errors: str = "strict") -> Iterator[str]:
         yield from split_lines(decode(read_bytes(path), path, errors=errors))
 
 
-def _stream(file: Path) -> BinaryIO:
+def _stream(file: Path) -> BinaryIO | _Unzipped:
     if _size(file) and str(file).endswith(".gz"):
         return _Unzipped(file)
     return open(file, "rb")
 
 
-def _cut(begin: bytes, stream: BinaryIO) -> Iterator[bytes]:
+def _cut(begin: bytes, stream: BinaryIO | _Unzipped) -> Iterator[bytes]:
     """The lines that begin in what was read of a file."""
     lines = begin.split(b"\n")
     for line in lines[:-1]:
