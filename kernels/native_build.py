@@ -3,7 +3,8 @@
 Each has a plain C ABI, so neither torch nor Python headers are needed:
 
 - ``libqadapter_cpu.so`` from kernels/csrc/cpu, by the C++ compiler ($CXX, g++, c++ or clang++);
-- ``libqadapter_cuda.so`` from kernels/csrc/cuda, by nvcc if there is one (PATH or $CUDA_HOME).
+- ``libqadapter_cuda.so`` from kernels/csrc/cuda, by nvcc if there is one ($CUDA_HOME, PATH or
+  PyPI's nvidia-cuda-nvcc).
   $QADAPTER_CUDA_ARCHS narrows its targets, for example "90a" or "80;90a".
 
 ``build_all`` puts them into a folder beside ``build_report.json``, which says what was built and
@@ -55,19 +56,27 @@ def find_cxx() -> str | None:
 
 
 def find_nvcc() -> str | None:
+    """The machine's, else that of the package nvidia-cuda-nvcc."""
     home = os.environ.get("CUDA_HOME")
-    return (home and shutil.which("nvcc", path=f"{home}/bin")) or shutil.which("nvcc")
+    found = (home and shutil.which("nvcc", path=f"{home}/bin")) or shutil.which("nvcc")
+    packaged = (str(path) for path in files_of("nvidia-cuda-nvcc", "nvcc"))
+    return found or next(filter(shutil.which, packaged), None)
+
+
+def files_of(package: str, name: str) -> list[Path]:
+    """What an installed package has of this name."""
+    try:
+        files = metadata.files(package) or []
+    except metadata.PackageNotFoundError:
+        files = []
+    return [Path(file.locate()) for file in files if file.name == name]
 
 
 def find_ninja() -> str:
-    try:  # the build requirement, whose executable need not be on PATH
-        files = metadata.files("ninja") or []
-    except metadata.PackageNotFoundError:
-        files = []
-    # Of the package's own files: by PATH and by the package's constant, a build in an environment
-    # of its own finds the script of another release, which calls the package, which calls the
-    # script, without end.
-    for path in (file.locate() for file in files if file.name == "ninja"):
+    # Of the build requirement's own files: its executable need not be on PATH, and by PATH and by
+    # the package's constant, a build in an environment of its own finds the script of another
+    # release, which calls the package, which calls the script, without end.
+    for path in files_of("ninja", "ninja"):
         if path.is_file() and path.read_bytes()[:2] != b"#!":
             return str(path)
     found = shutil.which("ninja")
@@ -259,12 +268,15 @@ def build_cuda(folder: Path, lib: Path, glibc: str | None) -> dict:
         codes.append(f"-gencode=arch=compute_{oldest},code=compute_{oldest}")
     flags = ["-std=c++17", "-O3", "--threads=0", "-cudart=static",
              "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v", *codes]
+    # PyPI's packages have their libraries where their compiler doesn't look.
+    static = Path(compiler).absolute().parents[1] / "lib/libcudart_static.a"
+    beside = f"-L{escape(static.parent)} " if static.exists() else ""
     output = lib / "libqadapter_cuda.so"
     run_ninja(
         folder, output, compiler,
         # The resource usage of every kernel, kept beside the object for the report.
         compile_rule=f"$compiler {' '.join(flags)} -MD -MF $out.d -c $in -o $out > $out.log 2>&1",
-        link_rule="$compiler -cudart=static -shared $in -o $out",
+        link_rule=f"$compiler {beside}-cudart=static -shared $in -o $out",
         sources={file: [] for file in files}, glibc=glibc,
     )
     log = "\n".join((folder / f"{file.stem}.o.log").read_text() for file in files)

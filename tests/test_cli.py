@@ -81,7 +81,8 @@ def test_help_shows_our_options_with_defaults_and_the_rest_on_demand(capsys, mon
 def test_info_says_which_kernels_and_why(capsys):
     assert cli("info") == 0
     text = capsys.readouterr().out
-    for part in ("torch", "transformers", "devices", "kernels", "taken for", "base models"):
+    for part in ("torch", "transformers", "devices", "kernels", "taken for", "base models",
+                 "compiled libraries"):
         assert part in text
     for operator in dispatch.OPERATORS:
         assert operator in text

@@ -1,7 +1,6 @@
 """``python -m qadapter_kernels``: which compiled libraries are there, and why one is not."""
 
-from qadapter_kernels.native import build_report, unavailable_reason
+from qadapter_kernels.native import SIGNATURES, describe
 
-for name in ("cpu", "cuda"):
-    reason = unavailable_reason(name)
-    print(f"{name}: {reason or 'built with ' + build_report()[name]['compiler']}")
+for name in SIGNATURES:
+    print(f"{name}: {describe(name)}")

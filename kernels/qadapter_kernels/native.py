@@ -222,3 +222,15 @@ def _madvise() -> Callable[[int, int, int], int] | None:
     if madvise is not None:
         madvise.argtypes = [P, ctypes.c_size_t, I32]
     return madvise
+
+
+def describe(name: str) -> str:
+    """One line: what the library ("cpu" or "cuda") holds code for, or why it can't be used."""
+    if reason := unavailable_reason(name):
+        return reason
+    report = build_report().get(name, {})
+    code = ", ".join(report.get("targets") or report.get("instruction_sets") or ["unknown targets"])
+    if name == "cpu":
+        isa: bytes = library("cpu").qadapter_cpu_isa()
+        code += f"; here {isa.decode()} is taken"
+    return f"code for {code}; built with {report.get('compiler', 'an unknown compiler')}"

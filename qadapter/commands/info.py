@@ -1,4 +1,5 @@
-"""``qadapter info``: versions, devices, the base models at hand, and which kernels are taken."""
+"""``qadapter info``: versions, devices, the base models at hand, which kernels are taken, and what
+the compiled libraries hold."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from rich.table import Table
 from qadapter.console.environment import devices, versions
 from qadapter.console.terminal import Terminal
 from qadapter.system.caches import cache_dir
-from qadapter_kernels import backends, serving
+from qadapter_kernels import backends, native, serving
 from qadapter_kernels.dispatch import ENVIRONMENT_VARIABLE
 
 
@@ -24,6 +25,9 @@ def run() -> None:
     console.print(_table("kernels", ("backend", "serves", "taken for", "why"), [
         (b.name, ", ".join(b.devices) or "—", ", ".join(b.default_for) or "—", b.reason)
         for b in backends()
+    ]))
+    console.print(_table("compiled libraries", ("library", "what it holds"), [
+        (name, native.describe(name)) for name in native.SIGNATURES
     ]))
     console.print(_table("operators", ("operator", "on", "served by", "why"), [
         (s.operator, s.device, s.backend or "PyTorch", s.reason)
