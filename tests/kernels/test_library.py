@@ -346,10 +346,13 @@ def test_an_id_outside_the_vocabulary_may_stand_in_a_masked_row():
 
 @pytest.mark.filterwarnings("error")
 def test_the_package_run_says_what_was_compiled_and_why_not(capsys, monkeypatch):
-    monkeypatch.setattr(native, "build_report", lambda: {"cpu": {"compiler": "g++ 12"}})
+    report = {"cpu": {"compiler": "g++ 12", "instruction_sets": ["avx2", "portable"]}}
+    monkeypatch.setattr(native, "build_report", lambda: report)
     monkeypatch.setattr(native, "unavailable_reason", {"cpu": None, "cuda": "no nvcc"}.get)
     runpy.run_module("qadapter_kernels", run_name="__main__")
-    assert capsys.readouterr().out == "cpu: built with g++ 12\ncuda: no nvcc\n"
+    taken = native.library("cpu").qadapter_cpu_isa().decode()
+    code = f"code for avx2, portable; here {taken} is taken; built with g++ 12"
+    assert capsys.readouterr().out == f"cpu: {code}\ncuda: no nvcc\n"
 
 
 def test_backends_says_what_is_there_and_why():
