@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset
+from huggingface_hub import EvalResult
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,6 +40,7 @@ from qadapter.evaluation.report import (
 )
 from qadapter.policy.model import QAdapterModel
 from qadapter.system.markup import markdown_quote
+from qadapter.training import card
 
 OWN_ANSWERS = "the base's own answers"
 SHOWN_ANSWERS = 3
@@ -83,6 +85,17 @@ class Measurements(NamedTuple):
             base, customised = self._answer_statistics()
             summary["answers"] = {"base": base, "customised": customised}
         return summary
+
+    def results(self) -> list[EvalResult]:
+        """What a model card's header says."""
+        accuracy = self.preferences.preference_accuracy
+        found = [] if accuracy is None else [
+            card.result("accuracy", "accuracy by reward", accuracy.value)
+        ]
+        return found + [
+            card.result("kl", "KL(base‖customised), nats a token", kept.kl_per_token.value, where)
+            for where, kept in self.retentions.items() if kept.kl_per_token is not None
+        ]
 
     def shown(self) -> dict[str, Any]:
         """What ``run_page`` takes of it."""

@@ -57,6 +57,7 @@ from qadapter.evaluation import (
 from qadapter.evaluation.report import Section, in_words, pictures_markdown, write_json
 from qadapter.evaluation.run_page import PAGE_NAME, write_run_page
 from qadapter.policy import storage
+from qadapter.policy.card import is_hub_name
 from qadapter.system.caches import cache_dir
 from qadapter.system.markup import markdown_list
 from qadapter.training import QAdapterConfig, QAdapterTrainer, checks, streaming
@@ -297,9 +298,17 @@ def _run(
         return
     with telling_how_to_go_on(folder, f"the adapter is there: qadapter eval {folder}"):
         _write(trainer, measured, folder, time.monotonic() - start)
+        told = {
+            "dataset_name": script.dataset_name if is_hub_name(script.dataset_name) else None,
+            "results": measured.results() if measured else None,
+        }
+        if not config.push_to_hub:
+            trainer.create_model_card(**told)
     if measured is not None:
         console.print(comparison_table(measured.rows, title="held-out pairs", note=measured.note))
     console.print(f"to look at: {folder / PAGE_NAME}", highlight=False)
+    if config.push_to_hub:  # last, as it may fail
+        console.print(f"sent: {trainer.push_to_hub(**told).commit_url}", highlight=False)
     console.print(
         f"wrote {folder} in {time.monotonic() - start:.0f} s, peak memory "
         f"{peak_rss_bytes() / 2**30:.2f} GiB", highlight=False,

@@ -14,6 +14,7 @@ from qadapter.exporting.engines import Served, ways
 from qadapter.exporting.gguf import telling
 from qadapter.exporting.gguf.check import GgufCheck
 from qadapter.exporting.verification import Check
+from qadapter.policy import card as policy_card
 from qadapter.system.markup import (
     markdown_code,
     markdown_list,
@@ -53,7 +54,7 @@ def write_card(
     data = ModelCardData(
         base_model=hub,
         library_name={"merged": "transformers", "gguf": "gguf", "ollama": "gguf"}.get(form, "peft"),
-        pipeline_tag="text-generation", tags=["qadapter", "q-adapter", "preference-optimization"],
+        pipeline_tag="text-generation", tags=list(policy_card.TAGS),
     )
     p_a, p_b = model.policy.stream_weights()
     sections = [
@@ -84,8 +85,7 @@ def write_card(
             **{f"{n} (in the check)": version for n, version in check.versions.items()},
         }),
     ]
-    text = "\n\n".join(sections) + "\n"
-    (folder / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
+    policy_card.write_card(folder, "\n\n".join(sections))
 
 
 def _said_by_its_user(model: QAdapterModel, served: Served) -> str:

@@ -10,6 +10,7 @@ where that has a weight. q = W·(Σ wᵢ·c_aᵢ·hᵢ + Σ wᵢ·c_bᵢ·h_b): 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,6 +101,13 @@ class ComposedModel(QAdapterModel):
     def adapter_hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """h_a of ``hidden_streams``."""
         return self.hidden_streams(input_ids, attention_mask)[0]
+
+    def described(self) -> dict[str, Any]:
+        """Its parts' weights in place of one adapter."""
+        if not self.adapts_trunk:
+            return super().described()
+        return {"kind": "composition", "adapters": len(self.parts), "weights": list(self.weights),
+                **dataclasses.asdict(self.objective)}
 
     def _write(self, folder: str | Path, state_dict: dict[str, Tensor] | None) -> None:
         """Head adapters: the one adapter that they are together. LoRA: every adapter in a folder of

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,8 +28,9 @@ from qadapter.adapters.head_adapter import AdapterConfig, HeadAdapter
 from qadapter.adapters.streams import BASE
 from qadapter.errors import QAdapterError
 from qadapter.objective import ObjectiveConfig, find_actions, sequence_loss
-from qadapter.policy import storage
+from qadapter.policy import hub, storage
 from qadapter.policy.adapter_files import AdapterFiles
+from qadapter.policy.card import adapter_card, write_card
 from qadapter.policy.decoding import StreamedGeneration, keeps_a_state
 from qadapter.policy.dial import Policy
 from qadapter.trunk.caches import CACHE, name_of_cache, take_cache
@@ -217,22 +219,64 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
 
     def save_pretrained(
         self, save_directory: str | Path, *, state_dict: dict[str, Tensor] | None = None,
-        is_main_process: bool = True, push_to_hub: bool = False, **hub_kwargs: Any,
+        is_main_process: bool = True, push_to_hub: bool = False, repo_id: str | None = None,
+        **hub_kwargs: Any,
     ) -> None:
         """Write the adapter, not the base: ``adapter_model.safetensors``, ``qadapter_config.json``
         and, for LoRA, PEFT's ``adapter_config.json``, so that PEFT loads it too (one stream of it);
-        ``chat_template.jinja``, where the model has one of its own; and a manifest of these.
+        ``chat_template.jinja``, where the model has one of its own; a manifest of these; and a
+        model card, unless a README.md is there that people wrote or edited.
 
         Args:
             state_dict: this model's state dict, where a trainer gathered it; default: its own.
-            push_to_hub, hub_kwargs: as in transformers.
+            push_to_hub: send the adapter's files, and no others of the folder, to the hub.
+            repo_id: default: the folder's name. hub_kwargs: as ``push_to_hub``'s.
+
+        Raises:
+            QAdapterError: the folder can't be written; or what was saved can't be sent.
         """
         if not is_main_process:
             return
         self._write(save_directory, state_dict)
+        self._write_card(save_directory, Path(save_directory).resolve().name)
         if push_to_hub:
-            repo_id = hub_kwargs.pop("repo_id", Path(save_directory).name)
-            storage.upload(save_directory, repo_id, **hub_kwargs)
+            repo = hub.create(
+                repo_id or Path(save_directory).resolve().name, hub_kwargs.get("token"),
+                hub_kwargs.pop("private", None),
+            )
+            hub.push(save_directory, repo, f"the adapter is saved in {save_directory}",
+                     **hub_kwargs)
+
+    def push_to_hub(self, repo_id: str, **hub_kwargs: Any) -> str:
+        """Send the adapter, its card and nothing else to the hub.
+
+        Args:
+            repo_id: is made if it is not there.
+            hub_kwargs: ``commit_message``, ``commit_description``, ``private``, ``token``,
+                ``revision``, ``create_pr``, as in transformers.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            QAdapterError: no network, no token, no permission.
+        """
+        repo = hub.create(repo_id, hub_kwargs.get("token"), hub_kwargs.pop("private", None))
+        with tempfile.TemporaryDirectory(prefix="qadapter-") as folder:
+            self._write(folder, None)
+            self._write_card(folder, repo)
+            return hub.push(folder, repo, "the model is as it was", **hub_kwargs)
+
+    def described(self) -> dict[str, Any]:
+        """What the adapter is and what it was trained with, as JSON types."""
+        return {**storage.describe(self.adapter_config), **dataclasses.asdict(self.objective)}
+
+    def _write_card(self, folder: str | Path, name: str) -> None:
+        try:
+            write_card(folder, adapter_card(name, self.base_identity, self.described()))
+        except OSError as error:
+            raise QAdapterError(f"{folder}: the model card can't be saved: {error}") from error
+
 
     def bare_base(self) -> PreTrainedModel:
         """The base without the adapter's layers; its tensors are shared."""

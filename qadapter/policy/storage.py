@@ -19,7 +19,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import huggingface_hub
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -390,10 +389,3 @@ def read_chat_template(adapter_dir: Place) -> str | None:
     """
     files = AdapterFiles.of(adapter_dir)
     return read_text(files.checked(CHAT_TEMPLATE_FILE)) if files.lists(CHAT_TEMPLATE_FILE) else None
-
-
-def upload(folder: str | Path, repo_id: str, **kwargs: Any) -> None:
-    """Create the repository if need be and push a folder to the hub."""
-    api = huggingface_hub.HfApi(token=kwargs.pop("token", None))
-    api.create_repo(repo_id, private=kwargs.pop("private", None), exist_ok=True)
-    api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)

@@ -7,9 +7,10 @@ taken from elsewhere or edited. Digests are of content alone, so folders can be 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 from qadapter.errors import QAdapterError, shown
@@ -82,13 +83,26 @@ def write(folder: str | Path, names: Iterable[str]) -> None:
         OSError: a file can't be read, or the folder can't be written.
     """
     folder = Path(folder)
-    files = {name: dataclasses.asdict(Entry.of(folder / name)) for name in sorted(names)}
+    entries = {name: Entry.of(folder / name) for name in sorted(names)}
     with replacing(folder / MANIFEST_NAME, "saving") as listed, open(
         listed, "w", encoding="utf-8"
     ) as file:
-        file.write(json.dumps({"files": files}, indent=1) + "\n")
+        file.write(_text(entries))
         file.flush()
         os.fsync(file.fileno())
+
+
+def text(contents: Mapping[str, bytes], names: Iterable[str]) -> bytes:
+    """What ``write`` would write of files that are not on a disk."""
+    return _text({
+        name: Entry(len(contents[name]), hashlib.sha256(contents[name]).hexdigest())
+        for name in sorted(names)
+    }).encode()
+
+
+def _text(entries: Mapping[str, Entry]) -> str:
+    files = {name: dataclasses.asdict(entry) for name, entry in entries.items()}
+    return json.dumps({"files": files}, indent=1) + "\n"
 
 
 def remove(folder: str | Path) -> None:

@@ -1,69 +1,74 @@
-"""The model card: README.md beside every saved adapter."""
+"""The model card of what a trainer trained: with its data, its options and what was measured."""
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.metadata
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult
 
-from qadapter.policy import storage
-from qadapter.system.markup import markdown_code, markdown_list, markdown_table, markdown_text
+from qadapter.policy.card import adapter_card, table, write_card
+from qadapter.system.markup import markdown_list, markdown_text
 
 if TYPE_CHECKING:
     from qadapter.training.trainer import QAdapterTrainer
 
-TAGS = ("qadapter", "q-adapter", "preference-optimization")
-_VERSIONS = ("qadapter", "transformers", "torch", "datasets")
+HELD_OUT = "held-out pairs"
+_PACKAGES = ("qadapter", "transformers", "torch", "datasets")
 _ARGUMENTS = (
     "learning_rate", "num_train_epochs", "max_steps",
     "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "seed",
 )
 _SKIPPED = ("runtime", "per_second", "preparation_time", "epoch", "step")
+_RESULTS = {"rewards/accuracies": "accuracy", "rewards/margins": "margin", "loss": "loss"}
+"""Numbers of an evaluation that stand in the header, and what kind each is."""
 
 
 def write(
     trainer: QAdapterTrainer, folder: Path, model_name: str | None = None,
-    dataset_name: str | None = None, tags: str | list[str] | None = None,
-) -> None:
-    """Write the card of a trainer's model as it is now."""
-    model = trainer.model
-    more_tags = [tags] if isinstance(tags, str) else list(tags or ())
-    base = model.base_identity.name
-    data = ModelCardData(
-        base_model=base if base.count("/") == 1 and not Path(base).exists() else None,
-        library_name="qadapter", pipeline_tag="text-generation", datasets=dataset_name,
-        tags=list(dict.fromkeys([*TAGS, *more_tags])),
+    dataset_name: str | Sequence[str] | None = None, tags: str | Iterable[str] = (),
+    license: str | None = None, results: Sequence[EvalResult] | None = None,
+) -> bool:
+    """Write the card of a trainer's model as it is now; as ``policy.card.write_card``.
+
+    Args:
+        results: what was measured; default: the last evaluation's numbers.
+    """
+    model, history = trainer.model, trainer.state.log_history
+    text = adapter_card(
+        model_name or folder.resolve().name, model.base_identity, model.described(),
+        results=_results(history) if results is None else results, datasets=dataset_name,
+        license=license, tags=[tags] if isinstance(tags, str) else tags, packages=_PACKAGES,
+        sections=[
+            "## Data",
+            markdown_list(f"{split}: {r.summary()}" for split, r in trainer.reports.items()),
+            "## Training",
+            table({key: getattr(trainer.args, key) for key in _ARGUMENTS}),
+            *_metrics(history),
+        ],
     )
-    name = model_name or folder.resolve().name
-    sections = [
-        f"---\n{data.to_yaml()}\n---",
-        f"# {markdown_text(name)}",
-        "A [Q-Adapter](https://arxiv.org/abs/2407.03856) for "
-        f"{markdown_code(Path(base).name)}: a residual "
-        "Q-function learned from preference pairs. Together with the frozen base it is the "
-        "customised policy; what the base knew, it keeps.",
-        "```python\nfrom qadapter import QAdapterModel\n\n"
-        f"model = QAdapterModel.from_pretrained({_python(name)})  # loads its base too\n"
-        "model.set_policy(strength=1.0)  # 0 is the base, more than 1 goes further\n```",
-        "## Data",
-        markdown_list(f"{split}: {r.summary()}" for split, r in trainer.reports.items()),
-        "## Adapter and objective",
-        _table(
-            {
-                **storage.describe(model.adapter_config), **dataclasses.asdict(model.objective)
-            }
-        ),
-        "## Training",
-        _table({key: getattr(trainer.args, key) for key in _ARGUMENTS}),
-        *_metrics(trainer.state.log_history),
-        "## Versions",
-        _table({package: importlib.metadata.version(package) for package in _VERSIONS}),
+    return write_card(folder, text)
+
+
+def result(kind: str, name: str, value: float, where: str = HELD_OUT) -> EvalResult:
+    """One number for the header.
+
+    Args:
+        kind: as hubs name it, such as accuracy. name: as people do. where: what it was measured on.
+    """
+    return EvalResult(
+        task_type="text-generation", task_name="preference", dataset_type="preferences",
+        dataset_name=where, metric_type=kind, metric_name=name, metric_value=round(value, 6),
+    )
+
+
+def _results(history: list[dict[str, float]]) -> list[EvalResult]:
+    last = next((entry for entry in reversed(history) if "eval_loss" in entry), {})
+    return [
+        result(kind, name, last[f"eval_{name}"])
+        for name, kind in _RESULTS.items() if f"eval_{name}" in last
     ]
-    text = "\n\n".join(sections) + "\n"
-    (folder / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _metrics(history: list[dict[str, float]]) -> list[str]:
@@ -83,15 +88,5 @@ def _metrics(history: list[dict[str, float]]) -> list[str]:
         }
         title = "Training" if key == "loss" else f"Evaluation ({key.removesuffix('_loss')})"
         step = f", step {entry['step']}" if "step" in entry else ""
-        sections += [f"## {markdown_text(title)} metrics{step}", _table(numbers)]
+        sections += [f"## {markdown_text(title)} metrics{step}", table(numbers)]
     return sections
-
-
-def _table(entries: dict[str, object]) -> str:
-    return markdown_table(("", ""), entries.items())
-
-
-def _python(text: str) -> str:
-    """As a string of Python on one line."""
-    plain = text.isprintable() and not set(text) & set('"\\')
-    return f'"{text}"' if plain else repr(text)

@@ -8,7 +8,6 @@ again; old checkpoints go when the new one is whole.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import shutil
@@ -19,25 +18,26 @@ from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import ExportableState
 
 from qadapter.errors import QAdapterError, shown
 from qadapter.policy import storage
 from qadapter.policy.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from qadapter.policy.card import CARD_NAME
 from qadapter.system import manifest
 from qadapter.system.documents import read_json
 from qadapter.system.manifest import MANIFEST_NAME
 from qadapter.system.room import free_disk, size
 from qadapter.system.scratch import scratch_folder
 from qadapter.training import card, resuming
+from qadapter.training.pushes import HubPushes
 from qadapter.training.resuming import ARGUMENTS_NAME, RECORD_NAME, Record
 from qadapter.training.retention import RetentionStates
 from qadapter.trunk.sharding import layout_of
 
 CHECKPOINT_STATE = "trainer_state.json"
-CARD_NAME = "README.md"
 _NAME = re.compile(r"checkpoint-[0-9]+")
 _NEEDED = (
     CONFIG_NAME, WEIGHTS_NAME, ARGUMENTS_NAME, RECORD_NAME, CHECKPOINT_STATE, OPTIMIZER_NAME,
@@ -205,7 +205,7 @@ class ResumedState(TrainerCallback):
             raise AllStepsTaken
 
 
-class AdapterCheckpoints(Trainer):
+class AdapterCheckpoints(HubPushes):
     """A ``Trainer`` whose checkpoints hold the adapter alone, and nothing of it as pickle."""
 
     _limit: int | None = None
@@ -218,10 +218,6 @@ class AdapterCheckpoints(Trainer):
     _pairs_digest: str | None = None
     """Of the training pairs."""
     _retention_states: RetentionStates | None = None
-
-    def _tell(self, line: str, level: int = logging.WARNING) -> None:
-        """A line about something that was decided here."""
-        raise NotImplementedError
 
     @contextmanager
     def _own_rotation(self) -> Iterator[None]:
@@ -276,6 +272,7 @@ class AdapterCheckpoints(Trainer):
             ) from error
         if self.args.should_save:
             self._rotate(run_dir, folder)
+            self._push_checkpoint(folder)
 
     def _save_place(self, folder: Path) -> None:
         """Of a run on a stream, where in it the run is."""
@@ -317,7 +314,8 @@ class AdapterCheckpoints(Trainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
+            saved = self.processing_class.save_pretrained(folder)
+            self._tokenizer_files = [os.path.relpath(path, folder) for path in saved]
         # After the tokenizer, which writes a chat template too: the adapter's manifest lists it.
         self.model.save_pretrained(folder, state_dict=state_dict)
         (folder / ARGUMENTS_NAME).write_text(self._arguments() + "\n", encoding="utf-8")

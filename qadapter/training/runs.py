@@ -80,7 +80,7 @@ class Runs(BaseReading, Stopping, AdapterCheckpoints):
         self._keep_the_best_alone()
         if self.args.save_strategy != "no":
             try:
-                self.save_model()
+                self.save_model(_internal_call=True)
             except QAdapterError as error:
                 raise QAdapterError(f"{error}; {how_to_go_on(self.args.output_dir)}") from error
         return result

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from datasets import Dataset, IterableDataset
+from huggingface_hub import EvalResult
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -33,6 +34,7 @@ from qadapter.data.templates import default_of
 from qadapter.data.tokenization import TokenizedPreferences
 from qadapter.data.vocabulary import num_tokens
 from qadapter.errors import QAdapterError
+from qadapter.policy.card import CARD_NAME
 from qadapter.policy.model import QAdapterModel
 from qadapter.system.progress import Reporter
 from qadapter.system.room import require_writable
@@ -130,6 +132,9 @@ class QAdapterTrainer(Runs):
             args.cache_features = "none"
         elif args.shuffle_buffer is not None:
             raise QAdapterError("shuffle_buffer is for streams: other data is shuffled as a whole")
+        self.args = args
+        if args.push_to_hub:
+            self._make_repo()
         model = as_qadapter_model(
             model, args, quantization_config, peft_config,
             say if args.process_index == 0 else None,
@@ -517,12 +522,21 @@ class QAdapterTrainer(Runs):
     # --- the card ---------------------------------------------------------------------------------
 
     def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
+        self, model_name: str | None = None, dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None, license: str | None = None,
+        results: Sequence[EvalResult] | None = None,
     ) -> None:
-        """Write README.md to ``output_dir``."""
-        if self.is_world_process_zero():
-            card.write(self, Path(self.args.output_dir), model_name, dataset_name, tags)
+        """Write README.md to ``output_dir``, unless one is there that people wrote or edited.
+
+        Args:
+            model_name: default: the folder's name. dataset_name: on the hub.
+            results: what was measured; default: the last evaluation's numbers.
+        """
+        folder = Path(self.args.output_dir)
+        if self.is_world_process_zero() and not card.write(
+            self, folder, model_name, dataset_name, tags or (), license, results
+        ):
+            self._tell(f"{folder / CARD_NAME} was written or edited by people: it stays as it is")
 
 
 class _Wrapped(nn.Module):

@@ -51,7 +51,8 @@ def load(folder: Path) -> QAdapterModel:
 
 
 def files_of(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    """All but the cards, which people edit."""
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "README.md")
 
 
 def flipped(content: bytes, position: int) -> bytes:

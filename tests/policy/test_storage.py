@@ -46,7 +46,8 @@ def test_round_trip(tmp_path, name):
     model = trained(ADAPTERS[name])
     model.save_pretrained(tmp_path)
     files = {path.name for path in tmp_path.iterdir()}
-    expected = {"adapter_model.safetensors", "qadapter_config.json", "manifest.json"}
+    expected = {"adapter_model.safetensors", "qadapter_config.json", "manifest.json",
+                    "README.md"}
     assert files == expected | ({"adapter_config.json"} if model.adapts_trunk else set())
     loaded = QAdapterModel.from_pretrained(tmp_path, tiny_base()).eval()
     assert loaded.objective == OBJECTIVE
