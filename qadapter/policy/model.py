@@ -74,9 +74,10 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
-    base: PreTrainedModel
-    adapter: HeadAdapter | LoraAdapter
-    adapter_config: AdapterConfig | PeftConfig
+    if TYPE_CHECKING:  # transformers evaluates a class's annotations when it is made
+        base: PreTrainedModel
+        adapter: HeadAdapter | LoraAdapter
+        adapter_config: AdapterConfig | PeftConfig
 
     def __init__(
         self, base: PreTrainedModel, adapter: HeadAdapter | LoraAdapter,
