@@ -11,10 +11,12 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(
@@ -146,6 +148,39 @@ exit 0''')
     assert "qadapter_kernels/lib/libqadapter_cpu.so" in wheel.namelist()
     report = json.loads(wheel.read("qadapter_kernels/lib/build_report.json"))
     assert report["cpu"]["built"] and not report["cuda"]["built"]
+
+
+def test_an_sdist_holds_what_a_wheel_is_made_from(source, wheel, tmp_path):
+    _python("setup.py", "--quiet", "sdist", f"--dist-dir={tmp_path}", cwd=source)
+    [path] = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        archive.extractall(tmp_path, filter="data")
+    [unpacked] = (folder for folder in tmp_path.iterdir() if folder.is_dir())
+    assert path.name == f"{unpacked.name}.tar.gz"
+    sources = {path.relative_to(ROOT) for path in (ROOT / "kernels/csrc").rglob("*")
+               if path.suffix in (".cpp", ".hpp", ".inl", ".cu", ".cuh")}
+    assert sources and not [path for path in sources if not (unpacked / path).exists()]
+    assert {path.name for path in unpacked.iterdir()} >= {
+        "CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md", "SECURITY.md", "constraints.txt"
+    }
+    assert not (unpacked / "tests").exists()
+    _, [made] = _wheel(unpacked, tmp_path / "wheel", "--libraries=none")
+    assert set(zipfile.ZipFile(made).namelist()) == set(wheel.namelist())
+
+
+def test_the_changelog_and_the_citation_can_be_read():
+    headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    form = re.compile(r"\[(Unreleased|(\d+)\.(\d+)\.(\d+))\](?: - (\d{4}-\d\d-\d\d|unreleased))?")
+    found = [form.fullmatch(heading) for heading in headings]
+    assert found and all(found), headings
+    released = [tuple(map(int, match.groups()[1:4])) for match in found if match[2]]
+    assert released and released == sorted(released, reverse=True)
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors", "license"} <= citation.keys()
+    paper = citation["preferred-citation"]
+    number = paper["url"].rsplit("/", 1)[1]
+    assert f"arXiv {number}" in (ROOT / "README.md").read_text()
+    assert paper["authors"][0] == {"given-names": "Yi-Chen", "family-names": "Li"}
 
 
 @pytest.mark.parametrize("option, message", [
