@@ -9,7 +9,7 @@ base policy. LoRA in the trunk comes from PEFT.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from qadapter.trunk.final_norm import FinalNorm
 
+HeadForm = Literal["linear", "block", "mlp"]
+HEAD_FORMS: tuple[HeadForm, ...] = get_args(HeadForm)
 MAX_RANK = 65_536
 """Wider than any model's hidden states, and room for compositions."""
 
@@ -43,7 +45,7 @@ class AdapterConfig:
     """
 
     kind: Literal["head"] = "head"
-    form: Literal["linear", "block", "mlp"] = "linear"
+    form: HeadForm = "linear"
     rank: int = 128
 
     def __post_init__(self) -> None:
@@ -52,9 +54,10 @@ class AdapterConfig:
                 f'adapter kind must be "head", got {shown(self.kind)} (for LoRA pass a '
                 "peft.LoraConfig)"
             )
-        if self.form not in tuple(_FORMS):  # not a dict's: what has no hash is no form either
+        if self.form not in HEAD_FORMS:
+            *others, last = (f'"{form}"' for form in HEAD_FORMS)
             raise ValueError(
-                f'adapter form must be "linear", "block" or "mlp", got {shown(self.form)}'
+                f"adapter form must be {', '.join(others)} or {last}, got {shown(self.form)}"
             )
         if type(self.rank) is not int or not 1 <= self.rank <= MAX_RANK:
             raise ValueError(
@@ -165,4 +168,6 @@ class BlockHeadAdapter(GatedHeadAdapter):
         return self.final_norm(features)
 
 
-_FORMS = {"linear": LinearHeadAdapter, "block": BlockHeadAdapter, "mlp": GatedHeadAdapter}
+_FORMS: dict[HeadForm, type[HeadAdapter]] = {
+    "linear": LinearHeadAdapter, "block": BlockHeadAdapter, "mlp": GatedHeadAdapter,
+}

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 from transformers import PreTrainedModel, TrainingArguments
 
-from qadapter.adapters.head_adapter import AdapterConfig
+from qadapter.adapters.head_adapter import HEAD_FORMS, AdapterConfig
 from qadapter.adapters.peft_config import ALL_LINEAR, in_upper_blocks
 from qadapter.errors import QAdapterError
 from qadapter.objective import ObjectiveConfig
@@ -148,7 +148,7 @@ class QAdapterConfig(TrainingArguments):
             "anywhere; 'block' (a gated bottleneck before the final norm) learns more and is "
             "exported exactly, as one decoder layer more, for bases of Llama's kind; 'mlp' (the "
             "same behind the norm) can't be merged. Default: linear.",
-            "choices": ["linear", "block", "mlp"],
+            "choices": list(HEAD_FORMS),
         },
     )
     adapter_rank: int | None = field(

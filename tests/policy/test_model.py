@@ -31,6 +31,7 @@ from qadapter import (
     QAdapterModel,
     linear_q_adapter_loss,
 )
+from qadapter.adapters.head_adapter import HEAD_FORMS
 from qadapter.data import PreferenceCollator
 
 ALPHAS = ObjectiveConfig(alpha_0=0.5, alpha_tilde=2.0)
@@ -59,7 +60,7 @@ def pair(request):
 # --- logits ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["linear", "block", "mlp"])
+@pytest.mark.parametrize("form", HEAD_FORMS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_policy_of_every_architecture(architecture, form):
     """Caps, biases and scales included, at the trained α's, other α's, and along the dial."""

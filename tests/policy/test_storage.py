@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_base
 
 from qadapter import AdapterConfig, ObjectiveConfig, QAdapterError, QAdapterModel
+from qadapter.adapters.head_adapter import HEAD_FORMS
 from qadapter.policy import storage
 from qadapter.system import manifest
 
@@ -20,9 +21,7 @@ IDS = torch.tensor([[5, 9, 11, 3, 20, 7]])
 OBJECTIVE = ObjectiveConfig(alpha_0=0.5, alpha_tilde=2.0, gamma=0.9, bootstrap="current")
 LORA = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
 ADAPTERS = {
-    "linear": AdapterConfig(rank=4),
-    "block": AdapterConfig(form="block", rank=5),
-    "mlp": AdapterConfig(form="mlp", rank=3),
+    **{form: AdapterConfig(form=form, rank=rank) for rank, form in enumerate(HEAD_FORMS, 3)},
     "lora": LORA,
     "dora": peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], use_dora=True),
     "rslora": peft.LoraConfig(
