@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT / "docs"), str(ROOT), str(ROOT / "kernels")]
 
 NAV = {
     "Use it": ("data", "evaluation", "compare", "server", "serving", "gguf"),
-    "Understand it": ("kernels", "lora", "saved"),
+    "Understand it": ("method", "kernels", "lora", "saved"),
     "Coming from": ("for-trl-users", "for-users-of-the-authors-code"),
     "At scale": ("scale", "running"),
     "Reference": ("api",),

@@ -6,7 +6,6 @@ import ast
 import builtins
 import importlib
 import json
-import os
 import re
 import shlex
 import shutil
@@ -15,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pages import Block
-from stand_ins import ALWAYS, COMPILED, GIVEN, NAMES, PARSED, PROGRAMS, REST, SHORTER
+from pages import Block, read
+from stand_ins import ALWAYS, COMPILED, GIVEN, MADE, NAMES, PARSED, PROGRAMS, REST, SHORTER
 from tiny_models import cli
 
 from qadapter.compare import read_config
@@ -104,11 +103,14 @@ class Page:
 
 
 def _json(block: Block) -> None:
-    """Rows of preferences, or any one document."""
+    """Rows of preferences, none of which is dropped (of domains the first is chosen), or anything
+    else."""
     rows = ([json.loads(block.text)] if block.language == "json"
             else [json.loads(line) for line in block.text.splitlines()])
-    if all(isinstance(row, dict) and {"chosen", "rejected"} <= set(row) for row in rows):
-        assert len(as_preferences(rows)) == len(rows), block.place
+    columns = set(rows[0]) if isinstance(rows[0], dict) else set()
+    if columns & {"chosen", "chosen_ids", "responses"}:
+        domain = next(iter(rows[0]["responses"])) if "responses" in columns else None
+        assert len(as_preferences(rows, domain=domain)) >= len(rows), block.place
 
 
 def commands(text: str) -> Iterator[list[str]]:
@@ -160,7 +162,9 @@ def _free(text: str) -> set[str]:
     return {node.id for node in names} - made - set(dir(builtins))
 
 
-def furnish(folder: Path, place: Path) -> None:
-    """Copy what every page finds into its folder."""
+def furnish(folder: Path, place: Path, page: str) -> None:
+    """What a page finds in its folder: what every page does, and what it alone names."""
     shutil.copytree(place, folder, dirs_exist_ok=True)
-    os.chdir(folder)
+    for name, make in MADE.items():
+        if name in read(page):
+            make(folder, name)

@@ -13,8 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import authors_run
+import peft
 import torch
 from pages import ROOT
+from tiny_models import save_tiny, tiny_llama
 
 NAMES = {
     "meta-llama/Llama-3.1-8B-Instruct": "model",
@@ -28,7 +31,7 @@ SHORTER = {
     "train": (
         "--model_name_or_path", "model", "--max_steps", "2", "--answer_prompts", "1",
         "--answer_tokens", "2", "--bootstrap_resamples", "10", "--retention_file", "texts.txt",
-        "--retention_dataset_name", "texts.txt", "--test_fraction", "0.25",
+        "--test_fraction", "0.25",
     ),
     "eval": (
         "--answer_prompts", "1", "--answer_tokens", "2", "--bootstrap_resamples", "10",
@@ -80,6 +83,8 @@ def target_exists(words: Sequence[str], folder: Path) -> None:
 
 def script_exists(words: Sequence[str], folder: Path) -> None:
     """``python examples/x.py --option``: a script of the repository that has these options."""
+    if words[1] in ("-m", "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"):  # SGLang, llama.cpp
+        return
     source = (ROOT / words[1]).read_text(encoding="utf-8")
     for word in words[2:]:
         if word.startswith("--"):
@@ -158,6 +163,24 @@ GIVEN: dict[str, Callable[[Path], Any]] = {
     "start": lambda folder: 0,
 }
 """Names that Python on a page uses without making them."""
+
+def _authors_run(folder: Path, name: str) -> None:
+    authors_run.save_run(folder / name, save_tiny(folder / "their-base"))
+
+
+def _trl_lora(folder: Path, name: str) -> None:
+    model = peft.get_peft_model(
+        tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
+    model.peft_config["default"].base_model_name_or_path = str(save_tiny(folder / "their-base"))
+    model.save_pretrained(folder / name)
+
+
+MADE: dict[str, Callable[[Path, str], None]] = {
+    "logs/qadapter-dsp-academy": _authors_run,
+    "dpo-lora": _trl_lora,
+}
+"""Folders that a page names, made where it does: of their place, called so."""
 
 COMPILED = {
     ("docs/scale.md", "from transformers import AutoModelForCausalLM"):

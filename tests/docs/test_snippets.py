@@ -35,17 +35,12 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def folder(place, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    furnish(tmp_path, place)
-    return tmp_path
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
-def test_every_block_of_a_page_runs(page, folder, monkeypatch):
-    shared = Page(folder, monkeypatch)
+def test_every_block_of_a_page_runs(page, place, tmp_path, monkeypatch):
+    furnish(tmp_path, place, page)
+    monkeypatch.chdir(tmp_path)
+    shared = Page(tmp_path, monkeypatch)
     for block in blocks(page):
         shared.run(block)
 
