@@ -1,5 +1,5 @@
-"""Rewrites the tables of docs/compare.md and README.md, each between two comments, from the
-committed comparisons.
+"""Rewrites the tables of docs/compare.md, docs/choosing.md and README.md, each between two
+comments, from the committed comparisons.
 
     python docs/what_it_found.py
 """
@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from what_serves_it import ROOT, put
 
 PAGE, README = ROOT / "docs/compare.md", ROOT / "README.md"
+CHOOSING = ROOT / "docs/choosing.md"
 RESULTS = ROOT / "benchmarks/results/compare"
 PROBES = ROOT / "benchmarks/results/exemplar_probe"
 TESTED = (
@@ -53,6 +54,16 @@ HELD_IN_README = (
     ("DPO + built-in 30", None), ("SFT", None), ("DPO + NLL", None), ("Best of 4", None),
     ("SDFT", None),
 )
+PLACES = (
+    "block learning_rate=0.0003", "linear learning_rate=0.0003", "2 linear learning_rate=0.003",
+    "4 linear learning_rate=0.003", "8 linear", "all linear learning_rate=0.0003",
+    "all q,v learning_rate=0.0003",
+)
+ALPHAS = ("Q-Adapter alpha=0.1", "Q-Adapter", "Q-Adapter alpha=1", "Q-Adapter chi2_coef=0",
+          "Q-Adapter chi2_coef=1", "Q-Adapter chi2_coef=10")
+HELD_TO = ("DPO LoRA", "LoRA", "LoRA + own 10", "LoRA + built-in 30", "LoRA + built-in 100",
+           "2 blocks + built-in 30", "4 blocks + built-in 30")
+"""What docs/choosing.md shows of dsp_what_rates, dsp_choices and dsp_keep."""
 
 
 def comparison(name: str, split: str) -> Comparison:
@@ -220,6 +231,42 @@ def readme_tables() -> dict[str, str]:
     }
 
 
+def choosing_tables() -> dict[str, str]:
+    """The rows that a choice is between, of docs/choosing.md."""
+    what, keep, choices = (
+        comparison(name, "validation") for name in ("dsp_what_rates", "dsp_keep", "dsp_choices")
+    )
+    return {
+        "where": some_rows(what, PLACES, ("accuracy_reward", "log_loss", "kl:unrelated text")),
+        "alpha": some_rows(choices, ALPHAS, ("accuracy_reward", "log_loss", "kl:unrelated text")),
+        "held to": some_rows(
+            keep, HELD_TO, ("accuracy_reward", "new_gain", "kl:unrelated text", "kl:helpful answers")
+        ),
+        "along the dial": along_the_dial(keep, HELD_TO),
+    }
+
+
+def some_rows(found: Comparison, rows: Sequence[str], keys: tuple[str, ...]) -> str:
+    by_name = {r.row.name: r for r in found.results}
+    return table(found, [by_name[name] for name in rows], keys)
+
+
+def along_the_dial(found: Comparison, rows: Sequence[str]) -> str:
+    """Judged gain, at its KL on the comparison's first text, for some rows."""
+    by_name, gain = {r.row.name: r for r in found.results}, judged("new", "gain")
+    strengths = sorted({w for name in rows for w in by_name[name].strengths})
+    lines = [
+        "| | " + " | ".join(f"strength {w:g}" for w in strengths) + " |",
+        "| --- |" + " ---: |" * len(strengths),
+    ]
+    for name in rows:
+        at = dict(by_name[name].dial(gain, retention(found.texts[0], "kl_per_token")))
+        cells = [f"{at[w][0].mean:.2f} at {at[w][1].mean:.4f}" if w in at else "—"
+                 for w in strengths]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def in_short(
     name: str, rows: Sequence[tuple[str, float | None]], texts: int, digits: int
 ) -> str:
@@ -248,6 +295,8 @@ def in_short(
 def main() -> None:
     for name, block in tables().items():
         put(PAGE, name, block)
+    for name, block in choosing_tables().items():
+        put(CHOOSING, name, block)
     for name, block in readme_tables().items():
         put(README, name, block)
 
