@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +54,29 @@ HELD_IN_README = (
     ("DPO + built-in 30", None), ("SFT", None), ("DPO + NLL", None), ("Best of 4", None),
     ("SDFT", None),
 )
-PLACES = (
-    "block learning_rate=0.0003", "linear learning_rate=0.0003", "2 linear learning_rate=0.003",
-    "4 linear learning_rate=0.003", "8 linear", "all linear learning_rate=0.0003",
-    "all q,v learning_rate=0.0003",
-)
-ALPHAS = ("Q-Adapter alpha=0.1", "Q-Adapter", "Q-Adapter alpha=1", "Q-Adapter chi2_coef=0",
-          "Q-Adapter chi2_coef=1", "Q-Adapter chi2_coef=10")
-HELD_TO = ("DPO LoRA", "LoRA", "LoRA + own 10", "LoRA + built-in 30", "LoRA + built-in 100",
-           "2 blocks + built-in 30", "4 blocks + built-in 30")
-"""What docs/choosing.md shows of dsp_what_rates, dsp_choices and dsp_keep."""
+PLACES = {
+    "head, block": "block learning_rate=0.0003",
+    "head, linear": "linear learning_rate=0.0003",
+    "LoRA, upper 2 blocks": "2 linear learning_rate=0.003",
+    "LoRA, upper 4": "4 linear learning_rate=0.003",
+    "LoRA, upper 8": "8 linear",
+    "LoRA, all 30": "all linear learning_rate=0.0003",
+    "LoRA, q and v of all 30": "all q,v learning_rate=0.0003",
+}
+ALPHAS = {
+    "α 0.1, χ² 0.1": "Q-Adapter alpha=0.1", "α 0.3, χ² 0.1": "Q-Adapter",
+    "α 1, χ² 0.1": "Q-Adapter alpha=1", "α 0.3, χ² 0": "Q-Adapter chi2_coef=0",
+    "α 0.3, χ² 1": "Q-Adapter chi2_coef=1", "α 0.3, χ² 10": "Q-Adapter chi2_coef=10",
+}
+HELD_TO = {
+    "4 blocks, 1e-3, nothing": "LoRA", "4 blocks, 1e-3, own 10": "LoRA + own 10",
+    "4 blocks, 1e-3, built-in 30": "LoRA + built-in 30",
+    "4 blocks, 1e-3, built-in 100": "LoRA + built-in 100",
+    "4 blocks, 3e-3, built-in 30": "4 blocks + built-in 30",
+    "2 blocks, 3e-3, built-in 30": "2 blocks + built-in 30",
+}
+"""What docs/choosing.md shows of dsp_what_rates, dsp_choices and dsp_keep: what it calls a row there,
+and which."""
 
 
 def comparison(name: str, split: str) -> Comparison:
@@ -239,31 +252,34 @@ def choosing_tables() -> dict[str, str]:
     return {
         "where": some_rows(what, PLACES, ("accuracy_reward", "log_loss", "kl:unrelated text")),
         "alpha": some_rows(choices, ALPHAS, ("accuracy_reward", "log_loss", "kl:unrelated text")),
-        "held to": some_rows(
-            keep, HELD_TO, ("accuracy_reward", "new_gain", "kl:unrelated text", "kl:helpful answers")
-        ),
+        "held to": some_rows(keep, HELD_TO, (
+            "accuracy_reward", "new_gain", "kl:unrelated text", "kl:helpful answers",
+        )),
         "along the dial": along_the_dial(keep, HELD_TO),
     }
 
 
-def some_rows(found: Comparison, rows: Sequence[str], keys: tuple[str, ...]) -> str:
+def some_rows(found: Comparison, rows: Mapping[str, str], keys: tuple[str, ...]) -> str:
     by_name = {r.row.name: r for r in found.results}
-    return table(found, [by_name[name] for name in rows], keys)
+    text = table(found, [by_name[name] for name in rows.values()], keys)
+    for shown, name in rows.items():
+        text = text.replace(f"\n| {name} |", f"\n| {shown} |", 1)
+    return text
 
 
-def along_the_dial(found: Comparison, rows: Sequence[str]) -> str:
+def along_the_dial(found: Comparison, rows: Mapping[str, str]) -> str:
     """Judged gain, at its KL on the comparison's first text, for some rows."""
     by_name, gain = {r.row.name: r for r in found.results}, judged("new", "gain")
-    strengths = sorted({w for name in rows for w in by_name[name].strengths})
+    strengths = sorted({w for name in rows.values() for w in by_name[name].strengths})
     lines = [
         "| | " + " | ".join(f"strength {w:g}" for w in strengths) + " |",
         "| --- |" + " ---: |" * len(strengths),
     ]
-    for name in rows:
+    for shown, name in rows.items():
         at = dict(by_name[name].dial(gain, retention(found.texts[0], "kl_per_token")))
         cells = [f"{at[w][0].mean:.2f} at {at[w][1].mean:.4f}" if w in at else "—"
                  for w in strengths]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {shown} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

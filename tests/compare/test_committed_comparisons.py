@@ -35,6 +35,7 @@ def page():
 
 def test_the_tables_in_the_docs_are_of_the_committed_runs(page):
     blocks = [(page.PAGE, name, block) for name, block in page.tables().items()]
+    blocks += [(page.CHOOSING, name, block) for name, block in page.choosing_tables().items()]
     blocks += [(page.README, name, block) for name, block in page.readme_tables().items()]
     for file, name, block in blocks:
         text = file.read_text(encoding="utf-8")
