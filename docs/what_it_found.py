@@ -75,8 +75,7 @@ HELD_TO = {
     "4 blocks, 3e-3, built-in 30": "4 blocks + built-in 30",
     "2 blocks, 3e-3, built-in 30": "2 blocks + built-in 30",
 }
-"""What docs/choosing.md shows of dsp_what_rates, dsp_choices and dsp_keep, by its own names for them.
-"""
+"""What docs/choosing.md shows of dsp_what_rates, dsp_choices and dsp_keep, by names of its own."""
 
 
 def comparison(name: str, split: str) -> Comparison:

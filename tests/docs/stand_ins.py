@@ -24,6 +24,7 @@ NAMES = {
     "NAME": "model",
     "BASE": "model",
     "/shared/features": "features",
+    "runs/demo": "runs/mine",
 }
 """Written in a command, a word of its own, or in Python, a string: what is there."""
 
@@ -49,6 +50,7 @@ REST = ("--dataset_name", "pairs.jsonl", "--output_dir", "runs/rest")
 
 PARSED = {
     "qadapter compare": "trains many models: tests/compare run small ones",
+    "qadapter demo": "trains on a real model: tests/test_demo.py, and CI runs it",
     "qadapter serve": "waits for requests: tests/serving ask it",
     "qadapter eval runs/mine --lm_eval": "needs lm-eval: tests/integrations",
     "qadapter eval runs/mine --exemplar_probe": "reads long texts: tests/integrations",
@@ -92,6 +94,12 @@ def script_exists(words: Sequence[str], folder: Path) -> None:
             assert re.search(rf"\b{name}\b", source), f"{words[1]} has no {word}"
 
 
+def files_exist(words: Sequence[str], folder: Path) -> None:
+    """``ls runs/mine/summary.json``: what a command before it has written."""
+    for word in words[1:]:
+        assert list(folder.glob(word)), word
+
+
 def nothing(words: Sequence[str], folder: Path) -> None:
     """A program of others, with options of its own."""
 
@@ -100,6 +108,7 @@ PROGRAMS: dict[str, Callable[[Sequence[str], Path], None]] = {
     "pip": extra_exists,
     "make": target_exists,
     "python": script_exists,
+    "ls": files_exist,
     # Those of engines come from qadapter/exporting/engines.py, and make test-engines runs them.
     "transformers": nothing, "vllm": nothing, "llama-server": nothing, "ollama": nothing,
     "printf": nothing,
