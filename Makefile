@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 TORCH := torch==2.13.0
 NATIVE := kernels/native_build.py $(shell find kernels/csrc -type f 2>/dev/null)
 
-.PHONY: install demo test test-avx2 test-oldest test-newest test-tritons test-transformers4 test-engines lint docs wheels test-wheels sanitize endurance bench clean
+.PHONY: install demo test test-avx2 test-oldest test-newest test-newer test-tritons test-transformers4 test-engines lint docs wheels test-wheels sanitize endurance bench clean
 
 install: $(STAMP)
 
@@ -47,13 +47,22 @@ $(OLDEST): pyproject.toml setup.py .ci/lower_bounds.py $(NATIVE)
 test-oldest: $(OLDEST)
 	.venv-oldest/bin/python -m pytest -n 2 -m 'not slow' --ignore-glob='tests/kernels/test_[!t]*' tests
 
-# Without the kernels' own tests: they know torch, Triton and NumPy alone, whose newest versions
-# constraints.txt holds (and test-tritons tries Triton's).
-test-newest:
+# Where the newest versions are the ones in .venv (constraints.txt holds them), make test has run
+# with them. Without the kernels' own tests: they know torch, Triton and NumPy alone (and
+# test-tritons tries Triton's).
+NEWEST := $(TORCH) -e '.[dev]'
+test-newest: install
+	@$(BIN)/python .ci/newer.py $(NEWEST) > $(VENV)/newer.txt
+	@if [ -s $(VENV)/newer.txt ]; then \
+		cat $(VENV)/newer.txt; $(MAKE) --no-print-directory test-newer; \
+	else \
+		echo "the newest versions are those that make test runs with: nothing is left to run"; \
+	fi
+
+test-newer:
 	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --quiet $(TORCH)
-	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager \
-		$(TORCH) -e '.[dev]'
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager $(NEWEST)
 	.venv-newest/bin/python -m pytest -n 2 -m 'not slow' --ignore=tests/kernels tests
 
 # Every Triton kernel, compiled for every target under every minor version of Triton: 20 minutes.
