@@ -24,7 +24,8 @@ NAV = {
     "Understand it": ("method", "kernels", "lora", "saved"),
     "Coming from": ("for-trl-users", "for-users-of-the-authors-code"),
     "At scale": ("scale", "running"),
-    "Reference": ("api",),
+    "When it goes wrong": ("troubleshooting", "pitfalls"),
+    "Reference": ("api", "credits"),
 }
 """The pages of docs/ in the order in which they are shown."""
 BESIDE = {"Project": ("benchmarks/README", "SECURITY")}
