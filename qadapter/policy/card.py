@@ -50,9 +50,10 @@ def adapter_card(
     header = ModelCardData(
         base_model=base.name if on_hub else None,
         base_model_relation="adapter" if on_hub else None,
-        library_name="qadapter", pipeline_tag="text-generation", datasets=datasets,
+        library_name="qadapter", pipeline_tag="text-generation",
+        datasets=datasets if datasets is None or isinstance(datasets, str) else list(datasets),
         license=license, tags=list(dict.fromkeys([*TAGS, *tags])),
-        **{"model_name": name, "eval_results": list(results)} if results else {},
+        model_name=name if results else None, eval_results=list(results) or None,
     )
     versions = {package: importlib.metadata.version(package) for package in packages}
     return "\n\n".join([
