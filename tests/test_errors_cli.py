@@ -144,7 +144,7 @@ def test_bad_retention_file(place, tmp_path, fails, name, text, message):
     (["--max_rows", "0"], ["max_rows (limit) must be at least 1, got 0"]),
     (["--max_length", "1"], ["max_length must be at least 2, got 1"]),
     (["--seed", "-1"], ["seed must be at least 0, got -1"]),
-    (["--report_to", "foo"], ["report_to: 'foo' is not installed, or no integration", "wandb"]),
+    (["--report_to", "foo"], ["report_to: 'foo' is none of", "wandb"]),
     (["--resume_from_checkpoint", "nowhere"], ["nowhere: not a checkpoint"]),
     (["--resume_from_checkpoint", "true"], ["no checkpoint to resume from"]),
     # What is measured behind the training is looked at before it.

@@ -87,8 +87,9 @@ _TRAINING = (
     "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size",
     "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "eval_strategy",
     "eval_steps", "logging_steps", "save_strategy", "save_steps", "save_total_limit",
-    "resume_from_checkpoint", "seed",
+    "resume_from_checkpoint", "seed", "report_to",
 )
+_COMPLETIONS = ("log_completions", "num_completions_to_print", "max_completion_length")
 _STREAMING = ("shuffle_buffer",)
 _MEMORY = ("cache_features", "padding_free", "feature_cache_dir", "feature_batch_tokens",
            "feature_shard_mb", "workspace_mb", "pad_to_multiple_of", "dataset_num_proc",
@@ -106,6 +107,7 @@ GROUPS = (
     Group(QAdapterConfig, "Training", _TRAINING),
     Group(args.MeasureArguments, "Evaluation after training"),
     Group(args.ScriptArguments, "Evaluation after training", ("report_prompts",)),
+    Group(QAdapterConfig, "Samples while training", _COMPLETIONS),
     Group(QAdapterConfig, "Memory and loading", _MEMORY),
     Group(args.ScriptArguments, "Memory and loading", ("features_only",)),
     Group(QAdapterConfig, "Options of transformers.TrainingArguments", hidden=True),
@@ -113,13 +115,17 @@ GROUPS = (
 # The command decides these itself; they would be accepted and ignored.
 WITHOUT = ("do_train", "do_eval", "do_predict", "local_rank", "parallelism_config")
 # Measured (docs/compare.md, How to keep): at 1, ObjectiveConfig's own α, answers hardly move.
-DEFAULTS = {"eval_strategy": "steps", "eval_steps": 0.1, "alpha_0": 0.3, "alpha_tilde": 0.3}
+DEFAULTS = {
+    "eval_strategy": "steps", "eval_steps": 0.1, "alpha_0": 0.3, "alpha_tilde": 0.3,
+    "log_completions": True,
+}
 HELPS = {
     "output_dir": "Folder for the adapter, checkpoints, numbers, pictures and report.",
     "resume_from_checkpoint": "A checkpoint's folder, or true for the last one in output_dir.",
     "max_steps": "Training steps; above 0 it overrides num_train_epochs.",
     "eval_strategy": "When to evaluate on the held-out pairs: no, steps or epoch.",
     "eval_steps": "Steps between two evaluations: a count, or a share of all steps below 1.",
+    "report_to": "Trackers, as trackio, wandb or tensorboard; default: none.",
     "save_strategy": "When to save checkpoints: no, steps, epoch or best.",
     "save_steps": "Steps between two checkpoints: a count, or a share of all steps below 1.",
 }
@@ -226,6 +232,8 @@ def _run(
         if "eval_strategy" in given and config.eval_strategy != "no":
             raise QAdapterError("eval_strategy needs held-out pairs: set test_fraction above 0")
         config.eval_strategy = "no"
+    if config.eval_strategy == "no" and "log_completions" not in given:
+        config.log_completions = False
     checks.check_evaluation(
         config, None if test_pairs is None else (), cached=config.cache_features != "none"
     )

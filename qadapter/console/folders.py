@@ -22,7 +22,8 @@ from qadapter.system.room import free_disk, require_writable
 
 RUN_FILES = (
     storage.WEIGHTS_NAME, storage.CONFIG_NAME, storage.PEFT_CONFIG_NAME, MANIFEST_NAME,
-    "summary.json", "metrics.jsonl", "report.md", "report.html", "training_args.json",
+    "summary.json", "metrics.jsonl", "report.md", "report.html",
+    "completions.jsonl", "training_args.json",
     # With a number alone: checkpoint-4-backup is the user's.
     *(f"checkpoint-{'[0-9]' * digits}" for digits in range(1, 10)),
 )

@@ -39,7 +39,9 @@ def write(
     text = adapter_card(
         model_name or folder.resolve().name, model.base_identity, model.described(),
         results=_results(history) if results is None else results, datasets=dataset_name,
-        license=license, tags=[tags] if isinstance(tags, str) else tags, packages=_PACKAGES,
+        license=license, packages=_PACKAGES,
+        # Trackers leave where they are to be found in the model's.
+        tags=[*([tags] if isinstance(tags, str) else tags), *(model.model_tags or ())],
         sections=[
             "## Data",
             markdown_list(f"{split}: {r.summary()}" for split, r in trainer.reports.items()),

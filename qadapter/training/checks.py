@@ -126,10 +126,14 @@ def check_reporting(args: QAdapterConfig) -> None:
         # transformers doesn't list these two wherever they can be used.
         usable = [*get_available_reporting_integrations(), "azure_ml", "flyte"]
         for name in args.report_to:
+            if name not in INTEGRATION_TO_CALLBACK:
+                raise QAdapterError(
+                    f"report_to: {shown(name)} is none of {', '.join(INTEGRATION_TO_CALLBACK)}"
+                    + nearest(str(name), INTEGRATION_TO_CALLBACK)
+                )
             if name not in usable:
                 raise QAdapterError(
-                    f"report_to: {name!r} is not installed, or no integration of transformers "
-                    f"({', '.join(INTEGRATION_TO_CALLBACK)})"
+                    f"report_to: {name} is not installed: pip install {name}, or leave it out"
                 )
     if args.push_to_hub and constants.HF_HUB_OFFLINE:
         raise QAdapterError("push_to_hub: the hub is switched off (HF_HUB_OFFLINE)")

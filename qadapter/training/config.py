@@ -33,7 +33,8 @@ _AT_LEAST = {
         "feature_batch_tokens", "feature_shard_mb", "workspace_mb", "pad_to_multiple_of",
         "dataset_num_proc", "retention_states", "lora_r", "lora_alpha",
         "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-        "eval_accumulation_steps", "dataloader_prefetch_factor",
+        "eval_accumulation_steps", "dataloader_prefetch_factor", "num_completions_to_print",
+        "max_completion_length",
     ), 1),
     **dict.fromkeys((
         "learning_rate", "warmup_steps", "max_grad_norm", "weight_decay", "adam_epsilon",
@@ -219,6 +220,20 @@ class QAdapterConfig(TrainingArguments):
     )
     retention_states: int = field(
         default=128, metadata={"help": "States of the retention texts drawn at every step."}
+    )
+
+    # --- samples while training ---
+    log_completions: bool = field(
+        default=False,
+        metadata={"help": "Whether some held-out prompts are answered before the first step and at "
+                  "every evaluation: printed, and logged to completions.jsonl and the trackers of "
+                  "report_to."},
+    )
+    num_completions_to_print: int = field(
+        default=2, metadata={"help": "Held-out prompts of log_completions."}
+    )
+    max_completion_length: int = field(
+        default=64, metadata={"help": "Most tokens of each of their answers."}
     )
 
     # --- data ---

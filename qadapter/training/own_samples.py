@@ -141,7 +141,7 @@ class _Cache:
         key = json.dumps([
             dataclasses.asdict(model.base_identity), digest_of(model.bare_base()),
             str(model.base.dtype),
-            sorted(_ends(model)), prompts, MAX_NEW_TOKENS, BATCH_SIZE, SEED,
+            sorted(ends_of(model)), prompts, MAX_NEW_TOKENS, BATCH_SIZE, SEED,
         ])
         self.key = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
         self.path = folder.expanduser() / f"samples-{self.key}.json"
@@ -170,7 +170,7 @@ class _Cache:
             written.write_text(text, encoding="utf-8")
 
 
-def _ends(model: QAdapterModel) -> set[int]:
+def ends_of(model: QAdapterModel) -> set[int]:
     """The token ids that end an answer."""
     ends = model.generation_config.eos_token_id
     return set(ends if isinstance(ends, list) else [ends]) - {None}
@@ -180,7 +180,7 @@ def _ends(model: QAdapterModel) -> set[int]:
 def _sample(
     model: QAdapterModel, prompts: Sequence[list[int]], pad: int, progress: Progress | None
 ) -> list[list[int]]:
-    ends = _ends(model)
+    ends = ends_of(model)
     answers: dict[int, list[int]] = {}
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     training, before = model.training, model.policy
@@ -189,9 +189,14 @@ def _sample(
     try:
         with torch.random.fork_rng():
             torch.manual_seed(SEED)
+            on_cpu = input_device(model.base).type == "cpu"
             for start in range(0, len(order), BATCH_SIZE):
                 indices = order[start : start + BATCH_SIZE]
-                drawn = _generate(model, [prompts[i] for i in indices], pad)
+                drawn = generate(
+                    model, [prompts[i] for i in indices], pad, max_new_tokens=MAX_NEW_TOKENS,
+                    do_sample=True, temperature=1.0, top_p=1.0, top_k=0,
+                    custom_generate=fused_sample if on_cpu else None,
+                )
                 for i, ids in zip(indices, drawn, strict=True):
                     stop = next((k + 1 for k, token in enumerate(ids) if token in ends), None)
                     answers[i] = ids[:stop]
@@ -203,14 +208,15 @@ def _sample(
     return [answers[i] for i in range(len(prompts))]
 
 
-def _generate(model: QAdapterModel, prompts: list[list[int]], pad: int) -> list[list[int]]:
+def generate(
+    model: QAdapterModel, prompts: Sequence[list[int]], pad: int, **options: Any
+) -> list[list[int]]:
+    """What ``model.generate`` adds to prompts of token ids, in one batch."""
     device, width = input_device(model.base), max(map(len, prompts))
     input_ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
     lengths = torch.tensor([[len(p)] for p in prompts], device=device)
     mask = torch.arange(width, device=device) >= width - lengths
     output = model.generate(
-        input_ids=input_ids, attention_mask=mask.long(), max_new_tokens=MAX_NEW_TOKENS,
-        do_sample=True, temperature=1.0, top_p=1.0, top_k=0, pad_token_id=pad,
-        custom_generate=fused_sample if device.type == "cpu" else None,
+        input_ids=input_ids, attention_mask=mask.long(), pad_token_id=pad, **options
     )
     return output[:, width:].tolist()

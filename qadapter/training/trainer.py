@@ -40,6 +40,7 @@ from qadapter.system.progress import Reporter
 from qadapter.system.room import require_writable
 from qadapter.training import card, checks, streaming
 from qadapter.training.assembly import EitherCollator, as_qadapter_model
+from qadapter.training.completions import LogCompletions
 from qadapter.training.config import (
     OWN_SAMPLES_COEF,
     RETENTION_COEF,
@@ -176,6 +177,8 @@ class QAdapterTrainer(Runs):
             eval_dataset = {name: self._prepare(d, name) for name, d in eval_dataset.items()}
         elif eval_dataset is not None:
             eval_dataset = self._prepare(eval_dataset, "eval")
+        if args.log_completions:  # features take the place of prompts
+            self._completed_prompts = self._some_prompts(eval_dataset)
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
             data_collator=EitherCollator(
@@ -201,6 +204,8 @@ class QAdapterTrainer(Runs):
                     "processes, which can't be trained on: start as many as tp_size says"
                 )
         self._follow_runs()
+        if args.log_completions:
+            self.add_callback(LogCompletions(self, self._completed_prompts))
         self.model_accepts_loss_kwargs = True
         self._train_sums: Tensor | None = None
         self._step_losses: list[tuple[Tensor, Tensor]] = []
@@ -338,6 +343,20 @@ class QAdapterTrainer(Runs):
         )
         self.reports[name] = pairs.report
         return pairs
+
+    def _some_prompts(self, dataset: Any) -> list[list[int]]:
+        """So many of the held-out prompts as are answered while training goes on."""
+        if isinstance(dataset, Mapping):
+            dataset = next(iter(dataset.values()), None)
+        if not isinstance(dataset, Dataset) or self.args.eval_strategy == "no":
+            raise QAdapterError(
+                "log_completions needs held-out prompts (eval_dataset, no features) and an "
+                "eval_strategy"
+            )
+        self._load_tokenizer()
+        prompts = different_prompts(dataset)
+        count = min(self.args.num_completions_to_print, len(prompts))
+        return [prompts[i * len(prompts) // count] for i in range(count)]
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [

@@ -359,7 +359,7 @@ def test_what_transformers_means_by_its_odd_values_is_kept():
 
 def test_reporting_needs_the_package(monkeypatch):
     monkeypatch.setattr("qadapter.training.checks.get_available_reporting_integrations", list)
-    with pytest.raises(QAdapterError, match="report_to: 'wandb' is not installed"):
+    with pytest.raises(QAdapterError, match="report_to: wandb is not installed: pip install wandb"):
         QAdapterConfig(use_cpu=True, report_to="wandb")
 
 
