@@ -83,10 +83,10 @@ class LogCompletions(TrainerCallback):
                 "every evaluation to come (log_completions)", logging.INFO,
             )
         for row in rows:
-            self.trainer._tell(
-                f"step {row['step']}: {_short(row['prompt'])} → {_short(row['completion'])}",
-                logging.INFO,
-            )
+            asked, said = one_line(row["prompt"]), one_line(row["completion"])
+            asked = asked if len(asked) <= _SHOWN else f"…{asked[1 - _SHOWN :]}"  # its end tells
+            said = said if len(said) <= _SHOWN else f"{said[: _SHOWN - 1]}…"
+            self.trainer._tell(f"step {row['step']}: {asked} → {said}", logging.INFO)
         self._rows += rows
         if state.global_step > 0:  # a run that never came so far leaves no file
             self._write()
@@ -121,8 +121,12 @@ class LogCompletions(TrainerCallback):
         if tokenizer.chat_template:
             ends.add(learn_end_of_turn(tokenizer).token_id)
         ends.discard(None)
+
+        def decode(ids: list[int]) -> str:
+            return str(tokenizer.decode(ids, skip_special_tokens=True))
+
         training = model.training
-        model.eval()
+        model.train(False)
         try:
             drawn = generate(
                 model, self.prompts, padding_id(model, tokenizer), do_sample=False,
@@ -133,8 +137,8 @@ class LogCompletions(TrainerCallback):
             for prompt, ids in zip(self.prompts, drawn, strict=True):
                 stop = next((k + 1 for k, token in enumerate(ids) if token in ends), None)
                 rows.append({
-                    "step": step, "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
-                    "completion": tokenizer.decode(ids[:stop], skip_special_tokens=True).strip(),
+                    "step": step, "prompt": decode(prompt).strip(),
+                    "completion": decode(ids[:stop]).strip(),
                     "reward": self._reward(prompt, ids[:stop]), "ended": stop is not None,
                 })
         finally:
@@ -146,11 +150,6 @@ class LogCompletions(TrainerCallback):
         ids = torch.tensor([prompt + answer], device=input_device(model.base))
         mask = torch.arange(ids.shape[1], device=ids.device)[None] >= len(prompt)
         return round(model.token_rewards(ids, mask).sum().item(), 6)
-
-
-def _short(text: str) -> str:
-    text = one_line(text)
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 
 def _track(callback: TrainerCallback, rows: list[Row], step: int) -> None:
@@ -165,4 +164,4 @@ def _track(callback: TrainerCallback, rows: list[Row], step: int) -> None:
         import pandas
 
         table = callback._trackio.Table(dataframe=pandas.DataFrame(data, columns=list(_COLUMNS)))
-        callback._trackio.log({"completions": table}, step=step)
+        callback._trackio.log({"completions": table})

@@ -46,7 +46,7 @@ def test_answers_are_the_policys_and_training_is_as_without(tmp_path):
     assert len(set(prompts)) == 3 and all("What is" in prompt for prompt in prompts)
     assert all(row["reward"] == 0 for row in rows[:3]) and rows[-1]["reward"] != 0
     ids = run._completed_prompts
-    assert prompts == [chatml().decode(x, skip_special_tokens=True) for x in ids]
+    assert prompts == [chatml().decode(x, skip_special_tokens=True).strip() for x in ids]
     for step, strength in ((0, 0.0), (4, 1.0)):
         answers = generate_answers(
             run.model, chatml(), ids, strength=strength, max_new_tokens=5
