@@ -125,9 +125,11 @@ $(WHEELS): Makefile constraints.txt
 	touch $@
 
 wheels: $(WHEELS)
-	@case '$(LIBRARIES)' in *cuda*) command -v nvcc "$$CUDA_HOME/bin/nvcc" >/dev/null || \
-		.venv-wheels/bin/python -m pip install --quiet $(NVCC) || { echo 'no nvcc here, and none from \
-	PyPI: make wheels LIBRARIES=cpu leaves CUDA out' >&2; exit 2; } esac
+ifneq ($(findstring cuda,$(LIBRARIES)),)
+	@command -v nvcc >/dev/null || test -x "$$CUDA_HOME/bin/nvcc" || \
+		.venv-wheels/bin/python -m pip install --quiet $(NVCC) || \
+		{ echo "no nvcc here, none from PyPI: make wheels LIBRARIES=cpu leaves CUDA out"; exit 2; }
+endif
 	.ci/build_wheels.sh .venv-wheels/bin '$(LIBRARIES)'
 
 # They are installed where there is no compiler, and used.

@@ -38,21 +38,22 @@ def version() -> str:
     if (ROOT / "PKG-INFO").exists():
         return re.search(r"^Version: (\S+)$", (ROOT / "PKG-INFO").read_text(), re.M)[1]
     described, commit = from_git() if (ROOT / ".git").exists() else from_archive()
-    found = re.fullmatch(rf"{TAG.pattern}(?:-(\d+)-g\w+)?(-dirty)?", described)
+    found = re.fullmatch(rf"{TAG.pattern}(?:-(\d+)-g\w+)?", described)
     if found is None:
         changes = ROOT / "CHANGELOG.md"
         text = changes.read_text() if changes.exists() else ""
         named = re.search(r"^## \[(\d[\d.]*)\]", text, re.M)
         return f"{named[1] if named else 0}.dev0" + (f"+g{commit}" if commit else "")
-    tagged, distance, dirty = found.groups()
-    if not int(distance or 0) and not dirty:
+    tagged, distance = found.groups()
+    if distance is None and not commit.endswith(".dirty"):
         return tagged
     coming = re.sub(r"\d+$", lambda last: str(int(last[0]) + 1), tagged)
-    return f"{coming}.dev{distance or 0}+g{commit}" + (".dirty" if dirty else "")
+    return f"{coming}.dev{distance or 0}+g{commit}"
 
 
 def from_git() -> tuple[str, str]:
-    """What ``git describe`` says of the tags, and the commit's abbreviated hash; "" for neither."""
+    """What ``git describe`` says of the tags, and the commit's abbreviated hash, with ".dirty"
+    where files differ from it; "" for what there is not."""
     def git(*arguments: str) -> str:
         try:
             done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
@@ -60,8 +61,8 @@ def from_git() -> tuple[str, str]:
             return ""
         return done.stdout.strip() if done.returncode == 0 else ""
 
-    described = git("describe", "--tags", "--dirty", "--match", "v[0-9]*")
-    return described, git("rev-parse", "--short", "HEAD")
+    commit = git("describe", "--always", "--dirty", "--exclude=*").replace("-", ".")
+    return git("describe", "--tags", "--match=v[0-9]*"), commit
 
 
 def from_archive() -> tuple[str, str]:

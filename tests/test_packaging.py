@@ -299,6 +299,9 @@ def test_one_build_serves_wheel_and_editable_installs(tmp_path):
     report = json.loads((lib / "build_report.json").read_text())
     assert report["cpu"]["built"] and report["cpu"]["file"] == "libqadapter_cpu.so"
     assert "portable" in report["cpu"]["instruction_sets"]
+    # GCC's OpenMP is the one that torch brings.
+    assert "g++" not in report["cpu"]["compiler"] or b"libgomp" not in (
+        lib / "libqadapter_cpu.so").read_bytes()
     program = f"""
 import torch
 from pathlib import Path

@@ -18,7 +18,8 @@ pytestmark = [
     ),
     pytest.mark.skipif(shutil.which("git") is None, reason="no git here"),
 ]
-FILES = ("setup.py", "kernels/native_build.py", ".gitattributes", ".git_archival.txt")
+FILES = ("setup.py", "kernels/native_build.py", ".gitattributes", ".gitignore",
+         ".git_archival.txt")
 
 
 def _git(folder: Path, *arguments: str) -> str:
@@ -74,8 +75,10 @@ def test_a_tag_and_the_commits_after_it(repository, tag, itself, coming):
 def test_changed_files_are_no_release(repository):
     _git(repository, "tag", "--annotate", "--message=release", "v0.5.0")
     commit = _git(repository, "rev-parse", "--short", "HEAD")
-    (repository / "CHANGELOG.md").write_text("other\n")
+    (repository / "CHANGELOG.md").write_text("## [0.6.0]\n")
     assert _version(repository) == f"0.5.1.dev0+g{commit}.dirty"
+    _git(repository, "tag", "--delete", "v0.5.0")
+    assert _version(repository) == f"0.6.0.dev0+g{commit}.dirty"
 
 
 def test_the_newest_tag_counts_and_tags_that_name_no_version_do_not(repository):
