@@ -76,7 +76,7 @@ test-transformers4: install
 	$(BIN)/python -m pytest tests/exporting/with_transformers4.py
 
 # What we export, served by the engines people use and compared with our own answers, into
-# benchmarks/results/engines.json and the tables of README.md and docs/serving.md: half an hour.
+# benchmarks/results/engines.json and the tables of docs/serving.md: half an hour.
 # ENGINES="vllm or llama.cpp" asks some of them (pytest's -k). Nothing is skipped: an engine that
 # can't be installed is an error.
 ENGINES ?=

@@ -14,6 +14,7 @@ import re
 import sys
 from pathlib import Path
 
+from pygments.lexers import JsonLexer
 from sphinx.errors import ExtensionError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +29,9 @@ NAV = {
     "Reference": ("api", "credits"),
 }
 """The pages of docs/ in the order in which they are shown."""
-BESIDE = {"Project": ("benchmarks/README", "SECURITY")}
+BESIDE = {"Project": (
+    "README", "benchmarks/README", "benchmarks/results/real_preferences", "CHANGELOG", "SECURITY",
+)}
 """Pages elsewhere in the repository."""
 
 project = "qadapter"
@@ -37,7 +40,7 @@ root_doc = "docs/README"
 # The repository itself, so that links to any of its files hold as they are.
 include_patterns = ["docs/*.md", *(f"{page}.md" for pages in BESIDE.values() for page in pages)]
 exclude_patterns = [".*", "build", "dist", "runs", "*.egg-info", "tests", "qadapter", "kernels",
-                    "benchmarks/results"]
+                    "benchmarks/results/compare"]
 
 myst_enable_extensions = ["alert", "strikethrough"]
 myst_heading_anchors = 4
@@ -108,5 +111,6 @@ def _finish(app, error: Exception | None) -> None:
 
 
 def setup(app) -> None:
+    app.add_lexer("jsonl", JsonLexer)
     app.connect("source-read", _add)
     app.connect("build-finished", _finish)

@@ -41,14 +41,6 @@ DPO_OF_EACH = {"dsp_keep": ("DPO block", "DPO LoRA"), "dsp_what": ("DPO 2 linear
 SHOWN = (
     "accuracy_reward", "log_loss", "new_win_rate", "old_win_rate", "new_gain", "kl_new_answers",
 )
-IN_README = ("accuracy_reward", "new_gain", "old_gain", "kl:unrelated text")
-"""Columns beside each text's KL; there is no room for all of the report's."""
-JUDGED_IN_README = (
-    ("Q-Adapter tuned", None), ("Q-Adapter tuned + retention", None),
-    ("Q-Adapter tuned + retention", 2.0), ("DPO tuned LoRA", None), ("Q-Adapter tuned LoRA", None),
-    ("Q-Adapter tuned LoRA", 2.0), ("SFT", None),
-)
-"""Rows, and their setting of the dial where it is not as trained."""
 HELD_IN_README = (
     ("Q-Adapter + built-in 30", None), ("Q-Adapter + built-in 30", 2.0),
     ("DPO + built-in 30", None), ("SFT", None), ("DPO + NLL", None), ("Best of 4", None),
@@ -235,12 +227,7 @@ def tables() -> dict[str, str]:
 
 def readme_tables() -> dict[str, str]:
     """The few columns and rows the README has room for."""
-    found = comparison("hh", "test")
-    return {
-        "comparison": table(found, found.main, IN_README),
-        "judged": in_short("dsp_judged", JUDGED_IN_README, 1, 2),
-        "held": in_short("dsp_forget_lora", HELD_IN_README, 3, 3),
-    }
+    return {"held": in_short("dsp_forget_lora", HELD_IN_README, 3, 3)}
 
 
 def choosing_tables() -> dict[str, str]:

@@ -1,5 +1,4 @@
-"""Rewrites the tables of README.md and docs/serving.md, each between two comments, from committed
-results.
+"""Rewrites the tables of docs/serving.md, each between two comments, from committed results.
 
     python docs/what_serves_it.py
 
@@ -19,7 +18,6 @@ from qadapter.exporting.forms import FORMS
 
 ROOT = Path(__file__).parent.parent
 SERVING = ROOT / "docs/serving.md"
-PAGES = (ROOT / "README.md", SERVING)
 GENERATION = ROOT / "benchmarks/results/generation.jsonl"
 ENGINES = ROOT / "benchmarks/results/engines.json"
 
@@ -115,8 +113,7 @@ def put(page: Path, name: str, table: str) -> None:
 
 def main() -> None:
     """Write all tables."""
-    for page in PAGES:
-        put(page, "what serves it", served())
+    put(SERVING, "what serves it", served())
     put(SERVING, "costs", costs())
     put(SERVING, "commands", commands())
 

@@ -13,7 +13,7 @@ PAGES = tuple(
 )
 """Every page whose code blocks are run."""
 BESIDE = tuple(str(path.relative_to(ROOT)) for path in (
-    *sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("benchmarks/*.md")),
+    *sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("benchmarks/**/*.md")),
 ) if path.name != "README.md" or path.parent != ROOT)
 """Every other page."""
 
