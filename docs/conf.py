@@ -30,7 +30,8 @@ NAV = {
 }
 """The pages of docs/ in the order in which they are shown."""
 BESIDE = {"Project": (
-    "README", "benchmarks/README", "benchmarks/results/real_preferences", "CHANGELOG", "SECURITY",
+    "README", "CONTRIBUTING", "benchmarks/README", "benchmarks/results/real_preferences",
+    "CHANGELOG", "SECURITY",
 )}
 """Pages elsewhere in the repository."""
 
