@@ -109,7 +109,7 @@ lint: install
 # The site, into build/site; a broken link, an unknown name or a page in no list is an error.
 docs: install
 	$(BIN)/python -m pip install --quiet sphinx myst-parser furo -c constraints.txt
-	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -b html -c docs . build/site
+	$(BIN)/python -m sphinx --quiet --fresh-env --fail-on-warning --keep-going -b html -c docs . build/site
 
 # An sdist and, made from it, two wheels: with the compiled libraries for Linux, and without any for
 # every other platform. LIBRARIES=cpu leaves CUDA's out; QADAPTER_CUDA_ARCHS narrows its targets.

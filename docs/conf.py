@@ -68,6 +68,15 @@ def _toctree(caption: str, pages: list[str]) -> str:
     return "\n".join([*begin, *pages, "```", ""])
 
 
+def _is_long(value: object) -> bool:
+    """Of more fields than a signature can show."""
+    return dataclasses.is_dataclass(value) and len(dataclasses.fields(value)) > 40
+
+
+def _shorten(app, what: str, name: str, value: object, options, signature, returns):
+    return ("(output_dir, **options)", returns) if _is_long(value) else None
+
+
 def _described(module: str) -> str:
     """What the docstrings of a module's public names say, as directives."""
     from what_it_offers import names
@@ -79,6 +88,11 @@ def _described(module: str) -> str:
             lines += [f".. autoclass:: {home}.{name}", "   :members:"]
             if dataclasses.is_dataclass(value) or hasattr(value, "_fields"):
                 lines.append("   :exclude-members: __init__, __new__")
+            if _is_long(value):  # its own fields say what they are where the command line reads it
+                helps = {f.name: f.metadata.get("help", "") for f in dataclasses.fields(value)}
+                lines.append("")
+                lines += [f"   - ``{field}``: {' '.join(helps[field].split())}"
+                          for field in value.__annotations__ if helps.get(field)]
         elif isinstance(value, dict):
             lines += [f".. py:data:: {home}.{name}", ""]
             lines += [f"   - ``{key}``: {text}" for key, text in value.items()]
@@ -114,4 +128,5 @@ def _finish(app, error: Exception | None) -> None:
 def setup(app) -> None:
     app.add_lexer("jsonl", JsonLexer)
     app.connect("source-read", _add)
+    app.connect("autodoc-process-signature", _shorten)
     app.connect("build-finished", _finish)
