@@ -111,7 +111,7 @@ PROGRAMS: dict[str, Callable[[Sequence[str], Path], None]] = {
     "ls": files_exist,
     # Those of engines come from qadapter/exporting/engines.py, and make test-engines runs them.
     "transformers": nothing, "vllm": nothing, "llama-server": nothing, "ollama": nothing,
-    "printf": nothing,
+    "printf": nothing, ".": nothing, "python3": nothing,
 }
 """Other programs: what is checked in place of running them, of their words and in which folder."""
 
