@@ -134,6 +134,18 @@ def test_without_a_name_of_its_base(run, base):
     assert QAdapterModel.from_pretrained(run, base)
 
 
+def test_a_server_takes_several(run, base):
+    from qadapter.serving import models
+    from qadapter.trunk.loading import load_base, load_tokenizer
+
+    names = {"end": str(run), "earlier": str(run / "checkpoint-100")}
+    tokenizer = load_tokenizer(base)
+    served = models.load(names, "base", load_base(base), dict.fromkeys([*names, "base"], tokenizer),
+                         1.0)
+    assert [served.by_name[name].policy.streams for name in names] == [(0,), (1,)]
+    assert served.by_name["earlier"].policy.policy.objective.alpha_0 == 0.3
+
+
 @pytest.mark.slow
 def test_commands_take_them(run, base, tmp_path, capsys):
     # Their data files: whole conversations, JSON Lines by another name.
