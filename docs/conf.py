@@ -54,7 +54,7 @@ napoleon_use_rtype = False
 html_theme = "furo"
 html_title = "qadapter"
 html_copy_source = html_show_sourcelink = False
-html_static_path: list[str] = []
+html_static_path = html_css_files = ["site.css"]
 pygments_style, pygments_dark_style = "friendly", "monokai"
 
 _NAMES = re.compile(r"<!-- names: ([\w.]+) -->.*?<!-- end -->", re.DOTALL)

@@ -57,6 +57,7 @@ PARSED = {
     "qadapter judge runs/mine --dataset_name held_out.jsonl --reward_model": "another model",
     "qadapter judge runs/mine --dataset_name held_out.jsonl --judge_model": "asks an endpoint",
     "qadapter export runs/mine --form gguf --gguf_type": "tests/exporting/test_gguf.py",
+    "qadapter export runs/mine --form gguf --output_dir mine-gguf": "docs/gguf.md runs one",
     "qadapter export runs/mine --form ollama": "tests/exporting/test_ollama.py",
     "qadapter export runs/mine --strength": "tests/exporting/test_export.py",
     "torchrun": "several processes: tests/training/test_sharded.py and others start such ones",
