@@ -173,11 +173,12 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
 
         Args:
             adapter_dir: folder written by ``save_pretrained``, or a hub repository. Also a plain
-                PEFT adapter, as a Q-function or policy stream; it needs an ``objective``.
+                PEFT adapter, as a Q-function or policy stream; it needs an ``objective``, unless
+                the authors' code left its ``training_config.json`` beside it.
             base: the base model, its folder or its name; default: the name the adapter was saved
                 with. Any other model than the one the adapter was trained on is refused.
-            objective: what a plain PEFT adapter was trained with, ``ObjectiveConfig.authors()``
-                for those of the authors' code. Our own adapters carry theirs.
+            objective: what a plain PEFT adapter was trained with. Our own adapters, and those of
+                the authors' code, carry theirs.
             is_trainable: keep the adapter's parameters trainable.
 
         Raises:
