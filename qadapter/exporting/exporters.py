@@ -24,6 +24,7 @@ from qadapter.exporting.block import BlockExport, plan_block
 from qadapter.exporting.head import LinearPolicy
 from qadapter.exporting.trunk import largest_rank, merged_trunk, reference_logits, write_adapter
 from qadapter.exporting.verification import Reference, check_states
+from qadapter.policy.card import CARD_NAME
 from qadapter.trunk.lm_head import trunk
 from qadapter.trunk.loading import shell_of
 
@@ -86,6 +87,7 @@ class HeadExport:
             ):
                 linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
             peft_model.save_pretrained(str(folder), save_embedding_layers=False)
+            (folder / CARD_NAME).unlink(missing_ok=True)  # PEFT's: it says nothing of this policy
 
 
 _BEYOND_LORA = {

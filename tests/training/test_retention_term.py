@@ -163,7 +163,7 @@ def test_own_answers_are_asked_for_once(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("sampled again")
 
-    monkeypatch.setattr(own_samples, "_generate", refuse)
+    monkeypatch.setattr(own_samples, "generate", refuse)
     second, _, _ = _train(tmp_path, **options)
     assert second == first
     ids = [build_tokenizer()(prompts[0])["input_ids"]]
