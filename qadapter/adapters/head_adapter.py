@@ -79,8 +79,7 @@ class AdapterConfig:
         """
         weight = base.get_output_embeddings().weight
         adapter = self.build(weight.shape[1], weight.device)
-        if adapter.reads_before_norm:
-            adapter.put_on(base)
+        adapter.put_on(base)
         return adapter
 
 
@@ -97,6 +96,9 @@ class HeadAdapter(nn.Module):
         self.down = nn.Linear(hidden_size, rank, bias=False, device=device, dtype=torch.float32)
         self.up = nn.Linear(rank, hidden_size, bias=False, device=device, dtype=torch.float32)
         nn.init.zeros_(self.up.weight)
+
+    def put_on(self, base: PreTrainedModel) -> None:
+        """Take of a causal LM what the adapter computes with; most need nothing."""
 
     def bottleneck(self, features: Tensor) -> Tensor:
         raise NotImplementedError
@@ -141,12 +143,13 @@ class BlockHeadAdapter(GatedHeadAdapter):
     """
 
     reads_before_norm = True
+    scale: Tensor
+    """s, saved with the weights. States are larger before the norm than behind it: by s, so that a
+    learning rate means what it means behind."""
 
     def __init__(self, hidden_size: int, rank: int, device: torch.device | None = None):
         super().__init__(hidden_size, rank, device)
         self.register_buffer("scale", torch.ones((), device=device))
-        """s, saved with the weights. States are larger before the norm than behind it: by s, so
-        that a learning rate means what it means behind."""
 
     def put_on(self, base: PreTrainedModel) -> None:
         """Take a causal LM's final norm and its size."""
@@ -157,15 +160,20 @@ class BlockHeadAdapter(GatedHeadAdapter):
 
     def forward(self, features: Tensor) -> Tensor:
         x, base_hidden = features.to(self.up.weight), self.base_stream(features).to(self.up.weight)
-        moved = self.final_norm(self.moved(x, base_hidden)) - self.final_norm(x)
+        moved = self._norm(self.moved(x, base_hidden)) - self._norm(x)
         return base_hidden + moved
+
+    def _norm(self, states: Tensor) -> Tensor:
+        if self.final_norm is None:
+            raise RuntimeError("an adapter of form block computes once it is put_on a base")
+        return self.final_norm(states)
 
     def moved(self, x: Tensor, base_hidden: Tensor) -> Tensor:
         """x′ [..., D], from x and h_b."""
         return x + self.scale * self.up(self.bottleneck(base_hidden))
 
     def base_stream(self, features: Tensor) -> Tensor:
-        return self.final_norm(features)
+        return self._norm(features)
 
 
 _FORMS: dict[HeadForm, type[HeadAdapter]] = {

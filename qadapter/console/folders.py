@@ -14,14 +14,14 @@ import datasets
 
 from qadapter.console.signals import Terminated
 from qadapter.errors import QAdapterError
-from qadapter.policy import storage
+from qadapter.policy.adapter_files import CONFIG_NAME, PEFT_CONFIG_NAME, WEIGHTS_NAME
 from qadapter.system.caches import cache_dir
 from qadapter.system.locking import sole_run
 from qadapter.system.manifest import MANIFEST_NAME
 from qadapter.system.room import free_disk, require_writable
 
 RUN_FILES = (
-    storage.WEIGHTS_NAME, storage.CONFIG_NAME, storage.PEFT_CONFIG_NAME, MANIFEST_NAME,
+    WEIGHTS_NAME, CONFIG_NAME, PEFT_CONFIG_NAME, MANIFEST_NAME,
     "summary.json", "metrics.jsonl", "report.md", "report.html",
     "completions.jsonl", "training_args.json",
     # With a number alone: checkpoint-4-backup is the user's.

@@ -228,11 +228,12 @@ class TrainingProgress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
         logs: dict[str, float] | None = None, **kwargs: Any,
     ) -> None:
-        prefix = "eval_" if "eval_loss" in (logs or {}) else ""
+        logs = logs or {}
+        prefix = "eval_" if "eval_loss" in logs else ""
         if prefix:
             self.evaluation = None
         numbers = [f"{label} {logs[prefix + key]:.3f}" for key, label in _SHOWN.items()
-                   if prefix + key in (logs or {})]
+                   if prefix + key in logs]
         if not numbers:
             return
         line = " ".join((["held-out"] if prefix else []) + numbers)

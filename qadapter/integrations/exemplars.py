@@ -79,6 +79,8 @@ def load_exemplars() -> list[Exemplar]:
                 parts = re.fullmatch(
                     r"(.*\banswer is)\s+(.+?)\.?\s*", sample["target"], re.DOTALL
                 )
+                if parts is None:
+                    continue  # then none of the source may be left, which is said below
                 group = file.stem if source != "GSM8K" else f"{file.stem} {i}"
                 found.append(Exemplar(source, group, sample[key].strip(), parts[1], parts[2]))
     if {exemplar.source for exemplar in found} != set(_SOURCES):

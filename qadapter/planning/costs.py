@@ -109,7 +109,7 @@ def costs_of(
         cpu: it runs on one, where logits are made in smaller pieces.
     """
     head_adapter = trained.first_block is None
-    blocks = 0 if head_adapter else shape.depth - trained.first_block
+    blocks = 0 if trained.first_block is None else shape.depth - trained.first_block
     split = run.cached and 0 < blocks < shape.depth
     actions = run.pairs_a_step * lengths.actions + run.retention
     of_pair = lengths.tokens if run.packed else lengths.padded(run.pairs_a_step)

@@ -139,7 +139,7 @@ def _engine(
         "products": computed, "memory": costs.read / device.bandwidth,
         "the network": costs.gathered * (shards - 1) / shards / link,
     }
-    bound_by = max(micro, key=micro.get)
+    bound_by = max(micro, key=lambda name: micro[name])
     # One batch of the reading at a time, behind each the next blocks' weights.
     batch = math.ceil(lengths.pairs * lengths.tokens / config.feature_batch_tokens / processes)
     trunk = shape.depth * shape.block * shape.itemsize

@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from qadapter.data import tokenize_preferences
+from qadapter.data.tokenization import TruncationMode
 from qadapter.errors import QAdapterError
 
 SAMPLE = 2_000
@@ -54,7 +55,7 @@ class Lengths(NamedTuple):
 
 def lengths_of(
     pairs: Dataset, tokenizer: PreTrainedTokenizerBase | None, *, max_length: int | None,
-    truncation_mode: str = "keep_start",
+    truncation_mode: TruncationMode = "keep_start",
 ) -> Lengths:
     """Of pairs as ``load_preferences`` gives them.
 
@@ -73,12 +74,13 @@ def lengths_of(
         found = tokenize_preferences(
             sample, tokenizer, max_length=max_length, truncation_mode=truncation_mode
         ).dataset
-        columns = [
+        prompt, chosen, rejected = (
             np.fromiter(map(len, found[f"{name}_ids"]), dtype=np.int64, count=len(found))
             for name in ("prompt", "chosen", "rejected")
-        ]
+        )
         kept = round(count * len(found) / len(sample))
-        return Lengths(kept, *columns, f"{where} counted with the base's tokenizer")
+        how = f"{where} counted with the base's tokenizer"
+        return Lengths(kept, prompt, chosen, rejected, how)
     usable = sample.filter(lambda problem: problem is None, input_columns="problem")
     if not len(usable):
         raise QAdapterError(f"no pair can be used: {sample['problem'][0]}")

@@ -87,8 +87,8 @@ def machine_of(text: str) -> Machine:
     counts = [int(count) for count in (first, second) if count is not None]
     if 0 in counts:
         raise QAdapterError(f"gpus: {text} is none")
-    *nodes, per_node = counts or [1]
-    return Machine(known[kind.lower()], per_node, *nodes)
+    nodes, per_node = (1, 1, *counts)[-2:]
+    return Machine(known[kind.lower()], per_node, nodes)
 
 
 def this_machine(width: int, itemsize: int) -> Machine:

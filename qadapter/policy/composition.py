@@ -25,8 +25,10 @@ from qadapter.adapters.streams import BASE
 from qadapter.errors import QAdapterError
 from qadapter.objective import ObjectiveConfig
 from qadapter.policy import storage
+from qadapter.policy.adapter_files import AdapterFiles
 from qadapter.policy.dial import ComposedPolicy
 from qadapter.policy.model import QAdapterModel
+from qadapter.trunk.identity import BaseIdentity
 from qadapter.trunk.loading import LoadedBase
 from qadapter.trunk.sharding import entering, require_whole
 from qadapter_kernels.reference import accumulation_dtype
@@ -54,7 +56,7 @@ class ComposedModel(QAdapterModel):
 
     def __init__(
         self, base: nn.Module, adapter: HeadAdapter | LoraAdapter, adapter_config: Any,
-        objective: ObjectiveConfig, base_identity: storage.BaseIdentity, parts: Sequence[Part],
+        objective: ObjectiveConfig, base_identity: BaseIdentity, parts: Sequence[Part],
         weights: Sequence[float],
     ):
         super().__init__(base, adapter, adapter_config, objective, base_identity)
@@ -185,7 +187,7 @@ def compose(
 
 def assemble(
     loaded: LoadedBase, parts: Sequence[Part], weights: Sequence[float],
-    objective: ObjectiveConfig, identity: storage.BaseIdentity,
+    objective: ObjectiveConfig, identity: BaseIdentity,
 ) -> ComposedModel:
     """Compose adapters of one form on a base; see ``compose``."""
     if not all(math.isfinite(w) for w in weights):
@@ -211,7 +213,7 @@ def assemble(
 
 
 def load(
-    saved: storage.SavedAdapter, loaded: LoadedBase, identity: storage.BaseIdentity
+    saved: storage.SavedAdapter, loaded: LoadedBase, identity: BaseIdentity
 ) -> ComposedModel:
     """A composition as ``save_pretrained`` wrote it.
 
@@ -220,7 +222,7 @@ def load(
     """
     parts = []
     for folder in saved.adapter.folders:
-        files = storage.AdapterFiles(folder)
+        files = AdapterFiles(folder)
         part, weights = storage.read(files), storage.read_weights(files)
         if isinstance(part.adapter, (AdapterConfig, storage.Composition)):
             raise QAdapterError(f"{folder}: not an adapter in the trunk: only they are composed so")

@@ -95,8 +95,8 @@ class ComposedPolicy(Policy):
                 Policy(part, 1.0, self.alpha_0, self.alpha_tilde).stream_weights(dial_B)
                 for part, dial_B in zip(self.parts, strength.unbind(1), strict=True)
             ]
-            adapters, bases = zip(*alone, strict=True)
-            return (*adapters, sum(bases) - (len(bases) - 1))
+            dials, bases = zip(*alone, strict=True)
+            return (*dials, sum(bases) - (len(bases) - 1))
         weight_a, weight_b = self.stream_weights(strength)
         c = self.objective
         adapters = [

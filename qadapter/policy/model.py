@@ -648,7 +648,7 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
     def _can_set_experts_implementation(cls) -> bool:
         return True  # where the base has experts; without, the setting means nothing
 
-    def set_experts_implementation(self, experts_implementation: str | dict) -> None:
+    def set_experts_implementation(self, experts_implementation: str | dict[str, str]) -> None:
         """How the base computes its routed experts, as in transformers."""
         super().set_experts_implementation(experts_implementation)
         self.base.set_experts_implementation(experts_implementation)

@@ -119,7 +119,7 @@ def write(
         if not isinstance(adapter, AdapterConfig):
             inactive = copy.copy(adapter)
             inactive.inference_mode = True  # as PEFT saves its own
-            inactive.save_pretrained(scratch)
+            inactive.save_pretrained(str(scratch))
         _write_template(scratch, chat_template)
         save_file(weights, scratch / WEIGHTS_NAME, metadata={"format": "pt"})
         give_usual_modes(scratch)
@@ -215,7 +215,8 @@ def read(adapter_dir: Place, objective: ObjectiveConfig | None = None) -> SavedA
     files = AdapterFiles.of(adapter_dir)
     if not files.lists(CONFIG_NAME) and files.has(PEFT_CONFIG_NAME):
         known = authors_objective(files)
-        if known is None and objective is None:
+        trained_with = known or objective
+        if trained_with is None:
             raise QAdapterError(
                 f"{adapter_dir}: a PEFT adapter without {CONFIG_NAME}, or the authors' "
                 f"{TRAINING_CONFIG_NAME}: load it in Python with the objective it was trained "
@@ -226,7 +227,7 @@ def read(adapter_dir: Place, objective: ObjectiveConfig | None = None) -> SavedA
                                 f"{TRAINING_CONFIG_NAME} says: {known}")
         adapter = _read_peft(files)
         return SavedAdapter(
-            adapter, known or objective, None, adapter.base_model_name_or_path or None, {}
+            adapter, trained_with, None, adapter.base_model_name_or_path or None, {}
         )
     path = files.checked(CONFIG_NAME)
     description = read_json(path, most=MAX_CONFIG_BYTES)

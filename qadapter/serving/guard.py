@@ -35,7 +35,7 @@ def is_loopback(host: str) -> bool:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError as error:
         raise QAdapterError(f"host {host}: {error.strerror}") from error
-    return all(ipaddress.ip_address(a[4][0].partition("%")[0]).is_loopback for a in found)
+    return all(ipaddress.ip_address(str(a[4][0]).partition("%")[0]).is_loopback for a in found)
 
 
 def read_key(path: str | Path) -> str:
@@ -114,6 +114,8 @@ class Guard:
         return None
 
     def _has_key(self, headers: Headers) -> bool:
+        if self.key is None:
+            return False
         kind, _, given = headers.get("authorization", "").partition(" ")
         same = hmac.compare_digest(given.strip().encode(), self.key.encode())
         return kind.lower() == "bearer" and same

@@ -175,7 +175,7 @@ def _logprobs(
     if not asked:
         return {}
     logprobs_NV = logits_NV[torch.tensor(asked, device=logits_NV.device)].log_softmax(-1)
-    most = max(samplings[i].top_logprobs for i in asked)
+    most = max(samplings[i].top_logprobs or 0 for i in asked)
     best = logprobs_NV.topk(min(most, logprobs_NV.shape[1]))
     values, ids = best.values.tolist(), best.indices.tolist()
     found = {}

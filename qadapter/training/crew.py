@@ -20,7 +20,7 @@ class Crew(NamedTuple):
     """A forward of the base is a collective: all processes must run as many, at the same points."""
     gather: Callable[[Any], list[Any]] = lambda x: [x]
     """What every process hands in, in their order; called under lockstep alone."""
-    index: int = 0
+    index: int = 0  # type: ignore[assignment]  # and no tuple's method
     """Of this process in what is gathered."""
     leader: int = 0
     """The process that claims and writes for this one's seat: itself, unless several compute the

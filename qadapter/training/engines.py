@@ -40,8 +40,8 @@ def settle(args: QAdapterConfig) -> None:
     """
     launched = _is_on("ACCELERATE_USE_FSDP")
     if args.fsdp or launched:
-        config = args.fsdp_config if isinstance(args.fsdp_config, Mapping) else {}
-        version = os.environ.get("FSDP_VERSION", "1") if launched else config.get("version", 1)
+        fsdp = args.fsdp_config if isinstance(args.fsdp_config, Mapping) else {}
+        version = os.environ.get("FSDP_VERSION", "1") if launched else fsdp.get("version", 1)
         raise QAdapterError(
             f"fsdp: accelerate's FSDP{version} shards a model after it is loaded, which can't be "
             f"honoured: {SHARDED}"

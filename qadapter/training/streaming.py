@@ -27,7 +27,7 @@ from transformers import (
 
 from qadapter.data.report import BadRow
 from qadapter.data.streams import PreferenceStream, Reading
-from qadapter.data.tokenization import prepare
+from qadapter.data.tokenization import OnBadRow, TruncationMode, prepare
 from qadapter.data.vocabulary import check_pair
 from qadapter.errors import QAdapterError
 from qadapter.training.config import QAdapterConfig
@@ -48,7 +48,7 @@ Pair = dict[str, Any]
 """Token ids and masks of ``_LISTS``, and ``row``."""
 
 
-class StreamedPairs(torch.utils.data.IterableDataset):
+class StreamedPairs(torch.utils.data.IterableDataset[Any]):
     """Tokenized pairs of a stream, pass after pass without end. Items: this process's share of a
     batch, collated.
 
@@ -68,8 +68,8 @@ class StreamedPairs(torch.utils.data.IterableDataset):
 
     def __init__(
         self, stream: PreferenceStream, tokenizer: PreTrainedTokenizerBase, *,
-        max_length: int | None, truncation_mode: str, on_bad_row: str, known: int,
-        shuffle_buffer: int, seed: int,
+        max_length: int | None, truncation_mode: TruncationMode, on_bad_row: OnBadRow,
+        known: int, shuffle_buffer: int, seed: int,
     ) -> None:
         self.stream, self.tokenizer, self.max_length = stream, tokenizer, max_length
         self.known = known
@@ -199,7 +199,7 @@ class StreamedPairs(torch.utils.data.IterableDataset):
         }
         tensors = {}
         for name, kind in _LISTS.items():
-            lists = [np.asarray(pair[name], dtype=kind) for pair in self._buffer]
+            lists: list[np.ndarray] = [np.asarray(pair[name], dtype=kind) for pair in self._buffer]
             tensors[name] = np.concatenate([np.zeros(0, kind), *lists])
             tensors[f"{name}.lengths"] = np.array([len(x) for x in lists], dtype=np.int64)
         save_file(tensors, folder / STATE_NAME, metadata={"state": json.dumps(state)})

@@ -73,7 +73,7 @@ def choose_dtype(
 def choose_for(stored: torch.dtype, width: int) -> DtypeChoice:
     """The same for weights of a type and a model of a width."""
     rates = rates_of_width(width)
-    fast = max(rates, key=rates.get)
+    fast = max(rates, key=lambda dtype: rates[dtype])
     if stored not in (torch.float16, torch.bfloat16):
         hint = ""
         if fast == torch.bfloat16 and rates[fast] > _CLEARLY * rates[torch.float32]:

@@ -49,8 +49,10 @@ class Gathering:
         while (into := np.flatnonzero((number % (2 * step) == 0) & (left > step))).size:
             folds.append((torch.from_numpy(into), torch.from_numpy(into + step)))
             step *= 2
-        tensors = map(torch.from_numpy, (rows, first, shared, places, starts))
-        return cls(*tensors, folds)
+        return cls(
+            torch.from_numpy(rows), torch.from_numpy(first), torch.from_numpy(shared),
+            torch.from_numpy(places), torch.from_numpy(starts), folds,
+        )
 
     def total(self, gradient_M: Tensor) -> Tensor:
         """[M, ...] summed by row, [N, ...]; zero at places that nothing reads."""
@@ -105,9 +107,9 @@ def gather(x: Tensor, gathering: Gathering, *, once: bool = False) -> Tensor:
     Args:
         once: what is made of a row is read at its first place alone, so its gradient is there.
     """
-    return _Gather.apply(x, gathering, once)
+    return _Gather.apply(x, gathering, once)  # type: ignore[no-untyped-call]
 
 
 def pick(x: Tensor, gathering: Gathering) -> Tensor:
     """[M, ...] at each row's first place, [N, ...]."""
-    return _Pick.apply(x, gathering)
+    return _Pick.apply(x, gathering)  # type: ignore[no-untyped-call]

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -95,7 +94,7 @@ class BaseIdentity:
             raise TypeError("what it says of the base is of wrong types")
         return identity
 
-    def require(self, found: BaseIdentity, adapter_dir: str | Path) -> None:
+    def require(self, found: BaseIdentity, adapter_dir: object) -> None:
         """Raises QAdapterError, with both names and what differs, unless ``found`` is the same
         model."""
         differing = ["head"] if self.head_sha256 != found.head_sha256 else []
@@ -123,7 +122,7 @@ class BaseIdentity:
 def digest_of_head(weight: Tensor) -> str:
     """SHA-256 of an lm_head [V, D], rounded to bfloat16."""
     rounded = full(weight).to("cpu", torch.bfloat16, copy=True).contiguous()
-    return hashlib.sha256(rounded.view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(rounded.view(torch.uint8).numpy().data).hexdigest()
 
 
 def numbers_of(config: PretrainedConfig) -> dict[str, Any]:
@@ -194,8 +193,9 @@ def _in_reach(model: nn.Module) -> dict[str, Tensor]:
         path, _, own = name.rpartition(".")
         hook = getattr(model.get_submodule(path), "_hf_hook", None)
         for one in getattr(hook, "hooks", (hook,)):
-            if getattr(one, "weights_map", None) is not None:
-                state[name] = one.weights_map[own]
+            weights_map = getattr(one, "weights_map", None)
+            if weights_map is not None:
+                state[name] = weights_map[own]
     return state
 
 
@@ -225,7 +225,7 @@ def _quantization(model: nn.Module) -> str:
     return str(getattr(method, "value", method))
 
 
-def _layout(state: dict[str, Tensor]) -> str:
+def _layout(state: Mapping[str, Tensor]) -> str:
     text = "".join(f"{name}{tuple(x.shape)}" for name, x in sorted(state.items()))
     return hashlib.sha256(text.encode()).hexdigest()
 
