@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "docs"), str(ROOT), str(ROOT / "kernels")]
 
 NAV = {
-    "Use it": ("start", "choosing", "data", "evaluation", "compare", "server", "serving", "gguf"),
+    "Use it": ("start", "choosing", "data", "evaluation", "reports", "compare", "server",
+               "serving", "gguf"),
     "Understand it": ("method", "kernels", "lora", "saved"),
     "Coming from": ("for-trl-users", "for-users-of-the-authors-code"),
     "At scale": ("scale", "running"),

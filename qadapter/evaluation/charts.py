@@ -128,6 +128,9 @@ def chart(
         f"{_line(c, [(0, 5), (15, 5), (30, 5)], ['', '', ''], only=1)}</svg>"
         f"{html_text(c.label)}</span>" for c in curves
     )
+    if level is not None:
+        keys += ('<span><svg viewBox="0 0 30 10" aria-hidden="true"><line class="level" x1="0" '
+                 'x2="30" y1="5" y2="5"/></svg>no preference</span>')
     return (
         f"<figure>\n<figcaption>{html_text(title)}</figcaption>\n"
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{_said(title, curves)}">'

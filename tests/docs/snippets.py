@@ -58,6 +58,7 @@ class Page:
             with self.monkeypatch.context() as patch:
                 if reason:
                     patch.setattr(f"{_module(arguments[0])}.run", lambda *a, **k: None)
+                    patch.setenv("HF_TOKEN", "hf_login")  # as after hf auth login
                 code = cli(*self._stood_in(arguments, run=not reason))
             assert code == 0, f"{block.place}: {text} ended with {code}"
 

@@ -60,6 +60,7 @@ PARSED = {
     "qadapter export runs/mine --form gguf --output_dir mine-gguf": "docs/gguf.md runs one",
     "qadapter export runs/mine --form ollama": "tests/exporting/test_ollama.py",
     "qadapter export runs/mine --strength": "tests/exporting/test_export.py",
+    "qadapter train … --push_to_hub": "sends to a hub: tests/training/test_pushes.py",
     "torchrun": "several processes: tests/training/test_sharded.py and others start such ones",
 }
 """Beginning of a command: why it isn't run. What ``qadapter`` is given there is parsed, converted
@@ -195,6 +196,7 @@ MADE: dict[str, Callable[[Path, str], None]] = {
 COMPILED = {
     ("docs/scale.md", "from transformers import AutoModelForCausalLM"):
         "eight processes: tests/training",
+    ("docs/reports.md", "from qadapter import"): "sends to a hub: tests/policy/test_hub.py",
     ("docs/server.md", "from openai import OpenAI"): "a server: tests/serving ask it so",
 }
 """Page and beginning of Python that is compiled and not run: why."""
