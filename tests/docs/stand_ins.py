@@ -32,7 +32,7 @@ SHORTER = {
     "train": (
         "--model_name_or_path", "model", "--max_steps", "2", "--answer_prompts", "1",
         "--answer_tokens", "2", "--bootstrap_resamples", "10", "--retention_file", "texts.txt",
-        "--test_fraction", "0.25",
+        "--test_fraction", "0.25", "--report_prompts", "1",
     ),
     "eval": (
         "--answer_prompts", "1", "--answer_tokens", "2", "--bootstrap_resamples", "10",
