@@ -69,7 +69,9 @@ def losses(a: Tensor, b: Tensor, weight: Tensor, ids: Tensor, mask: Tensor) -> T
     return out.loss + linear.loss
 
 
-def models(base: PreTrainedModel, folder: Path, ids: Tensor, mask: Tensor) -> None:
+def models(
+    base: PreTrainedModel, folder: Path, ids: Tensor, mask: Tensor, a: Tensor, b: Tensor
+) -> None:
     try:
         model = QAdapterModel.from_base(base, AdapterConfig(), ObjectiveConfig())
     except QAdapterError as error:
@@ -85,13 +87,16 @@ def models(base: PreTrainedModel, folder: Path, ids: Tensor, mask: Tensor) -> No
     model.set_policy(strength=1.5)
     model.set_policy(alpha_0=0.1, alpha_tilde=0.2)
     assert_type(model.token_rewards(ids, mask), Tensor)
+    assert_type(model.soft_value(a, b, ids), SoftValue)
+    soft, statistics = model.soft_value(a, b, ids, return_statistics=True)
+    assert_type(statistics, PolicyStatistics)
     model.export(folder, "merged")
     model.print_trainable_parameters()
     QAdapterModel.from_base(base, objective=0.3)  # type: ignore[arg-type]
     QAdapterModel.from_pretrained()  # type: ignore[call-arg]
     model.set_policy(strength="2")  # type: ignore[arg-type]
     model.export(folder, "onnx")  # type: ignore[arg-type]
-    del plain, generating
+    del plain, generating, soft
 
 
 def training(model: QAdapterModel, tokenizer: PreTrainedTokenizerBase, pairs: object) -> None:

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ from qadapter.trunk.loading import LoadedBase, as_loaded
 from qadapter.trunk.memo import TrunkMemo
 from qadapter.trunk.packing import Packing, hidden_states
 from qadapter.trunk.sharding import entering, freeze, layout_of, make_alike
-from qadapter_kernels import linear_soft_value, soft_value
+from qadapter_kernels import PolicyStatistics, SoftValue, linear_soft_value, soft_value
 from qadapter_kernels.reference import Coefficients, accumulation_dtype
 
 if TYPE_CHECKING:
@@ -587,11 +587,29 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
         ).last_hidden_state
         return hidden.to(self.head.device)  # another one's, where a device_map splits them
 
+    @overload
+    def soft_value(
+        self, adapter_hidden: Tensor, base_hidden: Tensor | None, actions: Tensor,
+        coefficients: Coefficients | None = None, *, return_statistics: Literal[False] = False,
+        **kwargs: Any,
+    ) -> SoftValue: ...
+    @overload
+    def soft_value(
+        self, adapter_hidden: Tensor, base_hidden: Tensor | None, actions: Tensor,
+        coefficients: Coefficients | None = None, *, return_statistics: Literal[True],
+        **kwargs: Any,
+    ) -> tuple[SoftValue, PolicyStatistics]: ...
+    @overload
+    def soft_value(
+        self, adapter_hidden: Tensor, base_hidden: Tensor | None, actions: Tensor,
+        coefficients: Coefficients | None = None, *, return_statistics: bool,
+        **kwargs: Any,
+    ) -> SoftValue | tuple[SoftValue, PolicyStatistics]: ...
     @entering
     def soft_value(
         self, adapter_hidden: Tensor, base_hidden: Tensor | None, actions: Tensor,
         coefficients: Coefficients | None = None, **kwargs: Any,
-    ):
+    ) -> SoftValue | tuple[SoftValue, PolicyStatistics]:
         """``qadapter_kernels``' soft value of N states through this model's head.
 
         Args:
