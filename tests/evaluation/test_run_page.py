@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 
@@ -143,12 +142,7 @@ def browser(window, tmp_path):
     window.open(path.as_uri())
     yield window
     assert window.logs("browser") == []
-    fetched = [
-        message["params"]["request"]["url"]
-        for message in (json.loads(entry)["message"] for entry in window.logs("performance"))
-        if message["method"] == "Network.requestWillBeSent"
-    ]
-    assert set(fetched) <= {path.as_uri()}
+    assert window.fetched() <= {path.as_uri()}
 
 
 def seen(browser) -> list[str]:

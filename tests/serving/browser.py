@@ -145,6 +145,12 @@ class Browser:
         """Since the last time: "browser" is the page's console, "performance" what was fetched."""
         return [entry["message"] for entry in self._call("/se/log", {"type": kind})]
 
+    def fetched(self) -> set[str]:
+        """What was asked of the network, or of a file, since the last time."""
+        entries = (json.loads(entry)["message"] for entry in self.logs("performance"))
+        return {entry["params"]["request"]["url"] for entry in entries
+                if entry["method"] == "Network.requestWillBeSent"}
+
     def picture(self, path: Path, whole: bool = False) -> None:
         data = self.command("Page.captureScreenshot", captureBeyondViewport=whole)["data"]
         path.write_bytes(base64.b64decode(data))

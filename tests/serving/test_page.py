@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from urllib.parse import urlsplit
 
@@ -48,11 +47,7 @@ def browser(window, stub):
     yield window
     told = [line for line in window.logs("browser") if "Failed to load resource" not in line]
     assert told == []
-    fetched = {
-        urlsplit(message["params"]["request"]["url"])[:2]
-        for message in (json.loads(entry)["message"] for entry in window.logs("performance"))
-        if message["method"] == "Network.requestWillBeSent"
-    }
+    fetched = {urlsplit(url)[:2] for url in window.fetched()}
     assert fetched <= {urlsplit(stub.url)[:2], ("data", ""), ("blob", "")}
 
 
