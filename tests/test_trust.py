@@ -742,6 +742,7 @@ def test_pages_and_texts(world, tmp_path, monkeypatch, capsys):
 
     from qadapter.commands.generate import Streamer
     from qadapter.console.terminal import Terminal
+    from qadapter.evaluation.html_page import html_page
     from qadapter.system.markup import html_text, markdown_text, picture_text
 
     evil = "<script>$x$[/b]\x1b[2J|"
@@ -759,3 +760,7 @@ def test_pages_and_texts(world, tmp_path, monkeypatch, capsys):
                tmp_path / "rewards.html") == 0
     page = (tmp_path / "rewards.html").read_text()
     assert "<script" not in page and "default-src 'none'" in page
+    page = html_page(evil, style="", body="", script="turn()")
+    assert re.findall(r"<script>(.*?)</script>", page) == ["turn()"] and page.count("<script") == 1
+    digest = base64.b64encode(hashlib.sha256(b"turn()").digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in page and "default-src 'none'" in page
