@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
+import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ import qadapter
 import qadapter_kernels
 
 ROOT = Path(__file__).parents[1]
+OWN = ("self", "cls")
 MYPY = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]
 
 
@@ -37,6 +42,40 @@ def test_every_public_name_is_used_before_the_type_checker(package):
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     assert set(package.__all__) <= used
     assert "tests/typed_use.py" in MYPY["files"]
+
+
+def public_packages() -> list[str]:
+    found = []
+    for file in (ROOT / "qadapter").rglob("__init__.py"):
+        if re.search(r"^__all__ = ", file.read_text(), re.MULTILINE):
+            found.append(".".join(file.relative_to(ROOT).parent.parts))
+    return [*sorted(found), "qadapter_kernels"]
+
+
+def functions(name: str, public: object) -> Iterator[tuple[str, object]]:
+    """What can be called of a public name, by dotted names."""
+    if not inspect.isclass(public):
+        if inspect.isfunction(public):
+            yield name, public
+        return
+    for own, member in vars(public).items():
+        member = getattr(member, "__func__", getattr(member, "fget", member))
+        ours = getattr(member, "__module__", "").startswith("qadapter")  # no NamedTuple's
+        if inspect.isfunction(member) and ours and (own[0] != "_" or own == "__call__"):
+            yield f"{name}.{own}", member
+
+
+@pytest.mark.parametrize("package", public_packages())
+def test_every_public_function_says_its_types(package):
+    module = importlib.import_module(package)
+    untold = []
+    for name in module.__all__:
+        for place, function in functions(name, getattr(module, name)):
+            signature = inspect.signature(function)
+            told = [p.annotation for p in signature.parameters.values() if p.name not in OWN]
+            if inspect.Parameter.empty in (*told, signature.return_annotation):
+                untold.append(place)
+    assert untold == []
 
 
 def test_modules_that_the_type_checker_is_lenient_with_are_there():
