@@ -237,15 +237,24 @@ def _choose_prompts(dataset: Dataset, count: int, seed: int) -> list[dict[str, A
 
 
 def _written_prompts(pairs: Dataset) -> dict[str, str]:
-    """prompt_id → the prompt's text, or its last message's."""
+    """prompt_id → the prompt as it was written; what isn't text is not among them."""
     if "prompt" not in pairs.column_names:
         return {}
     rows = zip(pairs["prompt_id"], pairs["prompt"], strict=True)
-    return {
-        name: prompt if isinstance(prompt, str) else prompt[-1].get("content", "")
-        for name, prompt in rows
-        if prompt
-    }
+    return {name: text for name, prompt in rows if prompt and (text := _written(prompt))}
+
+
+def _written(prompt: str | list[dict[str, Any]]) -> str:
+    """One message's text, or a conversation with who says what."""
+    if isinstance(prompt, str):
+        return prompt
+    texts = [message.get("content") for message in prompt]
+    if not all(isinstance(text, str) for text in texts):
+        return ""
+    if len(prompt) == 1:
+        return texts[0]
+    roles = [message.get("role", "") for message in prompt]
+    return "\n\n".join(f"{role}: {text}" for role, text in zip(roles, texts, strict=True))
 
 
 def _comparison_markdown(comparison: Comparison) -> str:

@@ -447,6 +447,7 @@ def _write(
     facts = {
         key: in_words(value) if isinstance(value, dict) else value for key, value in setup.items()
     }
+    facts["adapter"] = in_words(storage.told(model.adapter_config))
     facts |= {f"{name} pairs": r.summary() for name, r in trainer.reports.items()}
     facts["steps"] = f"{trainer.state.global_step:,}, {seconds:.0f} s in all"
     title = f"{folder.resolve().name}: a customised model"

@@ -152,7 +152,7 @@ def _line(
     if not curve.marked and len(places) > 1:
         return line
     return line + "".join(
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{2.8 if curve.marked else 1.6}" fill="{color}">'
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.8" fill="{color}">'
         f"<title>{html_text(title)}</title></circle>"
         for i, ((x, y), title) in enumerate(zip(places, titles, strict=True)) if only in (None, i)
     )

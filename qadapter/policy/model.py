@@ -270,15 +270,14 @@ class QAdapterModel(StreamedGeneration, PreTrainedModel, GenerationMixin):
             return hub.push(folder, repo, "the model is as it was", **hub_kwargs)
 
     def described(self) -> dict[str, Any]:
-        """What the adapter is and what it was trained with, as JSON types."""
-        return {**storage.describe(self.adapter_config), **dataclasses.asdict(self.objective)}
+        """What the adapter is and what it was trained with, for people; JSON types."""
+        return {**storage.told(self.adapter_config), **dataclasses.asdict(self.objective)}
 
     def _write_card(self, folder: str | Path, name: str) -> None:
         try:
             write_card(folder, adapter_card(name, self.base_identity, self.described()))
         except OSError as error:
             raise QAdapterError(f"{folder}: the model card can't be saved: {error}") from error
-
 
     def bare_base(self) -> PreTrainedModel:
         """The base without the adapter's layers; its tensors are shared."""

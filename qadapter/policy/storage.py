@@ -99,6 +99,16 @@ def describe(adapter: AdapterConfig | PeftConfig) -> dict[str, Any]:
     }
 
 
+def told(adapter: AdapterConfig | PeftConfig) -> dict[str, Any]:
+    """``describe`` for people: without what is as PEFT has it where nobody asks for another."""
+    described = describe(adapter)
+    if isinstance(adapter, AdapterConfig):
+        return described
+    usual = describe(type(adapter)())
+    always = {"kind", "r", "lora_alpha", "target_modules"}
+    return {k: v for k, v in described.items() if k in always or v != usual.get(k)}
+
+
 def write(
     folder: str | Path, weights: dict[str, Tensor], adapter: AdapterConfig | PeftConfig,
     objective: ObjectiveConfig, base: BaseIdentity, chat_template: str | None = None,

@@ -45,6 +45,8 @@ def test_every_save_has_a_card_that_says_what_it_is(tmp_path):
     }
     assert 'from_pretrained("mine")' in text and "| alpha_tilde |" in text
     assert "`some-org/some.base-1B`" in text
+    # Of PEFT's options those that say something.
+    assert "| r |" in text and "| lora_dropout | 0.05 |" in text and "| use_dora |" not in text
 
 
 def test_a_place_of_this_machine_is_not_in_the_card(tmp_path):
