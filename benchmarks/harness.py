@@ -33,7 +33,7 @@ import torch
 from report import FAILED
 
 from qadapter.trunk.base_dtype import choose_for, dtype_name
-from qadapter_kernels import cpu_backend
+from qadapter_kernels import cpu_backend, native
 
 _IMPORTED = time.monotonic()
 ROOT = Path(__file__).resolve().parents[1]
@@ -278,7 +278,7 @@ def environment(device: str, commit: str | None) -> dict[str, Any]:
         "python": platform.python_version(),
     }
     if device == "cpu" and cpu_backend.unavailable_reason("cpu") is None:
-        found["instructions"] = cpu_backend.instruction_set()
+        found["instructions"] = native.instruction_set()
     if device == "cuda":
         found["cuda"] = torch.version.cuda or torch.version.hip
         found["driver"] = _first_line(

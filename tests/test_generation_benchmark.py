@@ -5,13 +5,13 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from scripts import load_script
 from tiny_models import tiny_base
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -56,10 +56,7 @@ def test_two_passes_are_the_policy_of_ours():
 
 
 def test_the_table_in_the_docs_is_of_the_committed_run():
-    script = FOLDER.parent / "docs/what_serves_it.py"
-    spec = importlib.util.spec_from_file_location("tables", script)
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
+    tables = load_script(FOLDER.parent / "docs/what_serves_it.py")
     page = tables.SERVING.read_text(encoding="utf-8")
     assert page.split("<!-- costs -->\n")[1].split("<!-- end -->")[0] == tables.costs()
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_models import preference_rows, save_tiny, write_jsonl
+from tiny_models import save_tiny_inputs
 
 # What Python's own sockets are asked for, from the first import on; an attempt counts, whatever
 # becomes of it.
@@ -44,9 +44,7 @@ run("info")
 
 @pytest.fixture(scope="module")
 def went_out(tmp_path_factory) -> list[str]:
-    folder = tmp_path_factory.mktemp("home")
-    save_tiny(folder / "model")
-    write_jsonl(folder / "pairs.jsonl", preference_rows(12))
+    folder = save_tiny_inputs(tmp_path_factory.mktemp("home"), pairs=12)
     watcher = folder / "watch"
     watcher.mkdir()
     (watcher / "sitecustomize.py").write_text(WATCH)  # processes that it starts are watched too

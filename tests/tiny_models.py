@@ -103,6 +103,13 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+def save_tiny_inputs(folder: Path, pairs: int) -> Path:
+    """What ``train`` takes: a folder with ``model`` and ``pairs.jsonl``."""
+    save_tiny(folder / "model")
+    write_jsonl(folder / "pairs.jsonl", preference_rows(pairs))
+    return folder
+
+
 def tokenized(count: int = 16):
     return tokenize_preferences(as_preferences(preference_rows(count)), chatml()).dataset
 

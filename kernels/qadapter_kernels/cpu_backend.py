@@ -153,12 +153,6 @@ def score_rows(
     return outputs_8R
 
 
-def instruction_set() -> str:
-    """The kernels in use: "portable", "avx2" or "avx512"."""
-    name: bytes = native.library("cpu").qadapter_cpu_isa()
-    return name.decode()
-
-
 def select_instruction_set(name: str) -> None:
     """Uses other kernels than the fastest ("best"), in the whole process. For tests.
 

@@ -224,6 +224,12 @@ def _madvise() -> Callable[[int, int, int], int] | None:
     return madvise
 
 
+def instruction_set() -> str:
+    """The CPU kernels in use: "portable", "avx2" or "avx512"."""
+    name: bytes = library("cpu").qadapter_cpu_isa()
+    return name.decode()
+
+
 def describe(name: str) -> str:
     """One line: what the library ("cpu" or "cuda") holds code for, or why it can't be used."""
     if reason := unavailable_reason(name):
@@ -231,6 +237,5 @@ def describe(name: str) -> str:
     report = build_report().get(name, {})
     code = ", ".join(report.get("targets") or report.get("instruction_sets") or ["unknown targets"])
     if name == "cpu":
-        isa: bytes = library("cpu").qadapter_cpu_isa()
-        code += f"; here {isa.decode()} is taken"
+        code += f"; here {instruction_set()} is taken"
     return f"code for {code}; built with {report.get('compiler', 'an unknown compiler')}"

@@ -134,7 +134,7 @@ def _check_before_loading(model_args: args.AdapterArguments, options: ExportArgu
     require_options(options.form, options.gguf_type, options.llama_cpp_dir)
     if options.form in FROM_MERGED:
         base = base_without_weights(
-            name_of_base(name, model_args.base_model_name_or_path),
+            name_of_base(name, saved, model_args.base_model_name_or_path),
             revision=model_args.model_revision, trust_remote_code=model_args.trust_remote_code,
         )
         if base is not None:

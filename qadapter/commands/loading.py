@@ -132,8 +132,9 @@ def load_model(
         with progress_bar(console, "loading the base", "", closing=False):
             model: PreTrainedModel = load_base(base_name, **options).model
     else:
-        base_name = say_base(name_of_base(name, arguments.base_model_name_or_path), console)
-        if (saved := storage.read(name)).base is None:
+        saved = storage.read(name)
+        base_name = say_base(name_of_base(name, saved, arguments.base_model_name_or_path), console)
+        if saved.base is None:
             saying(console)(f"{name} is a PEFT adapter of the authors' code: {saved.objective}")
         tokenizer = _tokenizer(base_name, arguments, options, name, console)
         with progress_bar(console, "loading the base", "", closing=False):
@@ -148,13 +149,13 @@ def load_model(
     return model, tokenizer
 
 
-def name_of_base(adapter: str, given: str | None) -> str:
+def name_of_base(adapter: str, saved: storage.SavedAdapter, given: str | None) -> str:
     """The base that was given for an adapter, or else the one that it names.
 
     Raises:
-        QAdapterError: it can't be read, or names none.
+        QAdapterError: it names none.
     """
-    found = given or storage.read(adapter).base_name
+    found = given or saved.base_name
     if found is None:
         raise QAdapterError(f"{adapter} names no base: give --base_model_name_or_path")
     return found

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qadapter.commands.arguments import MeasureArguments
 from qadapter.console.progress import progress_bar
 from qadapter.data import read_texts
+from qadapter.data.splits import evenly
 from qadapter.errors import QAdapterError
 from qadapter.evaluation import (
     Answer,
@@ -215,9 +216,8 @@ def measure(
                 prompt_lengths=[len(p) for p in prompts], max_length=10**9, progress=progress,
                 **resampling,
             )
-    count = min(along_dial, len(comparisons)) if customised else 0
-    if count:
-        chosen = [i * len(rows) // count for i in range(count)]  # evenly over them
+    chosen = evenly(range(len(comparisons)), along_dial) if customised else []
+    if chosen:
         known = {0.0: [base[i] for i in chosen],
                  model.policy.strength: [answers[i] for i in chosen]}
         with progress_bar(console, "answers along the dial", "answers") as progress:

@@ -22,6 +22,7 @@ from qadapter.console.environment import quiet_libraries
 from qadapter.console.progress import progress_bar, saying
 from qadapter.console.terminal import Terminal
 from qadapter.errors import QAdapterError
+from qadapter.policy import storage
 from qadapter.trunk.loading import load_base, load_tokenizer
 
 _INSTALL = "pip install 'qadapter[serve]'"
@@ -122,7 +123,9 @@ def run(options: ServeArguments, model_args: args.AdapterArguments, given: set[s
     ) | {"say": saying(console)}
     require_one_process(loading)
     folders = options.adapters
-    base = say_base(name_of_base(folders[0], model_args.base_model_name_or_path), console)
+    first = storage.read(folders[0])
+    base = name_of_base(folders[0], first, model_args.base_model_name_or_path)
+    base = say_base(base, console)
     names, base_name = models.names_of(folders, base)
     tokenizers = _tokenizers(dict(zip(names, folders, strict=True)), base, base_name, model_args,
                              loading, console)

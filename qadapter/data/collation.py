@@ -8,6 +8,17 @@ import torch
 from torch import Tensor
 
 
+def left_padded(
+    prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device | None = None
+) -> dict[str, Tensor]:
+    """What ``generate`` takes of B prompts: `input_ids` and `attention_mask`, int64 [B, T]."""
+    width = max(map(len, prompts))
+    ids = [[pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    starts = torch.tensor([[width - len(prompt)] for prompt in prompts], device=device)
+    mask = torch.arange(width, device=device) >= starts
+    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": mask.long()}
+
+
 @dataclass
 class PreferenceCollator:
     """Pad B tokenized pairs to a batch of 2B rows: B chosen, then B rejected, padded on the right.

@@ -2,12 +2,21 @@
 
 import random
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
 from datasets import Dataset
 
 from qadapter.data.columns import pieces
 from qadapter.errors import QAdapterError
+
+Item = TypeVar("Item")
+
+
+def evenly(items: Sequence[Item], count: int | None) -> list[Item]:
+    """So many of the items, from all along them; all for None, and where there are no more."""
+    count = len(items) if count is None else min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def split_by_prompt(

@@ -25,6 +25,7 @@ from qadapter.console.progress import TrainingProgress, progress_bar, saying
 from qadapter.console.terminal import Terminal
 from qadapter.data import tokenize_preferences
 from qadapter.data.passages import passages
+from qadapter.data.splits import evenly
 from qadapter.demo.manner import DESCRIPTION, keeps_manner
 from qadapter.errors import QAdapterError
 from qadapter.evaluation import (
@@ -103,7 +104,7 @@ def load_pairs(size: Size = FULL) -> DemoPairs:
     pairs = _read_jsonl(DATA / "preferences.jsonl")
     train = [pair for pair in pairs if pair["split"] == "train"]
     test = [pair for pair in pairs if pair["split"] == "test"]
-    return DemoPairs(_spread(train, size.train_pairs), _spread(test, size.test_pairs))
+    return DemoPairs(evenly(train, size.train_pairs), evenly(test, size.test_pairs))
 
 
 def tokenize_pairs(
@@ -188,9 +189,9 @@ def _run(
         preferences = evaluate_preferences(model, test, progress=advance, seed=seed)
     with progress_bar(console, UNRELATED, "texts") as advance:
         retention = evaluate_retention(model, unrelated, tokenizer, progress=advance, seed=seed)
-    asked = _spread(list(test), size.prompts)
+    asked = evenly(list(test), size.prompts)
     prompts = [pairs.test[row["row"]]["prompt"] for row in asked]
-    dialled = _spread(list(range(len(asked))), size.along_dial)
+    dialled = evenly(range(len(asked)), size.along_dial)
     wanted = [
         (i, s) for s in STRENGTHS
         for i in (range(len(asked)) if s in (0.0, 1.0) else dialled)
@@ -352,13 +353,6 @@ def _as_conversation(pair: dict[str, Any]) -> dict[str, Any]:
         "chosen": [{"role": "assistant", "content": pair["chosen"]}],
         "rejected": [{"role": "assistant", "content": pair["rejected"]}],
     }
-
-
-def _spread(items: list[Any], count: int | None) -> list[Any]:
-    """``count`` items evenly over the list, so that every kind of task is among them."""
-    if count is None or count >= len(items):
-        return items
-    return [items[i * len(items) // count] for i in range(count)]
 
 
 def _read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -15,10 +15,11 @@ from qadapter.data import (
     Prompt,
     PromptEncoder,
     check_sequences,
-    learn_end_of_turn,
     messages_of,
     padding_id,
 )
+from qadapter.data.collation import left_padded
+from qadapter.data.ends import end_of_turn_ids, until_end
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.scoring import evaluating
 from qadapter.policy.model import QAdapterModel
@@ -71,17 +72,6 @@ def with_system(
         messages = [{"role": "system", "content": system}, *messages]
         found.append({**prompt, "prompt": messages} if isinstance(prompt, Mapping) else messages)
     return found
-
-
-def end_of_turn_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends an answer: the generation config's, the tokenizer's eos, and the one
-    the chat template ends a turn with."""
-    ids = model.generation_config.eos_token_id
-    found = set(ids if isinstance(ids, list) else [ids])
-    found.add(tokenizer.eos_token_id)
-    if tokenizer.chat_template:
-        found.add(learn_end_of_turn(tokenizer).token_id)
-    return sorted(found - {None})
 
 
 _NO_DIAL = "strength is the dial of an adapter; this model has none"
@@ -151,20 +141,16 @@ def generate_answers(
         torch.manual_seed(seed)
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
-            width = max(len(encoded[i]) for i in indices)
-            input_ids = torch.tensor([[pad] * (width - len(encoded[i])) + encoded[i]
-                                      for i in indices], device=device)
-            lengths = torch.tensor([len(encoded[i]) for i in indices], device=device)
-            attention_mask = torch.arange(width, device=device) >= width - lengths[:, None]
+            batch = left_padded([encoded[i] for i in indices], pad, device)
             dial = {}
             if each is not None:
                 dial = {"strength": torch.tensor([each[i] for i in indices], device=device)}
             output = model.generate(
-                input_ids=input_ids, attention_mask=attention_mask.long(),
-                max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad,
-                **sampling, **drawing, **dial,
+                **batch, max_new_tokens=max_new_tokens, eos_token_id=ends or None,
+                pad_token_id=pad, **sampling, **drawing, **dial,
             )
-            for i, ids in zip(indices, output[:, width:].tolist(), strict=True):
+            added = output[:, batch["input_ids"].shape[1] :].tolist()
+            for i, ids in zip(indices, added, strict=True):
                 answers[i] = _answer(tokenizer, ids, set(ends))
             if progress is not None:
                 progress(len(answers), len(order))
@@ -172,10 +158,8 @@ def generate_answers(
 
 
 def _answer(tokenizer: PreTrainedTokenizerBase, ids: list[int], ends: set[int]) -> Answer:
-    stop = next((k for k, token in enumerate(ids) if token in ends), None)
-    ids = ids if stop is None else ids[: stop + 1]
-    text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-    return Answer(text, ids, stop is not None)
+    ids, ended = until_end(ids, ends)
+    return Answer(tokenizer.decode(ids, skip_special_tokens=True).strip(), ids, ended)
 
 
 def answer_statistics(answers: Sequence[Answer]) -> dict[str, float]:

@@ -16,6 +16,10 @@ _EXTREMES = 5
 """Tokens listed in words under an answer, at each end."""
 
 STYLE = """
+article { background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
+  padding: .75rem 1rem; min-width: 0; }
+summary { cursor: pointer; color: var(--dim); }
+table { border-collapse: collapse; font-size: .9rem; }
 .answer { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.75; margin: .5rem 0; }
 .answer span { border-radius: .2rem; padding: .12em 0; }
 .answer .other { color: var(--dim); font-style: italic; }

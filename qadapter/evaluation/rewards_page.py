@@ -20,11 +20,7 @@ section { border-top: 1px solid var(--line); padding: 1rem 0 1.25rem; }
   max-height: 14rem; overflow: auto; }
 .sides { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr));
   align-items: start; }
-article { background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
-  padding: .75rem 1rem; min-width: 0; }
 article header { display: flex; justify-content: space-between; gap: 1rem; flex-wrap: wrap; }
-summary { cursor: pointer; color: var(--dim); }
-table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .1rem .9rem .1rem 0; text-align: left; vertical-align: top; }
 td.number { text-align: right; }
 """ + colored_tokens.STYLE

@@ -29,7 +29,7 @@ _STYLE = html_page.STYLE + """
 [hidden] { display: none !important; }
 h1 { font-size: 1.6rem; margin: 0 0 .25rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem; }
-h3, h4 { font-size: 1rem; margin: 0; }
+h3 { font-size: 1rem; margin: 0; }
 p { margin: .25rem 0 .75rem; max-width: 60rem; }
 :focus-visible { outline: 2px solid rgb(var(--more)); outline-offset: 2px; }
 .tiles { display: flex; flex-wrap: wrap; gap: 1rem; margin: 1rem 0 0; }
@@ -51,14 +51,9 @@ p { margin: .25rem 0 .75rem; max-width: 60rem; }
   max-height: 14rem; overflow: auto; }
 .sides { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit,
   minmax(min(20rem, 100%), 1fr)); align-items: start; }
-article { background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
-  padding: .75rem 1rem; min-width: 0; }
 article header { display: flex; justify-content: space-between; gap: .1rem 1rem; flex-wrap: wrap; }
-article article { border-radius: 0; border-width: 1px 0 0; padding: .75rem 0; }
 details { margin-top: .5rem; }
-summary { cursor: pointer; color: var(--dim); }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .2rem 1.2rem .2rem 0; text-align: left; vertical-align: top; }
 td.number, th.number { text-align: right; }
 .measures td, .measures th { border-bottom: 1px solid var(--line); }
@@ -193,15 +188,15 @@ def _dial(strengths: Sequence[str]) -> str:
 
 def _asked(asked: AlongDial, number: int, scale: float) -> str:
     base = next(iter(asked.answers))
-    sides = {
-        s: _side(f"customised, strength {s:g}", answer, scale, asked.ended[s])
+    customised = "\n".join(
+        f'<div data-strength="{s:g}">'
+        f'{_side(f"customised, strength {s:g}", answer, scale, asked.ended[s])}</div>'
         for s, answer in asked.answers.items()
-    }
-    customised = "\n".join(f'<div data-strength="{s:g}">{x}</div>' for s, x in sides.items())
+    )
     pair = ""
     if asked.pair:
-        sides = "\n".join(_side(name, answer, scale) for name, answer in asked.pair.items())
-        pair = (f"<details><summary>the pair in the data</summary>\n<div class=\"sides\">{sides}"
+        both = "\n".join(_side(name, answer, scale) for name, answer in asked.pair.items())
+        pair = (f"<details><summary>the pair in the data</summary>\n<div class=\"sides\">{both}"
                 "</div></details>")
     return (
         f'<section class="asked" aria-label="Prompt {number}">\n'

@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from qadapter.adapters.head_adapter import AdapterConfig
+from qadapter.data.ends import end_of_turn_ids
 from qadapter.data.templates import default_of
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.answers import end_of_turn_ids
 from qadapter.exporting import checkpoints
 from qadapter.exporting.approximation import Approximation
 from qadapter.exporting.card import write_card

@@ -106,17 +106,15 @@ def push(
 
 def _add_adapter(contents: dict[str, bytes], folder: Path, prefix: str) -> list[str]:
     """Adds an adapter's files and, of a part, their manifest; gives the parts that it has."""
-    files, own = AdapterFiles(folder), {}
-    for name in files.manifest.files if files.manifest else ():
-        if name in _OWN:
-            own[name] = _without_places(name, files.checked(name).read_bytes())
+    files = AdapterFiles(folder)
+    listed = files.manifest.files if files.manifest else ()
+    own = {name: _without_places(name, files.checked(name).read_bytes())
+           for name in listed if name in _OWN}
     contents |= {prefix + name: content for name, content in own.items()}
     if prefix:
         contents[prefix + manifest.MANIFEST_NAME] = manifest.text(own, own)
-    return [
-        name.partition("/")[0] for name in (files.manifest.files if files.manifest else ())
-        if name.endswith(f"/{manifest.MANIFEST_NAME}")
-    ]
+    return [name.partition("/")[0] for name in listed
+            if name.endswith(f"/{manifest.MANIFEST_NAME}")]
 
 
 def _without_places(name: str, content: bytes) -> bytes:

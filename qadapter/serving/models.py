@@ -17,8 +17,8 @@ from qadapter.adapters.head_adapter import AdapterConfig
 from qadapter.adapters.lora import LoraAdapter
 from qadapter.adapters.streams import BASE
 from qadapter.data import PromptEncoder
+from qadapter.data.ends import end_of_turn_ids
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.answers import end_of_turn_ids
 from qadapter.policy import storage
 from qadapter.policy.model import QAdapterModel
 from qadapter.policy.requests import BASE_ALONE, Mixture, ServedPolicy

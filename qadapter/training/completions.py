@@ -18,10 +18,11 @@ from transformers.integrations.integration_utils import (
     WandbCallback,
 )
 
-from qadapter.data import learn_end_of_turn, padding_id
+from qadapter.data import padding_id
+from qadapter.data.ends import end_of_turn_ids, until_end
 from qadapter.system.markup import markdown_table, one_line
 from qadapter.system.scratch import replacing
-from qadapter.training.own_samples import ends_of, generate
+from qadapter.training.own_samples import generate
 from qadapter.trunk.lm_head import input_device
 from qadapter.trunk.sharding import layout_of
 
@@ -117,10 +118,7 @@ class LogCompletions(TrainerCallback):
     @torch.no_grad()
     def _answer(self, step: int) -> list[Row]:
         model, tokenizer = self.trainer.model, self.trainer._load_tokenizer()
-        ends = ends_of(model) | {tokenizer.eos_token_id}
-        if tokenizer.chat_template:
-            ends.add(learn_end_of_turn(tokenizer).token_id)
-        ends.discard(None)
+        ends = end_of_turn_ids(model, tokenizer)
 
         def decode(ids: list[int]) -> str:
             return str(tokenizer.decode(ids, skip_special_tokens=True))
@@ -130,16 +128,16 @@ class LogCompletions(TrainerCallback):
         try:
             drawn = generate(
                 model, self.prompts, padding_id(model, tokenizer), do_sample=False,
-                temperature=None, top_p=None, top_k=None, eos_token_id=sorted(ends) or None,
+                temperature=None, top_p=None, top_k=None, eos_token_id=ends or None,
                 max_new_tokens=self.trainer.args.max_completion_length,
             )
             rows = []
             for prompt, ids in zip(self.prompts, drawn, strict=True):
-                stop = next((k + 1 for k, token in enumerate(ids) if token in ends), None)
+                answer, ended = until_end(ids, ends)
                 rows.append({
                     "step": step, "prompt": decode(prompt).strip(),
-                    "completion": decode(ids[:stop]).strip(),
-                    "reward": self._reward(prompt, ids[:stop]), "ended": stop is not None,
+                    "completion": decode(answer).strip(),
+                    "reward": self._reward(prompt, answer), "ended": ended,
                 })
         finally:
             model.train(training)

@@ -16,7 +16,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from qadapter.data import padding_id
+from qadapter.data.collation import left_padded
 from qadapter.data.columns import pieces
+from qadapter.data.ends import configured_ends, until_end
 from qadapter.errors import QAdapterError
 from qadapter.policy.model import QAdapterModel
 from qadapter.policy.sampling import fused_sample
@@ -141,7 +143,7 @@ class _Cache:
         key = json.dumps([
             dataclasses.asdict(model.base_identity), digest_of(model.bare_base()),
             str(model.base.dtype),
-            sorted(ends_of(model)), prompts, MAX_NEW_TOKENS, BATCH_SIZE, SEED,
+            sorted(configured_ends(model)), prompts, MAX_NEW_TOKENS, BATCH_SIZE, SEED,
         ])
         self.key = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
         self.path = folder.expanduser() / f"samples-{self.key}.json"
@@ -170,17 +172,11 @@ class _Cache:
             written.write_text(text, encoding="utf-8")
 
 
-def ends_of(model: QAdapterModel) -> set[int]:
-    """The token ids that end an answer."""
-    ends = model.generation_config.eos_token_id
-    return set(ends if isinstance(ends, list) else [ends]) - {None}
-
-
 @torch.no_grad()
 def _sample(
     model: QAdapterModel, prompts: Sequence[list[int]], pad: int, progress: Progress | None
 ) -> list[list[int]]:
-    ends = ends_of(model)
+    ends = configured_ends(model)
     answers: dict[int, list[int]] = {}
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     training, before = model.training, model.policy
@@ -198,8 +194,7 @@ def _sample(
                     custom_generate=fused_sample if on_cpu else None,
                 )
                 for i, ids in zip(indices, drawn, strict=True):
-                    stop = next((k + 1 for k, token in enumerate(ids) if token in ends), None)
-                    answers[i] = ids[:stop]
+                    answers[i], _ = until_end(ids, ends)
                 if progress is not None:
                     progress(len(answers), len(order))
     finally:
@@ -212,11 +207,6 @@ def generate(
     model: QAdapterModel, prompts: Sequence[list[int]], pad: int, **options: Any
 ) -> list[list[int]]:
     """What ``model.generate`` adds to prompts of token ids, in one batch."""
-    device, width = input_device(model.base), max(map(len, prompts))
-    input_ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
-    lengths = torch.tensor([[len(p)] for p in prompts], device=device)
-    mask = torch.arange(width, device=device) >= width - lengths
-    output = model.generate(
-        input_ids=input_ids, attention_mask=mask.long(), pad_token_id=pad, **options
-    )
-    return output[:, width:].tolist()
+    batch = left_padded(prompts, pad, input_device(model.base))
+    output = model.generate(**batch, pad_token_id=pad, **options)
+    return output[:, batch["input_ids"].shape[1] :].tolist()

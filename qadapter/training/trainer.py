@@ -29,6 +29,7 @@ from qadapter.data import (
     use_chat_template,
 )
 from qadapter.data.passages import BUILT_IN
+from qadapter.data.splits import evenly
 from qadapter.data.streams import DatasetSource, PreferenceStream
 from qadapter.data.templates import default_of
 from qadapter.data.tokenization import TokenizedPreferences
@@ -178,7 +179,7 @@ class QAdapterTrainer(Runs):
         elif eval_dataset is not None:
             eval_dataset = self._prepare(eval_dataset, "eval")
         if args.log_completions:  # features take the place of prompts
-            self._completed_prompts = self._some_prompts(eval_dataset)
+            completed_prompts = self._some_prompts(eval_dataset)
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
             data_collator=EitherCollator(
@@ -205,7 +206,7 @@ class QAdapterTrainer(Runs):
                 )
         self._follow_runs()
         if args.log_completions:
-            self.add_callback(LogCompletions(self, self._completed_prompts))
+            self.add_callback(LogCompletions(self, completed_prompts))
         self.model_accepts_loss_kwargs = True
         self._train_sums: Tensor | None = None
         self._step_losses: list[tuple[Tensor, Tensor]] = []
@@ -354,9 +355,7 @@ class QAdapterTrainer(Runs):
                 "eval_strategy"
             )
         self._load_tokenizer()
-        prompts = different_prompts(dataset)
-        count = min(self.args.num_completions_to_print, len(prompts))
-        return [prompts[i * len(prompts) // count] for i in range(count)]
+        return evenly(different_prompts(dataset), self.args.num_completions_to_print)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [

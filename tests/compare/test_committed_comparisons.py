@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections import Counter
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 from comparisons import settings, write_config
 from made_up import write_results
+from scripts import load_script
 
 from qadapter.compare.against import against, at_equal_gain
 from qadapter.compare.config import SPLITS
@@ -27,10 +27,7 @@ NAMES = sorted(path.parent.name for path in RESULTS.glob("*/config.json"))
 @pytest.fixture(scope="module")
 def page():
     """docs/what_it_found.py."""
-    spec = importlib.util.spec_from_file_location("found", ROOT / "docs/what_it_found.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "docs/what_it_found.py")
 
 
 def test_the_tables_in_the_docs_are_of_the_committed_runs(page):

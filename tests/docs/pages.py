@@ -69,10 +69,14 @@ def blocks(page: str) -> list[Block]:
     return found
 
 
+def without_blocks(page: str) -> str:
+    """A page without its code blocks."""
+    return re.sub(r"^ *(`{3,})\w*$.*?^ *\1$", "", read(page), flags=re.DOTALL | re.MULTILINE)
+
+
 def prose(page: str) -> str:
     """A page without its code blocks and inline code."""
-    text = re.sub(r"^ *(`{3,})\w*$.*?^ *\1$", "", read(page), flags=re.DOTALL | re.MULTILINE)
-    return re.sub(r"`[^`\n]+(\n[^`\n]+)?`", "", text)
+    return re.sub(r"`[^`\n]+(\n[^`\n]+)?`", "", without_blocks(page))
 
 
 def links(page: str) -> list[str]:
@@ -84,9 +88,8 @@ def links(page: str) -> list[str]:
 def anchors(page: str) -> set[str]:
     """What the headings of a page are called in links, by the rule that web hosts and MyST share:
     lower case, without punctuation, spaces as hyphens."""
-    text = re.sub(r"^ *(`{3,})\w*$.*?^ *\1$", "", read(page), flags=re.DOTALL | re.MULTILINE)
     found: set[str] = set()
-    for heading in re.findall(r"^#+ +(.+?) *$", text, re.MULTILINE):
+    for heading in re.findall(r"^#+ +(.+?) *$", without_blocks(page), re.MULTILINE):
         words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
         name = re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
         count = sum(bool(re.fullmatch(rf"{re.escape(name)}(-\d+)?", x)) for x in found)

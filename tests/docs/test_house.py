@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import xml.etree.ElementTree as ET
 
 import pytest
 from pages import ROOT
+from scripts import load_script
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -15,10 +15,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 @pytest.fixture
 def drawn():
     """docs/house.py."""
-    spec = importlib.util.spec_from_file_location("house", ROOT / "docs/house.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "docs/house.py")
 
 
 def test_the_picture_is_up_to_date(drawn):

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import ast
 import importlib
-import importlib.util
 import re
 
 import pytest
-from pages import BESIDE, PAGES, ROOT, anchors, links, read
+from pages import BESIDE, PAGES, ROOT, anchors, links, read, without_blocks
+from scripts import load_script
 
 DOCS = ROOT / "docs"
 
@@ -50,7 +50,7 @@ def test_every_link_leads_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES + BESIDE)
 def test_a_page_has_one_title_and_reads_without_the_site(page):
-    text = re.sub(r"^ *(`{3,})\w*$.*?^ *\1$", "", read(page), flags=re.DOTALL | re.MULTILINE)
+    text = without_blocks(page)
     assert text.startswith("# ") and len(re.findall(r"^# ", text, re.MULTILINE)) == 1
     # What only one generator knows: directives, roles, its own admonitions and tabs.
     assert not re.search(r"^(:::|!!!|===|\.\. )|\{\w+\}`|^```\{", read(page), re.MULTILINE)
@@ -59,10 +59,7 @@ def test_a_page_has_one_title_and_reads_without_the_site(page):
 @pytest.fixture(scope="module")
 def offers():
     """docs/what_it_offers.py."""
-    spec = importlib.util.spec_from_file_location("offers", DOCS / "what_it_offers.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(DOCS / "what_it_offers.py")
 
 
 def public_modules() -> set[str]:

@@ -4,8 +4,9 @@ from data.tiny import STRICT, chatml, llama3
 from tiny_models import tiny_adapter, tiny_llama
 
 from qadapter import QAdapterError
+from qadapter.data.ends import end_of_turn_ids
 from qadapter.evaluation import Answer, answer_statistics, generate_answers
-from qadapter.evaluation.answers import encode_prompt, end_of_turn_ids
+from qadapter.evaluation.answers import encode_prompt
 
 PROMPTS = ["What?", "What color is the sky? It is blue, and green.", "Is it hot?"]
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from scripts import load_script
 
 from qadapter_kernels import cuda_backend, native
 
@@ -21,10 +20,7 @@ BOUNDS = {  # threads of a block, blocks a multiprocessor: what the sources' com
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("cuda_resources", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    module = load_script(SCRIPT)
     if module.find_nvcc() is None:
         pytest.skip("nvcc was not found")
     return module

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_models import cli, preference_rows, save_tiny, write_jsonl
+from tiny_models import cli, save_tiny_inputs
 
 from qadapter.errors import QAdapterError
 from qadapter.planning import Engine, choose
@@ -17,10 +17,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("plan")
-    save_tiny(folder / "model")
-    write_jsonl(folder / "pairs.jsonl", preference_rows(40))
-    return folder
+    return save_tiny_inputs(tmp_path_factory.mktemp("plan"), pairs=40)
 
 
 def plan(capsys, *arguments):

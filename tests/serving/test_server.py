@@ -14,7 +14,8 @@ from running import ADAPTERS, reference, running, save_adapters, service_of
 from tiny_models import batches_continuously
 
 from qadapter.data import load_preferences
-from qadapter.evaluation.answers import encode_prompt, end_of_turn_ids
+from qadapter.data.ends import end_of_turn_ids
+from qadapter.evaluation.answers import encode_prompt
 from qadapter.serving.preferences import PreferenceFile
 from qadapter.trunk.loading import load_tokenizer
 

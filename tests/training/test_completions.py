@@ -7,12 +7,12 @@ import json
 import pytest
 import torch
 from data.tiny import chatml
-from tiny_models import cli, preference_rows, save_tiny, tiny_adapter, write_jsonl
+from tiny_models import cli, preference_rows, save_tiny_inputs, tiny_adapter
 from transformers import TrainerCallback
 
 from qadapter import QAdapterConfig, QAdapterError, QAdapterTrainer
 from qadapter.evaluation import generate_answers
-from qadapter.training.completions import FILE_NAME
+from qadapter.training.completions import FILE_NAME, LogCompletions
 
 LOGGED = {"log_completions": True, "num_completions_to_print": 3, "max_completion_length": 5}
 
@@ -45,7 +45,8 @@ def test_answers_are_the_policys_and_training_is_as_without(tmp_path):
     prompts = [row["prompt"] for row in rows[:3]]
     assert len(set(prompts)) == 3 and all("What is" in prompt for prompt in prompts)
     assert all(row["reward"] == 0 for row in rows[:3]) and rows[-1]["reward"] != 0
-    ids = run._completed_prompts
+    [ids] = (each.prompts for each in run.callback_handler.callbacks
+             if isinstance(each, LogCompletions))
     assert prompts == [chatml().decode(x, skip_special_tokens=True).strip() for x in ids]
     for step, strength in ((0, 0.0), (4, 1.0)):
         answers = generate_answers(
@@ -103,10 +104,7 @@ def test_tensorboard_gets_numbers_and_samples(tmp_path):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("completions")
-    save_tiny(folder / "model")
-    write_jsonl(folder / "pairs.jsonl", preference_rows(12))
-    return folder
+    return save_tiny_inputs(tmp_path_factory.mktemp("completions"), pairs=12)
 
 
 def test_the_command_logs_some_and_can_be_told_not_to(place, tmp_path, capsys):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from stub_hub import TOKEN, stub_hub
-from tiny_models import cli, preference_rows, save_tiny, write_jsonl
+from tiny_models import cli, save_tiny_inputs
 
 from qadapter import QAdapterModel
 
@@ -18,10 +18,7 @@ ADAPTER = {"README.md", "adapter_config.json", "adapter_model.safetensors", "cha
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pushes")
-    save_tiny(folder / "model")
-    write_jsonl(folder / "pairs.jsonl", preference_rows(12))
-    return folder
+    return save_tiny_inputs(tmp_path_factory.mktemp("pushes"), pairs=12)
 
 
 def train(place: Path, run: Path, *more) -> int:
