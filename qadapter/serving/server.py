@@ -16,6 +16,11 @@ from qadapter.serving.app import Service, build
 _AFTER_GRACE = 5
 """Seconds in which answers that were ended say so to their clients."""
 
+_KEEP_ALIVE = 75
+"""Seconds for which a connection stays open without a request: longer than clients (httpx: 5) and
+proxies (nginx: 60) keep theirs. Were the server the first to close it, a request sent meanwhile
+would be lost."""
+
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket, before anything slow is done.
@@ -64,14 +69,9 @@ def run(
 async def _run(
     service: Service, listening: socket.socket, grace_seconds: float, ready: Callable[[], None]
 ) -> None:
-    config = uvicorn.Config(
-        build(service), log_level="warning", access_log=False, server_header=False, ws="none",
-        lifespan="off",
-        timeout_graceful_shutdown=int(grace_seconds) + _AFTER_GRACE,
-    )
     try:
         await service.engine.check()
-        await _Server(config, service, grace_seconds, ready).serve(sockets=[listening])
+        await Server(service, grace_seconds, ready).serve(sockets=[listening])
     finally:
         with contextlib.suppress(asyncio.CancelledError):
             await service.engine.stop()
@@ -79,14 +79,15 @@ async def _run(
         listening.close()
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """One that lets answers end when a signal comes, and refuses new ones."""
 
-    def __init__(
-        self, config: uvicorn.Config, service: Service, grace_seconds: float,
-        ready: Callable[[], None],
-    ):
-        super().__init__(config)
+    def __init__(self, service: Service, grace_seconds: float, ready: Callable[[], None]):
+        super().__init__(uvicorn.Config(
+            build(service), log_level="warning", access_log=False, server_header=False, ws="none",
+            lifespan="off", timeout_keep_alive=_KEEP_ALIVE,
+            timeout_graceful_shutdown=int(grace_seconds) + _AFTER_GRACE,
+        ))
         self.service, self.grace_seconds, self.ready = service, grace_seconds, ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import peft
 import torch
-import uvicorn
 from tiny_models import save_tiny, tiny_llama
 
 from qadapter import AdapterConfig, QAdapterModel
 from qadapter.serving import models, server
-from qadapter.serving.app import Service, build
+from qadapter.serving.app import Service
 from qadapter.serving.engine import Engine
 from qadapter.trunk.loading import load_base, load_tokenizer
 
@@ -75,15 +74,9 @@ class Running:
             self.ready.set()
 
     async def _serve(self) -> None:
-        config = uvicorn.Config(
-            build(self.service), log_level="warning", access_log=False, ws="none", lifespan="off",
-            timeout_graceful_shutdown=int(self.grace_seconds) + 5,
-        )
         try:
             await self.service.engine.check()
-            self.server = server._Server(
-                config, self.service, self.grace_seconds, self.ready.set
-            )
+            self.server = server.Server(self.service, self.grace_seconds, self.ready.set)
             await self.server.serve(sockets=[self.listening])
         finally:
             await self.service.engine.stop()

@@ -10,6 +10,8 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
+from urllib.parse import urlsplit
 
 import openai
 import pytest
@@ -106,6 +108,18 @@ def test_answers_that_take_too_long_after_a_signal_say_so(folder, stream, signal
 
 @batches_continuously
 @pytest.mark.slow
+def test_a_connection_stays_open_longer_than_clients_keep_theirs(folder):
+    """httpx keeps one for five seconds: closed by the server meanwhile, it would lose a request."""
+    with running(service_of(folder, names=["block"])) as server:
+        connection = HTTPConnection(urlsplit(server.url).netloc)
+        for pause in (0, 5.5):
+            time.sleep(pause)
+            connection.request("GET", "/v1/models", headers={"Connection": "keep-alive"})
+            opened = connection.sock
+            assert connection.getresponse().read() and connection.sock is opened is not None
+        connection.close()
+
+
 def test_the_command_from_its_first_line_to_its_last(folder, tmp_path):
     pairs = tmp_path / "pairs.jsonl"
     process = subprocess.Popen(
