@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from torch import distributed
 
+from qadapter.system.processes import leave_group
+
 TIMEOUT_SECONDS = 90
 """Of a collective that not all processes have come to."""
 
@@ -70,7 +72,7 @@ def report(checks: Mapping[str, Callable[[], None]], folder: Path) -> None:
             found[name] = traceback.format_exc()
         file = folder / f"rank{distributed.get_rank()}.json"
         file.write_text(json.dumps(found))
-    distributed.destroy_process_group()
+    leave_group()
 
 
 def alike(x: object) -> bool:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import math
 import os
@@ -462,8 +463,10 @@ def test_gpu_script_brings_results_back(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"summary.txt", "results.tar.gz"}
     assert "tiny, N 1, temperature: " in (tmp_path / "summary.txt").read_text()
     with tarfile.open(tmp_path / "results.tar.gz") as results:
-        assert {"results/decoding.jsonl", "results/decoding.cpu.png", "log/decoding.txt",
-                "summary.txt"} <= set(results.getnames())
+        names = results.getnames()
+        assert {"results/decoding.jsonl", "log/decoding.txt", "summary.txt"} <= set(names)
+        # By the data type that is faster here.
+        assert fnmatch.filter(names, "results/decoding.cpu*.png")
 
 
 def test_gpu_script_goes_on_after_a_failing_part(tmp_path):

@@ -28,7 +28,7 @@ from qadapter import QAdapterModel
 def test_every_provider_runs(tmp_path):
     generation.main(["--dry-run", "--device", "cpu", "--output", str(tmp_path)])
     rows = [json.loads(line) for line in (tmp_path / "generation.jsonl").read_text().splitlines()]
-    assert (tmp_path / "generation.cpu.png").exists()
+    assert list(tmp_path.glob("generation.cpu*.png"))  # by the data type that is faster here
     assert {r["status"] for r in rows} == {"ok"} and len(rows) == 2 * 10
     for row in rows:
         assert row["shape"]["B"] * row["shape"]["new_tokens"] / row["ms"] * 1e3 == pytest.approx(

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import torch.distributed as dist
 import typer
 from datasets import Dataset
 from rich.console import Console
@@ -60,6 +59,7 @@ from qadapter.policy import storage
 from qadapter.policy.card import is_hub_name
 from qadapter.system.caches import cache_dir
 from qadapter.system.markup import markdown_list
+from qadapter.system.processes import leave_group
 from qadapter.training import QAdapterConfig, QAdapterTrainer, checks, streaming
 from qadapter.training.checkpoints import find_checkpoint, how_to_go_on
 from qadapter.training.feature_set import FeatureSet
@@ -174,8 +174,7 @@ def run(
             _run(
                 model_args, script, config, measures, given, folder, resume or None, console, start
             )
-    if dist.is_initialized():  # its threads would still be at work when the process ends
-        dist.destroy_process_group()
+    leave_group()
 
 
 def _folder(

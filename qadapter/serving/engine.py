@@ -37,6 +37,9 @@ _TOKENS_EACH = 1024
 """Of keys and values for each answer that may be written at once. Where they are longer together,
 some are put aside meanwhile and read again."""
 
+_ENDING = 0.01
+"""Seconds between two looks at a thread that is about to end."""
+
 
 class EngineFailed(Exception):
     """An answer ended before it was whole; says why, in a line for whoever asked for it."""
@@ -125,7 +128,7 @@ class Engine:
         Raises:
             EngineFailed: it can't be finished.
         """
-        manager = self._started()
+        manager = await self._started()
         writing = Writing(f"answer-{next(self._numbers)}", mixture, Drawing(sampling, prompt))
         self.batches.requests[writing.key] = writing
         finished = False
@@ -200,11 +203,14 @@ class Engine:
 
     # --- the manager --------------------------------------------------------------------------
 
-    def _started(self) -> Any:
+    async def _started(self) -> Any:
+        """The manager; after a step that failed a new one, once the last one's thread has ended."""
+        while self._manager is not None and self._manager.is_running() and not self._stopped:
+            if self._manager.background_thread_status.can_accept_new_requests() is None:
+                return self._manager
+            await asyncio.sleep(_ENDING)
         if self._stopped:
             raise EngineFailed("the server is shutting down")
-        if self._manager is not None and self._manager.is_running():
-            return self._manager
         self._loop = asyncio.get_running_loop()
         config = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
         self._manager = self.batches.init_continuous_batching(

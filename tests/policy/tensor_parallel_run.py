@@ -76,10 +76,11 @@ def both(kind: str, form: str = "linear") -> tuple[QAdapterModel, QAdapterModel]
 
 
 def assert_close(ours, theirs, name: str = "") -> None:
-    """Products of the parts are added up in another order."""
+    """Products of the parts are added up in another order: a sum of n terms rounds by less than n
+    times the type's step, and the longest are over the vocabulary's 600 (a gradient's last one)."""
     size = theirs.abs().max().clamp_min(1.0)
     torch.testing.assert_close(
-        ours, theirs, rtol=0, atol=float(64 * torch.finfo(torch.float32).eps * size),
+        ours, theirs, rtol=0, atol=float(600 * torch.finfo(torch.float32).eps * size),
         msg=lambda said: f"{name}: {said}",
     )
 

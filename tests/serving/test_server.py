@@ -438,6 +438,9 @@ def test_a_step_that_fails_ends_its_answers_and_no_others(server, client, expect
         ask(client, "gated")
     assert ask(client, "gated").choices[0].message.content == expected("gated", "What is blue?")[0]
     batches.choose = failing
+    status = server.service.engine._manager.background_thread_status
+    ended = status.mark_as_stopped
+    status.mark_as_stopped = lambda: (time.sleep(0.5), ended())  # its thread takes a while to end
     with pytest.raises(openai.APIError, match="no memory, say"):
         list(ask(client, "gated", stream=True))
     assert ask(client, "low").choices[0].message.content == expected("low", "What is blue?")[0]

@@ -107,7 +107,6 @@ def test_answers_that_take_too_long_after_a_signal_say_so(folder, stream, signal
 
 
 @batches_continuously
-@pytest.mark.slow
 def test_a_connection_stays_open_longer_than_clients_keep_theirs(folder):
     """httpx keeps one for five seconds: closed by the server meanwhile, it would lose a request."""
     with running(service_of(folder, names=["block"])) as server:
@@ -120,6 +119,8 @@ def test_a_connection_stays_open_longer_than_clients_keep_theirs(folder):
         connection.close()
 
 
+@batches_continuously
+@pytest.mark.slow
 def test_the_command_from_its_first_line_to_its_last(folder, tmp_path):
     pairs = tmp_path / "pairs.jsonl"
     process = subprocess.Popen(

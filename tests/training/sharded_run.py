@@ -19,6 +19,7 @@ from transformers.distributed import DistributedConfig
 from qadapter import AdapterConfig, QAdapterModel
 from qadapter.errors import QAdapterError
 from qadapter.policy.sampling import fused_sample
+from qadapter.system.processes import leave_group
 from qadapter.training import QAdapterConfig, QAdapterTrainer
 from qadapter.trunk.loading import load_base
 from qadapter.trunk.sharding import layout_of
@@ -227,4 +228,4 @@ if __name__ == "__main__":
     results = runs(*map(Path, sys.argv[1:]))
     if dist.get_rank() == 0:
         Path(sys.argv[1], "results.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
+    leave_group()

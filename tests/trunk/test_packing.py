@@ -179,7 +179,9 @@ def test_states_and_gradients_are_the_padded_ones(name, checkpointed, kernel):
     for texts in map(ids_of, TEXTS.values()):
         expected = padded(base, texts)
         gradients = torch.autograd.grad(loss_of(expected), adapters(base))
-        assert any(g.abs().max() > 0.1 for g in gradients)
+        # Some are 0 but for rounding: of single tokens, a query's.
+        scale = max(g.abs().max().item() for g in gradients)
+        assert scale > 0.1
         for share in (True, False):
             states = in_a_row(base, texts, share=share)
             for ours, theirs in zip(states, expected, strict=True):
@@ -188,7 +190,6 @@ def test_states_and_gradients_are_the_padded_ones(name, checkpointed, kernel):
             for ours, theirs in zip(
                 torch.autograd.grad(loss, adapters(base)), gradients, strict=True
             ):
-                scale = theirs.abs().max().item()
                 assert_close(ours, theirs, rtol=tolerance, atol=tolerance * scale)
             assert len(attended) - before == checkpointed
 

@@ -19,6 +19,7 @@ from transformers.distributed import DistributedConfig
 from qadapter import AdapterConfig, QAdapterModel
 from qadapter.errors import QAdapterError
 from qadapter.policy.composition import compose
+from qadapter.system.processes import leave_group
 from qadapter.trunk.identity import digest_of
 from qadapter.trunk.sharding import full, layout_of, within
 
@@ -29,7 +30,7 @@ def one_process(tmp_path):
         "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
     )
     yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
+    leave_group()
 
 
 def sharded(base, mesh, **policies):
