@@ -63,6 +63,7 @@ def test_the_dial_runs_from_the_base_through_the_adapter(form):
     assert (one - zero).abs().max() > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", HEAD_FORMS)
 def test_what_is_exported_is_the_policy_and_what_can_not_be_is_named(form, tmp_path):
     model = model_of(form, str(save_tiny(tmp_path / "base")))

@@ -74,6 +74,7 @@ def test_a_broken_off_comparison_goes_on_where_it_was(place):
     assert any(line.startswith("[1/7] dpo, seed 0: measured") for line in again)
 
 
+@pytest.mark.slow
 def test_budgets_are_equal(place):
     """Tokens seen: within a step's worth of the budget; trainable parameters: the same."""
     folder, _ = place

@@ -191,6 +191,7 @@ def test_pairs_beyond_the_memory_are_mapped(spilling):
     assert others["prompt"][:] == [row["prompt"] for row in ROWS]
 
 
+@pytest.mark.slow
 def test_the_file_goes_with_its_process(spilling):
     script = (
         "import sys; from qadapter.data import as_preferences, spooled\n"
