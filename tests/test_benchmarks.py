@@ -75,11 +75,12 @@ def test_linear_loss(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("main, name", [
-    (linear_loss.main, "torch.compile, one product"), (logits_loss.main, logits_loss.COMPILED),
+@pytest.mark.parametrize("main, name, options", [
+    (linear_loss.main, "torch.compile, one product", ["--no-memory"]),
+    (logits_loss.main, logits_loss.COMPILED, []),
 ])
-def test_shapes_compile_where_they_are_asked_to(tmp_path, main, name):
-    arguments = ("--rows", "5", "--providers", "ours", name, "--compile-rows")
+def test_shapes_compile_where_they_are_asked_to(tmp_path, main, name, options):
+    arguments = (*options, "--rows", "5", "--providers", "ours", name, "--compile-rows")
     reasons = {(): "not compiled, as asked",
                ("4096", "512"): "not compiled but for N = 4096, 512, as asked"}
     for wanted, reason in reasons.items():
