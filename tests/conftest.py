@@ -43,7 +43,8 @@ def pytest_collection_modifyitems(config, items):
         first = {}
         for item in items:
             first.setdefault((item.path, item.getparent(pytest.Class), item.originalname), item)
-        config.hook.pytest_deselected(items=[x for x in items if x not in set(first.values())])
+        kept = set(first.values())
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = first.values()
     if torch.cuda.is_available():
         return

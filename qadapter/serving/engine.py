@@ -36,7 +36,6 @@ _SHARE = 0.4
 _TOKENS_EACH = 1024
 """Of keys and values for each answer that may be written at once. Where they are longer together,
 some are put aside meanwhile and read again."""
-
 _ENDING = 0.01
 """Seconds between two looks at a thread that is about to end."""
 
