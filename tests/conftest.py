@@ -18,7 +18,7 @@ settings.register_profile("qadapter", derandomize=True, deadline=None, max_examp
 settings.load_profile("qadapter")
 
 # Here and not later: some test module's imports reach triton (torch._dynamo does), and whether its
-# kernels compile or run in its interpreter is settled when it is imported (kernels/interpreter.py).
+# kernels compile or run in its interpreter is settled when it is imported (interpreter.py).
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

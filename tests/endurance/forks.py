@@ -7,11 +7,9 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import gc
-import importlib
 import json
 import mmap
 import os
-import pkgutil
 import resource
 import select
 import signal
@@ -23,7 +21,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-import qadapter
+from imports import import_all
+
 from qadapter.cli import main
 from qadapter.training import feature_store
 
@@ -31,25 +30,11 @@ CPU_SECONDS, WALL_SECONDS = 40, 400
 """A run that takes longer hangs: all of them take about a second of a processor."""
 MEMORY = 4 << 30
 """Bytes of its own that a run may take before the system refuses it more."""
-_LEFT_OUT = ("qadapter.exporting.gguf.in_llama_cpp", "qadapter.integrations.lm_eval")
-"""They need packages that qadapter does without."""
-_IMPORTED_LATE = (
-    "matplotlib.backends.backend_agg", "matplotlib.figure",
-    "peft.utils.transformers_weight_conversion",
-    "PIL.JpegImagePlugin", "PIL.PngImagePlugin", "pydantic.type_adapter", "safetensors.torch",
-    "torch._dynamo", "torch.profiler", "torch.utils.serialization", "transformers.trainer",
-    "transformers.models.llama.modeling_llama", "trl",
-)
-"""What commands import when they get there."""
 
 
 def warm() -> None:
-    """Import what the commands need. Nothing is computed: threads don't outlive a fork."""
-    for module in pkgutil.walk_packages(qadapter.__path__, "qadapter."):
-        if module.name not in _LEFT_OUT:
-            importlib.import_module(module.name)
-    for name in _IMPORTED_LATE:
-        importlib.import_module(name)
+    """Import what the commands need."""
+    import_all()
     feature_store._MOST_PAIRS = 3  # a few pairs are several files
     gc.collect()
     gc.freeze()

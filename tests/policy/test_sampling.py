@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 
+import interpreter  # first: it decides how triton is imported
 import pytest
 import torch
 from naive import ROWS, left_padded
@@ -17,13 +17,9 @@ from qadapter.policy import sampling
 from qadapter.policy.sampling import draw_by_lookup, fused_sample
 from qadapter_kernels.triton import launch
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
-needs_kernel = pytest.mark.skipif(
-    not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
-    reason="needs a GPU or Triton's interpreter",
-)
+pytestmark = interpreter.quiet
 needs_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernel draws")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = interpreter.DEVICE
 FILTERS = {
     "all tokens": ({}, 200, (1.0, 0, 1.0, 0.0)),
     "temperature": ({"temperature": 0.6}, 200, (0.6, 0, 1.0, 0.0)),
@@ -56,6 +52,7 @@ def generate(model, inputs, **options):
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
     """For a vocabulary of 96, in the interpreter."""
+    interpreter.speed_up(monkeypatch)
     monkeypatch.setitem(launch.TILES, "sample", launch.Tile(64, 4))
 
 
@@ -99,7 +96,6 @@ def assert_drawn_from(exact: torch.Tensor, tokens: torch.Tensor) -> None:
 
 
 @pytest.mark.slow
-@needs_kernel
 @pytest.mark.parametrize("name", FILTERS)
 def test_the_kernel_follows_transformers_own_distribution(model, draws, name):
     options, count, told = FILTERS[name]
@@ -145,7 +141,6 @@ def test_a_plain_model_is_drawn_from_too():
 
 
 @pytest.mark.slow
-@needs_kernel
 def test_a_padded_batch_over_many_steps(model, draws):
     """With one token left to draw from, sampling is greedy: positions, caches and ends included."""
     greedy = model.generate(
@@ -167,7 +162,6 @@ def test_draws_follow_the_seed(model):
     assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
 
 
-@needs_kernel
 def test_scores_of_16_bits_are_searched_as_such(draws):
     base = tiny_base().to(DEVICE, torch.bfloat16)
     half = QAdapterModel.from_base(base)
@@ -185,7 +179,6 @@ def test_raw_logits_are_left_alone(model):
     assert (out.logits[0] - expected).abs().max() < 1e-5
 
 
-@needs_kernel
 def test_what_runs_as_it_is(model, draws):
     """Scores asked for, and greedy decoding: transformers' own loop."""
     prompt = {"input_ids": torch.tensor(ROWS[:1])}

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import launch
 from safetensors.torch import load_file
 from sharded_run import CASES, RESUMED, train
 from torch.testing import assert_close
@@ -27,15 +25,9 @@ SCRIPT = Path(__file__).with_name("sharded_run.py")
 NUMBERS = {"rtol": 2e-5, "atol": 1e-5}
 
 
-def launch(processes: int, *folders: Path) -> dict:
+def found(processes: int, *folders: Path) -> dict:
     """What the processes of ``sharded_run.py`` find together."""
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone",
-         f"--nproc_per_node={processes}", str(SCRIPT), *map(str, folders)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, timeout=400,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
+    launch(SCRIPT, processes, *folders)
     return json.loads((folders[0] / "results.json").read_text())
 
 
@@ -67,13 +59,13 @@ def alone(folder, bases):
 @pytest.fixture(scope="module")
 def two(folder, bases, alone):
     (folder / "two").mkdir()
-    return launch(2, folder / "two", bases, folder / "alone")
+    return found(2, folder / "two", bases, folder / "alone")
 
 
 @pytest.fixture(scope="module")
 def four(folder, bases, two):
     (folder / "four").mkdir()
-    return launch(4, folder / "four", bases, folder / "two")
+    return found(4, folder / "four", bases, folder / "two")
 
 
 def numbers(metrics: dict) -> dict:
