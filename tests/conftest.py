@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 
+import imports
 import pytest
 import torch
 from hypothesis import settings
@@ -22,7 +23,8 @@ settings.load_profile("qadapter")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if WORKER:  # the workers share the cores
     torch.set_num_threads(1)
 
 
@@ -31,9 +33,12 @@ def _seed():
     torch.manual_seed(0)
 
 
-def pytest_collection_finish():
+def pytest_collection_finish(session):
     """A full collection walks all that torch and transformers have imported, in a third of a
-    second, and every run of a Trainer begins with one: what is there now stays anyway."""
+    second, and every run of a Trainer begins with one: what is there now stays anyway, and what a
+    worker with tests of every kind comes to import may as well be there."""
+    if WORKER and len(session.items) > 1_000:
+        imports.import_all()
     gc.collect()
     gc.freeze()
 

@@ -38,6 +38,7 @@ def warm() -> None:
     feature_store._MOST_PAIRS = 3  # a few pairs are several files
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # or Triton's bindings report it all as leaked
 
 
 @dataclasses.dataclass(frozen=True)
