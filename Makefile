@@ -40,10 +40,13 @@ test-avx2: install
 CASES ?= all
 QUICK = -n 2 -m 'not slow' $(if $(filter first,$(CASES)),--first-case)
 OLDEST := .venv-oldest/.installed
-$(OLDEST): pyproject.toml setup.py .ci/lower_bounds.py $(NATIVE)
+.venv-oldest/.torch: Makefile
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
-	$(PYTHON) .ci/lower_bounds.py > .venv-oldest/lower_bounds.txt
 	.venv-oldest/bin/python -m pip install --quiet $(TORCH)
+	touch $@
+
+$(OLDEST): .venv-oldest/.torch pyproject.toml setup.py .ci/lower_bounds.py $(NATIVE)
+	$(PYTHON) .ci/lower_bounds.py > .venv-oldest/lower_bounds.txt
 	.venv-oldest/bin/python -m pip install --quiet -e '.[dev]' -c .venv-oldest/lower_bounds.txt
 	touch $@
 

@@ -155,6 +155,10 @@ fi
 
 # --- the stages ---------------------------------------------------------------------------------
 
+# Not through setup.py: that wants a setuptools of 2025.
+build=("$PYTHON" -c 'import sys
+from native_build import ROOT, build_all
+build_all(ROOT / "build/native", ROOT / "kernels/qadapter_kernels/lib", *sys.argv[1:])')
 test=("$PYTHON" -m pytest -q -p no:cacheprovider)
 # A few cases under a checker that slows them down a lot. (Triton's test is smaller on a CPU.)
 sanitized=(
@@ -173,7 +177,7 @@ major, minor = torch.cuda.get_device_capability()
 special = {(9, 0): "90a", (10, 0): "100f", (10, 3): "100f"}
 print(special.get((major, minor), f"{major}{minor}"))')
     export QADAPTER_CUDA_ARCHS
-    run build 75 "$PYTHON" setup.py --quiet build_native --inplace
+    run build 75 "${build[@]}"
     run served_by 45 "$PYTHON" benchmarks/served_by.py --device cuda
     run real_sizes 60 "${test[@]}" -m gpu tests/kernels/test_real_sizes.py
     workers=()  # Triton's compiler keeps a core busy while the GPU waits
@@ -220,7 +224,7 @@ print(special.get((major, minor), f"{major}{minor}"))')
   fi
 else
   if stage a; then
-    run build 0 "$PYTHON" setup.py --quiet build_native --inplace --only=cpu
+    run build 0 "${build[@]}" cpu
     run tests 0 "${test[@]}" -m gpu --collect-only tests/kernels
     run sanitizer 0 "${test[@]}" -m gpu --collect-only "${sanitized[@]}"
     run real_sizes 0 "${test[@]}" tests/kernels/test_real_sizes.py
