@@ -116,11 +116,12 @@ def generate_answers(
             repetition_penalty, …
 
     Raises:
-        QAdapterError: an empty prompt, or one with a token that the model does not know; a strength
-            for a model without an adapter.
+        QAdapterError: an empty prompt, one with a token that the model does not know, or one that
+            leaves no room for an answer within the model's positions; a strength for a model
+            without an adapter.
     """
     encoded = list(map(PromptEncoder(tokenizer), prompts))
-    check_sequences(encoded, model, tokenizer, "prompt")
+    check_sequences(encoded, model, tokenizer, "prompt", more=max_new_tokens)
     ends = end_of_turn_ids(model, tokenizer)
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     pad = padding_id(model, tokenizer)

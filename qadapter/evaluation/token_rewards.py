@@ -161,6 +161,7 @@ def reward_rows(
     """Rewards of (prompt, answer, mask) rows, batched by length, in the rows' order."""
     for part, name in enumerate(("prompt of answer", "answer")):
         check_sequences((row[part] for row in rows), model, tokenizer, name)
+    check_sequences(([*row[0], *row[1]] for row in rows), model, tokenizer, "prompt and answer")
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]) - len(rows[i][1]))
     found: dict[int, RewardedAnswer] = {}
     device = model.get_input_embeddings().weight.device

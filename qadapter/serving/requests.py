@@ -226,8 +226,8 @@ def _asked(
     fields: Fields, served: ServedModel, prompts: list[list[int]], wanted: int | None,
     default: int | None, top: int | None, max_length: int,
 ) -> Asked:
-    check_prompts(prompts, served)
     most = [_most_tokens(len(prompt), wanted, default, max_length) for prompt in prompts]
+    check_prompts(prompts, served)
     stream = fields.take("stream", bool, "true or false", False)
     options = fields.take("stream_options", dict, "an object", {})
     if options and not stream:

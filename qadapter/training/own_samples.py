@@ -19,6 +19,7 @@ from qadapter.data import padding_id
 from qadapter.data.collation import left_padded
 from qadapter.data.columns import pieces
 from qadapter.data.ends import configured_ends, until_end
+from qadapter.data.vocabulary import num_positions
 from qadapter.errors import QAdapterError
 from qadapter.policy.model import QAdapterModel
 from qadapter.policy.sampling import fused_sample
@@ -88,8 +89,18 @@ def load_or_sample(
             collective.
 
     Raises:
-        QAdapterError: the ``cache_dir`` asked for can't be written.
+        QAdapterError: the ``cache_dir`` asked for can't be written; no prompt leaves room for an
+            answer within the base's positions (those that don't are left out).
     """
+    positions = num_positions(model)
+    if positions is not None:
+        prompts = [prompt for prompt in prompts if len(prompt) + MAX_NEW_TOKENS <= positions]
+        if not prompts:
+            raise QAdapterError(
+                f"no prompt leaves room for {MAX_NEW_TOKENS} tokens of the base's own answer in "
+                f"the {positions:,} positions it has: take other texts (retention_dataset_name "
+                "built-in)"
+            )
     rng = random.Random(SEED)
     prompts = [prompts[i] for i in sorted(rng.sample(range(len(prompts)),
                                                      min(COUNT, len(prompts))))]

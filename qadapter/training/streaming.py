@@ -55,7 +55,7 @@ class StreamedPairs(torch.utils.data.IterableDataset[Any]):
     Args:
         stream, tokenizer: of the pairs.
         max_length, truncation_mode, on_bad_row: as in ``tokenize_preferences``.
-        known: token ids from 0 that the model has.
+        known, positions: token ids from 0 and positions that the model has.
         shuffle_buffer: pairs among which the next one is drawn; up to 1: as they come.
 
     Attributes:
@@ -69,10 +69,10 @@ class StreamedPairs(torch.utils.data.IterableDataset[Any]):
     def __init__(
         self, stream: PreferenceStream, tokenizer: PreTrainedTokenizerBase, *,
         max_length: int | None, truncation_mode: TruncationMode, on_bad_row: OnBadRow,
-        known: int, shuffle_buffer: int, seed: int,
+        known: int, positions: int | None, shuffle_buffer: int, seed: int,
     ) -> None:
         self.stream, self.tokenizer, self.max_length = stream, tokenizer, max_length
-        self.known = known
+        self.known, self.positions = known, positions
         self.shuffle_buffer, self.seed = max(1, shuffle_buffer), seed
         self._prepare, self.report = prepare(
             stream.sample, tokenizer, max_length, truncation_mode, on_bad_row
@@ -180,7 +180,9 @@ class StreamedPairs(torch.utils.data.IterableDataset[Any]):
                 for note in done["notes"]:
                     self.report.count(self.report.notes, note, [index])
                 pair = {name: done[name] for name in _LISTS} | {"row": index}
-                check_pair(pair, self.known, self.tokenizer, self.stream.source.name)
+                check_pair(
+                    pair, self.known, self.positions, self.tokenizer, self.stream.source.name
+                )
                 self.report.kept += 1
                 yield pair
 

@@ -24,6 +24,7 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 from qadapter.data import (
     PreparationReport,
     check_pairs,
+    check_sequences,
     set_chat_template,
     tokenize_preferences,
     use_chat_template,
@@ -33,7 +34,7 @@ from qadapter.data.splits import evenly
 from qadapter.data.streams import DatasetSource, PreferenceStream
 from qadapter.data.templates import default_of
 from qadapter.data.tokenization import TokenizedPreferences
-from qadapter.data.vocabulary import num_tokens
+from qadapter.data.vocabulary import num_positions, num_tokens
 from qadapter.errors import QAdapterError
 from qadapter.policy.card import CARD_NAME
 from qadapter.policy.model import QAdapterModel
@@ -338,7 +339,7 @@ class QAdapterTrainer(Runs):
         pairs = StreamedPairs(
             stream, self._load_tokenizer(), max_length=self.args.max_length,
             truncation_mode=self.args.truncation_mode, on_bad_row=self.args.on_bad_row,
-            known=num_tokens(self.model),
+            known=num_tokens(self.model), positions=num_positions(self.model),
             shuffle_buffer=streaming.buffer_of(self.args),
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
         )
@@ -354,8 +355,13 @@ class QAdapterTrainer(Runs):
                 "log_completions needs held-out prompts (eval_dataset, no features) and an "
                 "eval_strategy"
             )
-        self._load_tokenizer()
-        return evenly(different_prompts(dataset), self.args.num_completions_to_print)
+        tokenizer = self._load_tokenizer()
+        prompts = evenly(different_prompts(dataset), self.args.num_completions_to_print)
+        check_sequences(
+            prompts, self.model, tokenizer, "log_completions: held-out prompt",
+            more=self.args.max_completion_length,
+        )
+        return prompts
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [

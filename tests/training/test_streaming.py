@@ -68,7 +68,7 @@ def opened(stream) -> PreferenceStream:
 
 def pairs_of(stream, buffer=4, seed=0, **changes) -> StreamedPairs:
     settings = {"max_length": 64, "truncation_mode": "keep_start", "on_bad_row": "drop",
-                "known": 64, "shuffle_buffer": buffer, "seed": seed}
+                "known": 64, "positions": None, "shuffle_buffer": buffer, "seed": seed}
     return StreamedPairs(opened(stream), build_tokenizer(), **{**settings, **changes})
 
 
