@@ -6,7 +6,6 @@ are imported by their bare names (``from oracle import ...``, ``from cases impor
 
 from __future__ import annotations
 
-import gc
 import os
 
 import imports
@@ -34,17 +33,11 @@ def _seed():
 
 
 def pytest_collection_finish(session):
-    """A full collection walks all that torch and transformers have imported, in a third of a
-    second, and every run of a Trainer begins with one: what is there now stays anyway, and what a
-    worker with tests of every kind comes to import may as well be there."""
+    """Every run of a Trainer begins with a full collection. What a worker with tests of every kind
+    comes to import may as well be there before the first."""
     if WORKER and len(session.items) > 1_000:
         imports.import_all()
-    gc.collect()
-    gc.freeze()
-
-
-def pytest_unconfigure():
-    gc.unfreeze()  # or Triton's bindings report it all as leaked
+    imports.leave_to_stay()
 
 
 def pytest_addoption(parser):

@@ -31,6 +31,18 @@ TIMEOUT_SECONDS = 90
 """Of a collective that not all processes have come to."""
 
 
+def environments(world_size: int) -> list[dict[str, str]]:
+    """What each process of a launch finds in its environment, by rank."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    return [
+        {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
+         "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        for rank in range(world_size)
+    ]
+
+
 def launch(script: Path, world_size: int, *arguments: object) -> None:
     """Run a script as all processes of a launch. They are forked from one that has imported what
     they need, which takes the processor longer than most of what they do.
@@ -42,20 +54,13 @@ def launch(script: Path, world_size: int, *arguments: object) -> None:
     context.set_forkserver_preload(imports.names())
     with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):  # read when torch is imported
         forkserver.ensure_running()
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        "WORLD_SIZE": str(world_size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
-    }
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, str(rank)) for rank in range(world_size)]
         processes = [
-            context.Process(target=_run, args=(
-                script, [str(x) for x in arguments],
-                environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, output,
-            ))
-            for rank, output in enumerate(outputs)
+            context.Process(
+                target=_run, args=(script, [str(x) for x in arguments], environment, output)
+            )
+            for environment, output in zip(environments(world_size), outputs, strict=True)
         ]
         for process in processes:
             process.start()

@@ -36,10 +36,15 @@ def num_tokens(model: PreTrainedModel) -> int:
     )
 
 
+def configured_positions(model: PreTrainedModel) -> int | None:
+    """Most tokens of a sequence that the model was made for, as its configuration says."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def num_positions(model: PreTrainedModel) -> int | None:
     """Most tokens of a sequence that the model has positions for, as it looks them up in a table:
     learned (GPT-2, OPT) or not (GPT-J). None where it computes them: they may go on."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = configured_positions(model)
     if most is None:
         return None
     tokens = model.get_input_embeddings()
@@ -135,10 +140,11 @@ def check_sequences(
     Raises:
         QAdapterError: as `check_pairs`; names the list by its number, from 0.
     """
-    known, positions = num_tokens(model), num_positions(model)
+    known, most = num_tokens(model), configured_positions(model)
     for number, ids in enumerate(sequences):
-        if positions is not None and len(ids) + more > positions:
-            raise _too_long(len(ids), positions, f"{name} {number}", more)
+        # A server asks at every request: the model's modules are looked through where they matter.
+        if most is not None and len(ids) + more > most and num_positions(model) is not None:
+            raise _too_long(len(ids), most, f"{name} {number}", more)
         if len(ids) and not 0 <= min(ids) <= max(ids) < known:
             token = next(token for token in ids if not 0 <= token < known)
             raise _unknown(token, known, tokenizer, f"{name} {number}")

@@ -18,6 +18,7 @@ from qadapter.adapters.lora import LoraAdapter
 from qadapter.adapters.streams import BASE
 from qadapter.data import PromptEncoder
 from qadapter.data.ends import end_of_turn_ids
+from qadapter.data.vocabulary import configured_positions
 from qadapter.errors import QAdapterError
 from qadapter.policy import storage
 from qadapter.policy.model import QAdapterModel
@@ -97,8 +98,7 @@ def names_of(folders: Sequence[str], base: str) -> tuple[list[str], str]:
 
 def fitting_length(models: ServedModels, wanted: int) -> int:
     """Most tokens of a prompt and its answer: as wanted, within the base's positions."""
-    positions = getattr(models.first.config.get_text_config(), "max_position_embeddings", None)
-    return min(wanted, positions or wanted)
+    return min(wanted, configured_positions(models.first) or wanted)
 
 
 def load(

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from qadapter.data import check_sequences
 from qadapter.data.passages import BUILT_IN, passages
 from qadapter.data.rows import rows_of
+from qadapter.data.vocabulary import configured_positions
 from qadapter.errors import QAdapterError
 from qadapter.policy.model import QAdapterModel
 from qadapter.system.progress import Progress
@@ -63,8 +64,7 @@ def scored_sequences(
         ([], tokenizer(text)["input_ids"]) if isinstance(text, str) else text for text in texts
     ]
     # Learned positions end where the base's do.
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    most = min((x for x in (max_length, positions) if x), default=None)
+    most = min((x for x in (max_length, configured_positions(model)) if x), default=None)
     sequences = [[*prompt, *answer][:most] for prompt, answer in read]
     check_sequences(sequences, model, tokenizer, "retention text")
     firsts = [max(len(prompt) - 1, 0) for prompt, _ in read]

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
-import gc
 import json
 import mmap
 import os
@@ -21,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from imports import import_all
+from imports import import_all, leave_to_stay
 
 from qadapter.cli import main
 from qadapter.training import feature_store
@@ -36,9 +35,7 @@ def warm() -> None:
     """Import what the commands need."""
     import_all()
     feature_store._MOST_PAIRS = 3  # a few pairs are several files
-    gc.collect()
-    gc.freeze()
-    atexit.register(gc.unfreeze)  # or Triton's bindings report it all as leaked
+    leave_to_stay()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from data_parallel_run import run
+from ranks import environments
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -23,19 +23,13 @@ SCRIPT = Path(__file__).with_name("data_parallel_run.py")
 @pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["head", "lora"])
 def test_two_processes_train_and_evaluate_like_one(tmp_path, adapter):
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
     processes = [
         subprocess.Popen(
             [sys.executable, str(SCRIPT), str(tmp_path), "2", "disk", adapter],
-            env={
-                **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-                "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-            },
+            env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
-        for rank in range(2)
+        for environment in environments(2)
     ]
     alone = tmp_path / "alone"
     alone.mkdir()
